@@ -1,0 +1,133 @@
+"""Make a virtual environment with everything resnext_det needs; a second run installs nothing.
+
+Usage: python tools/install.py [--folder .venv] [--detectron2 wheel|source]
+
+Runs before anything is installed, so it uses the standard library alone, in a syntax that
+Pythons too old for the package can still read well enough to say so.
+"""
+
+import argparse
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+REQUIREMENTS = os.path.join(ROOT, "requirements")
+OLDEST, NEWEST = (3, 10), (3, 12)
+DETECTRON2_SOURCE = "git+https://github.com/facebookresearch/detectron2.git@a59f0563"
+
+
+def main():
+    """Parse the arguments, install what is missing, check that it imports."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", default=os.path.join(ROOT, ".venv"))
+    parser.add_argument("--detectron2", choices=["wheel", "source"], default="wheel")
+    arguments = parser.parse_args()
+    refuse_other_pythons()
+    folder = os.path.abspath(arguments.folder)
+    stamp = os.path.join(folder, "resnext_det.installed")
+    wanted = fingerprint(arguments.detectron2)
+    if read(stamp) == wanted:
+        return
+    make_environment(folder)
+    if os.path.exists(stamp):
+        os.remove(stamp)
+    python = os.path.join(folder, "Scripts" if os.name == "nt" else "bin", "python")
+    install(python, arguments.detectron2)
+    verify(python)
+    with open(stamp, "w") as file:
+        file.write(wanted)
+    print("Installed into {}".format(folder))
+
+
+def refuse_other_pythons():
+    """Exit with what to do, unless this Python is one the pinned versions were resolved for."""
+    if OLDEST <= sys.version_info[:2] <= NEWEST:
+        return
+    sys.exit(
+        "error: this is Python {} ({}), and resnext_det needs Python 3.10, 3.11 or 3.12. "
+        "Name one of them: make PYTHON=/path/to/python3.11 ...".format(
+            platform.python_version(), sys.executable
+        )
+    )
+
+
+def fingerprint(detectron2):
+    """Return a digest that changes with the requirements, the Python and the kind of Detectron2."""
+    digest = hashlib.sha256()
+    for text in (detectron2, "{}.{}".format(*sys.version_info[:2]), platform.machine()):
+        digest.update(text.encode())
+    names = [os.path.join(REQUIREMENTS, name) for name in sorted(os.listdir(REQUIREMENTS))]
+    for name in [*names, os.path.join(ROOT, "setup.py"), os.path.abspath(__file__)]:
+        with open(name, "rb") as file:
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+def read(name):
+    """Return the text of a file, or None where there is none."""
+    if not os.path.exists(name):
+        return None
+    with open(name) as file:
+        return file.read()
+
+
+def make_environment(folder):
+    """Create the virtual environment, anew where one of another Python stands."""
+    configuration = read(os.path.join(folder, "pyvenv.cfg"))
+    if configuration is not None and "= {}".format(platform.python_version()) in configuration:
+        return
+    if configuration is not None:
+        shutil.rmtree(folder)
+    elif os.path.isdir(folder) and os.listdir(folder):
+        sys.exit("error: {} is not a virtual environment; move it away first.".format(folder))
+    if subprocess.call([sys.executable, "-m", "venv", folder]) != 0:
+        sys.exit(
+            "error: Python's venv module failed. On Debian and Ubuntu: "
+            "apt-get install python{}.{}-venv".format(*sys.version_info[:2])
+        )
+
+
+def install(python, detectron2):
+    """Install the pinned requirements, then Detectron2, then this package in editable form."""
+    constraints = os.path.join(REQUIREMENTS, "constraints.txt")
+    lists = ["-r", os.path.join(REQUIREMENTS, "runtime.txt")]
+    lists += ["-r", os.path.join(REQUIREMENTS, "development.txt")]
+    pip(python, "-c", constraints, *lists)
+    if detectron2 == "source":
+        pip(python, "--no-build-isolation", "--no-deps", DETECTRON2_SOURCE)
+    else:
+        pip(python, *wheel_options(python), "-r", os.path.join(REQUIREMENTS, "detectron2.txt"))
+    pip(python, "--no-deps", "--no-build-isolation", "-e", ROOT)
+
+
+def wheel_options(python):
+    """Return the options that make pip take Detectron2's wheel under any Python and system."""
+    query = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    packages = subprocess.check_output([python, "-c", query], universal_newlines=True).strip()
+    return [
+        *["--no-deps", "--require-hashes", "--upgrade", "--target", packages],
+        *["--only-binary=:all:", "--python-version", "3.10", "--implementation", "cp"],
+        *["--platform", "manylinux2014_x86_64"],
+    ]
+
+
+def pip(python, *arguments):
+    """Run pip install; exit with the command where it fails."""
+    command = [python, "-m", "pip", "install", "--disable-pip-version-check", *arguments]
+    print("+ " + " ".join(command), flush=True)
+    if subprocess.call(command) != 0:
+        sys.exit("error: the command above failed; what it printed says why. Mend it, run again.")
+
+
+def verify(python):
+    """Exit with the error where the freshly installed package does not import."""
+    if subprocess.call([python, "-c", "import resnext_det"], cwd=os.path.dirname(python)) != 0:
+        sys.exit("error: everything is installed, yet `import resnext_det` fails; see above.")
+
+
+if __name__ == "__main__":
+    main()
