@@ -1,0 +1,53 @@
+"""ResNeXt for Detectron2. Importing this package registers its backbones and data sets.
+
+Nothing else happens at import: no download, no logging set up, no environment changed.
+"""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
+
+
+def _require_detectron2() -> None:
+    """Raise one error that says how to mend a Detectron2 that is missing or does not import."""
+    try:
+        import detectron2.data
+        import detectron2.modeling
+        import pkg_resources  # noqa: F401  # detectron2.model_zoo imports it
+    except Exception as error:
+        raise ImportError(
+            f"resnext_det needs Detectron2, and importing it failed: {type(error).__name__}: "
+            f"{error}. In a checkout of resnext_det, `make setup` installs everything it needs. "
+            "In an environment of your own (NumPy below 2, setuptools below 81):\n"
+            "  pip install --no-deps --upgrade --only-binary=:all: --python-version 3.10 "
+            "--implementation cp --platform manylinux2014_x86_64 --target "
+            "\"$(python -c 'import sysconfig; print(sysconfig.get_path(\"purelib\"))')\" "
+            "sal-detectron2==0.7.2\n"
+            "  pip install 'numpy<2' 'setuptools<81' cloudpickle hydra-core 'iopath<0.1.10' "
+            "'omegaconf<2.4' tensorboard termcolor yacs"
+        ) from error
+
+
+_require_detectron2()
+
+# Imported for what they register.
+from resnext_det import data as data  # noqa: E402
+from resnext_det.config import add_resnext_config, load_config  # noqa: E402
+from resnext_det.data import splits as splits  # noqa: E402
+from resnext_det.modeling import pyramids as pyramids  # noqa: E402
+from resnext_det.modeling.pyramids import (  # noqa: E402
+    build_resnext_fpn_backbone,
+    build_retinanet_resnext_fpn_backbone,
+)
+from resnext_det.modeling.resnext import ResNeXt, build_resnext_backbone  # noqa: E402
+from resnext_det.modeling.template import Template  # noqa: E402
+
+__all__ = [
+    "ResNeXt",
+    "Template",
+    "add_resnext_config",
+    "build_resnext_backbone",
+    "build_resnext_fpn_backbone",
+    "build_retinanet_resnext_fpn_backbone",
+    "load_config",
+]

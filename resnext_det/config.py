@@ -1,0 +1,105 @@
+"""The config keys of this package, and how a config is read."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import yaml
+from detectron2.config import CfgNode, get_cfg
+
+from resnext_det.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+def add_resnext_config(cfg: CfgNode) -> None:
+    """Add the keys of this package to a Detectron2 config.
+
+    The shape of the network needs none of them: MODEL.RESNETS describes it.
+
+    Args:
+        cfg: the config of `detectron2.config.get_cfg`, changed in place.
+    """
+    cfg.MODEL.RESNEXT = CfgNode()
+    # Every published ResNeXt has its stride in the 3x3 convolution, so the backbone refuses
+    # MODEL.RESNETS.STRIDE_IN_1X1 True (Detectron2's default) above cardinality 1, unless this is set.
+    cfg.MODEL.RESNEXT.ALLOW_STRIDE_IN_1X1 = False
+
+
+def load_config(file: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
+    """Read a yaml config, apply overrides and freeze it.
+
+    MODEL.DEVICE "cuda" becomes "cpu" where there is no GPU.
+
+    Args:
+        file: a path, or the name of a shipped config (see `resnext_det.model_zoo.names`).
+        overrides: KEY, VALUE, KEY, VALUE, ... as on the command line.
+
+    Returns:
+        The frozen config.
+
+    Raises:
+        ConfigError: the file is missing or no config, or a key or value is refused.
+    """
+    cfg = get_cfg()
+    add_resnext_config(cfg)
+    path = _locate(file)
+    if len(overrides) % 2:
+        raise ConfigError(
+            f"overrides come in pairs, KEY VALUE, and these are {len(overrides)} words: "
+            f"{' '.join(overrides)}"
+        )
+    for key in overrides[::2]:
+        _refuse_unknown(cfg, key)
+    try:
+        # yaml tags would run code: allow_unsafe=False refuses them.
+        cfg.merge_from_file(str(path), allow_unsafe=False)
+    except KeyError as error:
+        # yacs names the key only inside the sentence "Non-existent config key: A.B.C".
+        key = str(error).strip("'\"").rpartition(": ")[2]
+        raise ConfigError(f"{path}: {_unknown(cfg, key)}") from error
+    except (OSError, ValueError, AssertionError, TypeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as a config: {error}") from error
+    try:
+        cfg.merge_from_list(list(overrides))
+    except (ValueError, AssertionError, KeyError) as error:
+        raise ConfigError(f"{' '.join(overrides)} is refused: {error}") from error
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    cfg.freeze()
+    return cfg
+
+
+def _locate(file: str | Path) -> Path:
+    from resnext_det import model_zoo
+
+    if Path(file).is_file():
+        return Path(file)
+    name = str(file).removeprefix("configs/").removesuffix(".yaml")
+    if name in model_zoo.names():
+        return model_zoo.get_config_file(name)
+    raise ConfigError(
+        f"there is no config file {file}. Shipped configs are: {', '.join(model_zoo.names())}"
+    )
+
+
+def _refuse_unknown(cfg: CfgNode, key: str) -> None:
+    if key not in set(_keys(cfg)):
+        raise ConfigError(_unknown(cfg, key))
+
+
+def _unknown(cfg: CfgNode, key: str) -> str:
+    nearest = difflib.get_close_matches(key, list(_keys(cfg)), n=1, cutoff=0.5)
+    hint = f"; did you mean {nearest[0]}?" if nearest else "."
+    return f"there is no config key {key}{hint}"
+
+
+def _keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
+    for name, value in cfg.items():
+        yield prefix + name
+        if isinstance(value, CfgNode):
+            yield from _keys(value, f"{prefix}{name}.")

@@ -1,0 +1,1 @@
+"""Data sets: minival, the toy data, and checks before a training begins."""

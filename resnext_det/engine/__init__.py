@@ -1,0 +1,1 @@
+"""Training: the trainer, what happens around an iteration, and pretraining in miniature."""

@@ -1,0 +1,1 @@
+"""From detections to figures, and from figures to a page that people read."""

@@ -1,0 +1,1 @@
+"""What the network is: the template, the backbone, its pyramids."""

@@ -1,0 +1,1 @@
+"""Where a backbone's first weights come from, and the proof that they arrived."""
