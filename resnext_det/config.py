@@ -26,7 +26,8 @@ def add_resnext_config(cfg: CfgNode) -> None:
     """
     cfg.MODEL.RESNEXT = CfgNode()
     # Every published ResNeXt has its stride in the 3x3 convolution, so the backbone refuses
-    # MODEL.RESNETS.STRIDE_IN_1X1 True (Detectron2's default) above cardinality 1, unless this is set.
+    # MODEL.RESNETS.STRIDE_IN_1X1 True (Detectron2's default) above cardinality 1
+    # unless this is set.
     cfg.MODEL.RESNEXT.ALLOW_STRIDE_IN_1X1 = False
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections.abc import Iterator
+
 
 class ResNeXtError(Exception):
     """Base of the errors below; tools print it as one line instead of a traceback."""
@@ -17,3 +21,20 @@ class DatasetError(ResNeXtError):
 
 class WeightsError(ResNeXtError):
     """A checkpoint that cannot be read, or does not fit the model."""
+
+
+@contextlib.contextmanager
+def reported() -> Iterator[None]:
+    """Turn the errors of this package into one line on standard error and exit code 2."""
+    try:
+        yield
+    except ResNeXtError as error:
+        sys.stderr.write(f"error: {_without_traceback(str(error))}\n")
+        sys.exit(2)
+
+
+def _without_traceback(text: str) -> str:
+    """Return the message alone: a data loader's worker wraps it into a traceback of its own."""
+    if "Traceback (most recent call last)" not in text:
+        return text
+    return text.strip().splitlines()[-1].partition(": ")[2]

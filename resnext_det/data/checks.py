@@ -91,9 +91,7 @@ def _check_images(name: str, document: dict[str, Any], file: Path, folder: Path)
         )
     present = {entry.name for entry in os.scandir(folder)}
     wanted = [str(record.get("file_name")) for record in document["images"]]
-    missing = [
-        image for image in wanted if image not in present and not (folder / image).is_file()
-    ]
+    missing = [image for image in wanted if image not in present and not (folder / image).is_file()]
     if missing:
         raise DatasetError(
             f"data set {name}: {len(missing)} of {len(wanted)} images that {file} names are not in "
@@ -107,7 +105,7 @@ def _check_classes(cfg: CfgNode, name: str, categories: int) -> None:
         return
     key = "MODEL.RETINANET.NUM_CLASSES" if retinanet else "MODEL.ROI_HEADS.NUM_CLASSES"
     configured = cfg.MODEL.RETINANET if retinanet else cfg.MODEL.ROI_HEADS
-    if configured.NUM_CLASSES != categories:
+    if categories != configured.NUM_CLASSES:
         raise ConfigError(
             f"{key} is {configured.NUM_CLASSES}, and data set {name} has {categories} categories. "
             f"Set {key} {categories}."
@@ -124,7 +122,9 @@ class NamingDatasetMapper(DatasetMapper):
             DatasetError: the image cannot be read, or is not of the size its record says.
         """
         try:
-            mapped: dict[str, Any] | None = super().__call__(dataset_dict)
+            mapped: dict[str, Any] | None = super().__call__(  # type: ignore[no-untyped-call]
+                dataset_dict
+            )
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise DatasetError(
                 f"the image {dataset_dict.get('file_name')} cannot be read: {error}. Fetch it "

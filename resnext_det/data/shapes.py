@@ -110,9 +110,7 @@ def _noise(width: int, height: int, cells: int, generator: Generator) -> NDArray
     return np.stack([np.asarray(channel, dtype=np.float64) for channel in channels], axis=2)
 
 
-def fill(
-    count: int, behind: NDArray[np.float64], generator: Generator
-) -> NDArray[np.float64]:
+def fill(count: int, behind: NDArray[np.float64], generator: Generator) -> NDArray[np.float64]:
     """Return the pixels of a shape: a colour that stands out from what is behind, with a grain.
 
     Args:

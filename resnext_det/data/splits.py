@@ -18,7 +18,7 @@ TOY_FOLDER = "toy_coco"
 
 def datasets_root() -> Path:
     """Return $DETECTRON2_DATASETS, or ./datasets, as Detectron2 reads it."""
-    return Path(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")))
+    return Path(os.getenv("DETECTRON2_DATASETS", "datasets")).expanduser()
 
 
 def locate_minival(root: Path) -> tuple[Path, Path]:

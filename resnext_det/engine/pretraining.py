@@ -52,9 +52,9 @@ class PretrainingPlan:
     template: str = "8x4d"
     stem_channels: int = 32
     res2_channels: int = 64
-    crop: int = 64
-    batch: int = 64
-    updates: int = 500
+    crop: int = 48
+    batch: int = 32
+    updates: int = 1200
     learning_rate: float = 0.1
     seed: int = 0
 
@@ -83,8 +83,8 @@ def cut_crops(root: Path, split: str, side: int, seed: int) -> tuple[Crops, NDAr
     boxes: dict[int, list[tuple[list[float], int]]] = {}
     for entry in document["annotations"]:
         if not entry["iscrowd"]:
-            label = (entry["bbox"], classes[entry["category_id"]])
-            boxes.setdefault(entry["image_id"], []).append(label)
+            found = (entry["bbox"], classes[entry["category_id"]])
+            boxes.setdefault(entry["image_id"], []).append(found)
     generator = np.random.default_rng(seed)
     crops, labels = [], []
     for record in document["images"]:
@@ -106,7 +106,7 @@ def _crop(
     centre_x = x + width / 2 + generator.uniform(-0.15, 0.15) * width
     centre_y = y + height / 2 + generator.uniform(-0.15, 0.15) * height
     corners = (centre_x - reach, centre_y - reach, centre_x + reach, centre_y + reach)
-    square = tuple(int(round(corner)) for corner in corners)
+    square = tuple(round(corner) for corner in corners)
     cut = picture.crop((square[0], square[1], square[2], square[3]))
     return np.asarray(cut.resize((side, side), Image.Resampling.BILINEAR), dtype=np.uint8)
 
@@ -152,6 +152,7 @@ def pretrain(root: Path, output: Path, plan: PretrainingPlan = PretrainingPlan()
         norm="BN",
         num_classes=int(labels.max()) + 1,
     )
+    _start_as_identity(network)
     optimizer = torch.optim.SGD(
         network.parameters(),
         lr=plan.learning_rate,
@@ -160,16 +161,20 @@ def pretrain(root: Path, output: Path, plan: PretrainingPlan = PretrainingPlan()
         nesterov=True,
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, plan.learning_rate, total_steps=plan.updates, pct_start=0.15, cycle_momentum=False
+        optimizer,
+        plan.learning_rate,
+        total_steps=plan.updates,
+        pct_start=0.2,
+        cycle_momentum=False,
     )
     pixels, targets = torch.from_numpy(crops), torch.from_numpy(labels)
     progress = tqdm(range(plan.updates), desc="pretraining", unit="update", disable=None)
     for _ in progress:
         chosen = torch.randint(len(pixels), (plan.batch,))
-        images = _augment(normalised(pixels[chosen]))
+        images = _mirror(normalised(pixels[chosen]))
         loss = functional.cross_entropy(network(images)["linear"], targets[chosen])
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         progress.set_postfix(loss=f"{loss.item():.3f}")
@@ -183,12 +188,19 @@ def normalised(pixels: torch.Tensor) -> torch.Tensor:
     return (pixels.permute(0, 3, 1, 2).float() / 255 - RGB_MEAN) / RGB_STD
 
 
-def _augment(images: torch.Tensor) -> torch.Tensor:
-    """Mirror half of the time, and shrink: objects of a detector's input come in every size."""
-    if torch.rand(()) < 0.5:
-        images = images.flip(3)
-    side = int(images.shape[-1] * (0.7 + 0.3 * torch.rand(()).item()))
-    return functional.interpolate(images, size=(side, side), mode="bilinear", antialias=True)
+def _mirror(images: torch.Tensor) -> torch.Tensor:
+    """Mirror each image, left to right and upside down, half of the time."""
+    for side in (2, 3):
+        mirrored = torch.rand(len(images), 1, 1, 1) < 0.5
+        images = torch.where(mirrored, images.flip(side), images)
+    return images
+
+
+def _start_as_identity(network: ResNeXt) -> None:
+    """Let every residual branch start at zero (Goyal et al., arXiv 1706.02677, section 5.1)."""
+    for name, module in network.named_modules():
+        if name.endswith("conv3.norm"):
+            torch.nn.init.zeros_(module.weight)
 
 
 @torch.no_grad()

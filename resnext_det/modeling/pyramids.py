@@ -11,7 +11,6 @@ from torch import nn
 from resnext_det.modeling.resnext import ResNeXt, build_resnext_backbone
 
 
-@BACKBONE_REGISTRY.register()
 def build_resnext_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """Build ResNeXt with a feature pyramid of p2 to p6, as Faster and Mask R-CNN take it.
 
@@ -28,7 +27,6 @@ def build_resnext_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     return _pyramid(cfg, build_resnext_backbone(cfg, input_shape), LastLevelMaxPool())
 
 
-@BACKBONE_REGISTRY.register()
 def build_retinanet_resnext_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """Build ResNeXt with a feature pyramid of p3 to p7, as RetinaNet and FCOS take it.
 
@@ -44,7 +42,7 @@ def build_retinanet_resnext_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -
         ConfigError: a setting that no ResNeXt has.
     """
     bottom_up = build_resnext_backbone(cfg, input_shape)
-    channels = bottom_up.output_shape()["res5"].channels
+    channels = bottom_up.output_shape()["res5"].channels  # type: ignore[no-untyped-call]
     return _pyramid(cfg, bottom_up, LastLevelP6P7(channels, cfg.MODEL.FPN.OUT_CHANNELS))
 
 
@@ -57,3 +55,7 @@ def _pyramid(cfg: CfgNode, bottom_up: ResNeXt, top_block: nn.Module) -> FPN:
         top_block=top_block,
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )
+
+
+BACKBONE_REGISTRY.register(build_resnext_fpn_backbone)
+BACKBONE_REGISTRY.register(build_retinanet_resnext_fpn_backbone)

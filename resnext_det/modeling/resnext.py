@@ -106,7 +106,9 @@ class ResNeXt(ResNet):
             )
             channels, out_channels = out_channels, 2 * out_channels
         features = None if out_features is None else list(out_features)
-        super().__init__(stem, stages, num_classes, features, freeze_at)
+        super().__init__(  # type: ignore[no-untyped-call]
+            stem, stages, num_classes, features, freeze_at
+        )
         self.depth = depth
         self.template = template
 
@@ -158,7 +160,6 @@ def template_of(cfg: CfgNode) -> Template:
     return Template.of(groups, width)
 
 
-@BACKBONE_REGISTRY.register()
 def build_resnext_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNeXt:
     """Build a ResNeXt from a Detectron2 config.
 
@@ -181,7 +182,7 @@ def build_resnext_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNeXt:
     return ResNeXt(
         resnets.DEPTH,
         template,
-        in_channels=input_shape.channels,
+        in_channels=input_shape.channels or 3,
         stem_out_channels=resnets.STEM_OUT_CHANNELS,
         res2_out_channels=resnets.RES2_OUT_CHANNELS,
         norm=resnets.NORM,
@@ -207,3 +208,6 @@ def _refuse_stride_in_1x1(cfg: CfgNode, template: Template) -> None:
         "and detect worse. Set MODEL.RESNETS.STRIDE_IN_1X1 False; to train such a network from "
         "scratch, set MODEL.RESNEXT.ALLOW_STRIDE_IN_1X1 True."
     )
+
+
+BACKBONE_REGISTRY.register(build_resnext_backbone)

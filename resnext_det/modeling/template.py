@@ -79,7 +79,7 @@ class Template:
         """
         if stage not in (2, 3, 4, 5):
             raise ConfigError(f"there is no stage {stage}: a ResNeXt has stages 2, 3, 4 and 5.")
-        return self.cardinality * self.width * 2 ** (stage - 2)
+        return self.cardinality * self.width << (stage - 2)
 
 
 def blocks_per_stage(depth: int) -> tuple[int, int, int, int]:

@@ -1,0 +1,123 @@
+"""The trainer: Detectron2's, with proof of the weights, named bad images and a progress bar."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.engine import DefaultTrainer, HookBase
+from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
+from torch import nn
+
+from resnext_det.data.checks import NamingDatasetMapper
+from resnext_det.engine.hooks import Progress
+from resnext_det.errors import ConfigError
+from resnext_det.evaluation.evaluator import BoxEvaluator
+from resnext_det.pretrained.loading import load_weights
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer(DefaultTrainer):
+    """Trains a detector as its config says; Detectron2's `DefaultTrainer` in every other respect."""
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Go on with the last checkpoint of OUTPUT_DIR, or load MODEL.WEIGHTS.
+
+        Args:
+            resume: go on with weights, optimizer, schedule and iteration of the last checkpoint.
+
+        Raises:
+            ConfigError: there is nothing to resume.
+            WeightsError: MODEL.WEIGHTS does not fill the backbone.
+        """
+        if not resume:
+            logger.info("%s", load_weights(self._bare_model(), self.cfg))
+            return
+        if not self.checkpointer.has_checkpoint():
+            raise ConfigError(
+                f"--resume: there is no checkpoint in {self.cfg.OUTPUT_DIR} to resume from. Leave "
+                "--resume out to start, or name the folder of the earlier run: OUTPUT_DIR FOLDER."
+            )
+        super().resume_or_load(resume=True)
+        logger.info(
+            "resumed from %s at iteration %d of %d",
+            self.checkpointer.get_checkpoint_file(),
+            self.start_iter,
+            self.max_iter,
+        )
+
+    def _bare_model(self) -> nn.Module:
+        model: nn.Module = self.model
+        inner = getattr(model, "module", model)  # the network inside DistributedDataParallel
+        return inner if isinstance(inner, nn.Module) else model
+
+    def build_hooks(self) -> list[HookBase]:
+        """Return Detectron2's hooks and the progress display."""
+        hooks: list[HookBase] = super().build_hooks()
+        # Before the writer, which clears what the display reads, and only in the main process.
+        return [*hooks[:-1], Progress(), hooks[-1]] if self._writes() else hooks
+
+    def _writes(self) -> bool:
+        from detectron2.utils import comm
+
+        return bool(comm.is_main_process())
+
+    def build_writers(self) -> list[EventWriter]:
+        """Return writers of metrics.jsonl and TensorBoard's events."""
+        output = Path(self.cfg.OUTPUT_DIR)
+        output.mkdir(parents=True, exist_ok=True)
+        return [JSONWriter(str(output / "metrics.jsonl")), TensorboardXWriter(str(output))]
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Any:
+        """Return Detectron2's loader, whose errors name the image."""
+        return build_detection_train_loader(cfg, mapper=NamingDatasetMapper(cfg, True))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
+        """Return Detectron2's loader for an evaluation, whose errors name the image."""
+        mapper = NamingDatasetMapper(cfg, False)
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> BoxEvaluator:
+        """Return the evaluator that writes metrics.json into OUTPUT_DIR."""
+        return BoxEvaluator(dataset_name, Path(cfg.OUTPUT_DIR), {"weights": cfg.MODEL.WEIGHTS})
+
+
+def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
+    """Evaluate MODEL.WEIGHTS on every data set of DATASETS.TEST.
+
+    Args:
+        cfg: the config.
+        resume: evaluate the last checkpoint of OUTPUT_DIR instead of MODEL.WEIGHTS.
+
+    Returns:
+        {"bbox": {"AP": ...}} in percent, by data set where there are several.
+
+    Raises:
+        WeightsError: the weights do not fill the whole detector.
+        ConfigError: `resume`, and there is no checkpoint in OUTPUT_DIR.
+    """
+    if resume:
+        cfg = _with_last_checkpoint(cfg)
+    model = Trainer.build_model(cfg)
+    logger.info("%s", load_weights(model, cfg, whole_detector=True))
+    results: dict[str, Any] = Trainer.test(cfg, model)
+    return results
+
+
+def _with_last_checkpoint(cfg: CfgNode) -> CfgNode:
+    folder = Path(cfg.OUTPUT_DIR)
+    pointer = folder / "last_checkpoint"
+    if not pointer.is_file():
+        raise ConfigError(f"--resume: there is no checkpoint in {folder} to evaluate.")
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.WEIGHTS = str(folder / pointer.read_text().strip())
+    cfg.freeze()
+    return cfg

@@ -1,0 +1,148 @@
+"""One HTML page about a run: figures, curves, classes and pictures, with nothing to load."""
+
+from __future__ import annotations
+
+import importlib.resources
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from resnext_det.errors import ResNeXtError
+from resnext_det.evaluation.curves import Curves, loss_curves, precision_curves
+from resnext_det.evaluation.drawing import MISTAKE_COLOUR, PREDICTION_COLOUR, TRUTH_COLOUR
+from resnext_det.evaluation.gallery import MATCHED_FROM, SHOWN_FROM, Gallery, make_gallery
+from resnext_det.evaluation.run_folder import (
+    Evaluation,
+    Record,
+    read_config,
+    read_metrics,
+    read_training,
+)
+
+logger = logging.getLogger(__name__)
+
+MOST_PICTURES = 24
+
+# The figures as COCO defines them: name, heading and what is measured.
+PRECISION = (
+    ("AP", "AP", "IoU 0.50 to 0.95"),
+    ("AP50", "AP50", "IoU 0.50"),
+    ("AP75", "AP75", "IoU 0.75"),
+    ("APs", "AP small", "area below 32\u00b2 pixels"),
+    ("APm", "AP medium", "area 32\u00b2 to 96\u00b2"),
+    ("APl", "AP large", "area above 96\u00b2"),
+)
+RECALL = (
+    ("AR1", "AR1", "1 detection per image"),
+    ("AR10", "AR10", "10 detections"),
+    ("AR100", "AR100", "100 detections"),
+    ("ARs", "AR small", "area below 32\u00b2 pixels"),
+    ("ARm", "AR medium", "area 32\u00b2 to 96\u00b2"),
+    ("ARl", "AR large", "area above 96\u00b2"),
+)
+
+
+@dataclass(frozen=True)
+class Section:
+    """One data set of the page: its evaluation and its pictures."""
+
+    evaluation: Evaluation
+    gallery: Gallery
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One figure of the page with its heading; the SVG is ours and needs no escaping."""
+
+    title: str
+    svg: Markup
+    curves: Curves
+    digits: int
+
+
+def write_report(run: Path, output: Path | None = None) -> Path:
+    """Write a page about a run that opens anywhere: one file, nothing from the network.
+
+    Args:
+        run: a folder with metrics.json and the detections it names, and, after a training,
+            metrics.jsonl and config.yaml.
+        output: the page to write; report.html in the run's folder if it is not given. It is
+            written beside and then renamed.
+
+    Returns:
+        The page that was written.
+
+    Raises:
+        DatasetError: metrics.json, annotations or detections are missing or broken.
+        ResNeXtError: the page cannot be written.
+    """
+    page = _render(run)
+    target = run / "report.html" if output is None else output
+    beside = target.with_name(f".{target.name}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            beside.write_text(page, encoding="utf-8")
+            beside.replace(target)
+        finally:
+            beside.unlink(missing_ok=True)
+    except OSError as error:
+        raise ResNeXtError(
+            f"cannot write the report to {target}: {error}. Name another file with --output."
+        ) from error
+    logger.info("wrote %s, %.1f MB", target, len(page) / 1e6)
+    return target
+
+
+def _render(run: Path) -> str:
+    metrics = read_metrics(run)
+    training = read_training(run)
+    config = read_config(run)
+    share = max(1, MOST_PICTURES // len(metrics.evaluations))
+    sections = [Section(entry, make_gallery(entry, share)) for entry in metrics.evaluations]
+    steps = [] if config is None else config.steps
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["figure"] = _figure
+    template = importlib.resources.files("resnext_det.evaluation").joinpath("report.html.j2")
+    return environment.from_string(template.read_text(encoding="utf-8")).render(
+        metrics=metrics,
+        config=config,
+        sections=sections,
+        trained=bool(training),
+        charts=_charts(training, metrics.evaluations, steps),
+        steps=steps,
+        tables=(("Average precision", PRECISION), ("Average recall", RECALL)),
+        colours={"truth": TRUTH_COLOUR, "right": PREDICTION_COLOUR, "wrong": MISTAKE_COLOUR},
+        shown_from=SHOWN_FROM,
+        matched_from=MATCHED_FROM,
+    )
+
+
+def _charts(
+    training: Sequence[Record], evaluations: Sequence[Evaluation], steps: Sequence[int]
+) -> list[Chart]:
+    charts = []
+    loss = loss_curves(training, steps)
+    if loss is not None:
+        title = "Loss, logarithmic" if loss.logarithmic else "Loss"
+        charts.append(Chart(title, Markup(loss.svg), loss, digits=3))
+    for number, evaluation in enumerate(evaluations):
+        # Detectron2 leaves the name of the data set out of the keys where there is only one.
+        alone = len(evaluations) == 1
+        prefix = "bbox/" if alone else f"{evaluation.name}/bbox/"
+        curves = precision_curves(training, prefix, steps, f"precision-{number}")
+        if curves is not None:
+            title = "Precision in %" if alone else f"Precision in %, {evaluation.name}"
+            charts.append(Chart(title, Markup(curves.svg), curves, digits=1))
+    return charts
+
+
+def _figure(value: float | None) -> str:
+    """Return a percentage with one digit, or a dash where there is nothing to measure."""
+    return "\u2013" if value is None else f"{value:.1f}"

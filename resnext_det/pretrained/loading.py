@@ -1,0 +1,195 @@
+"""Weights into a model: all of them, or a list of those that did not arrive."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
+from detectron2.config import CfgNode
+from detectron2.modeling.backbone import ResNet
+from detectron2.utils.file_io import PathManager
+from torch import nn
+
+from resnext_det.errors import WeightsError
+from resnext_det.modeling.resnext import template_of
+from resnext_det.pretrained.convert import BackboneWeights, read_backbone
+from resnext_det.pretrained.layouts import is_detectron2_backbone, is_torchvision
+from resnext_det.pretrained.readers import read_tensors
+
+logger = logging.getLogger(__name__)
+
+_COUNTER = "num_batches_tracked"
+
+
+def load_weights(model: nn.Module, cfg: CfgNode, *, whole_detector: bool = False) -> str:
+    """Load cfg.MODEL.WEIGHTS into a detector, and say in one line what came and what did not.
+
+    Args:
+        model: the detector, changed in place.
+        cfg: its config.
+        whole_detector: refuse weights of a backbone alone, as an evaluation must.
+
+    Returns:
+        The line, such as "265/265 backbone tensors loaded from resnext50.pth (torchvision layout);
+        2 left out: fc.weight, fc.bias".
+
+    Raises:
+        WeightsError: the file cannot be read, does not fit the config, or leaves a tensor of the
+            backbone (of the detector, with `whole_detector`) as it was initialised.
+    """
+    path = cfg.MODEL.WEIGHTS
+    if not path:
+        return _without_weights(cfg, whole_detector)
+    try:
+        source = Path(PathManager.get_local_path(path))
+    except Exception as error:  # each kind of address has errors of its own
+        raise WeightsError(f"MODEL.WEIGHTS {path} cannot be fetched: {error}") from error
+    raw = read_tensors(source)
+    if not (is_torchvision(raw) or is_detectron2_backbone(raw)):
+        return _load_detector(model, raw, source, whole_detector)
+    if whole_detector:
+        raise WeightsError(
+            f"MODEL.WEIGHTS {path} holds a backbone alone. To evaluate, name the weights of a "
+            "whole detector, such as model_final.pth of a training's output folder."
+        )
+    return load_backbone(model, read_backbone(source), cfg)
+
+
+def _without_weights(cfg: CfgNode, whole_detector: bool) -> str:
+    if whole_detector:
+        raise WeightsError(
+            "MODEL.WEIGHTS is empty: name the weights of the detector to evaluate, such as "
+            "MODEL.WEIGHTS output/model_final.pth."
+        )
+    line = "no weights loaded: MODEL.WEIGHTS is empty, so every tensor starts random"
+    if cfg.MODEL.RESNETS.NORM == "FrozenBN":
+        line += (
+            ", and MODEL.RESNETS.NORM FrozenBN on random weights normalises nothing: "
+            "to train from scratch choose BN, SyncBN or GN, and MODEL.BACKBONE.FREEZE_AT 0"
+        )
+    return line
+
+
+def load_backbone(model: nn.Module, weights: BackboneWeights, cfg: CfgNode) -> str:
+    """Load a backbone's weights into a detector whose backbone is a Detectron2 ResNet.
+
+    Args:
+        model: the detector, changed in place; in a C4 detector res5 sits in the head.
+        weights: what `read_backbone` gave.
+        cfg: the detector's config, for the message when they do not fit.
+
+    Returns:
+        One line on what was loaded and what was left out.
+
+    Raises:
+        WeightsError: another depth, template or norm, or tensors that are missing.
+    """
+    _refuse_other_network(weights, cfg)
+    targets = _backbone_tensors(model)
+    missing = [name for name in targets if name not in weights.tensors]
+    if missing:
+        raise WeightsError(
+            f"{weights.source} lacks {len(missing)} of {len(targets)} backbone tensors: "
+            f"{', '.join(missing[:5])}. Nothing was loaded."
+        )
+    _refuse_other_shapes(weights, targets)
+    with torch.no_grad():
+        for name, tensor in targets.items():
+            tensor.copy_(weights.tensors[name])
+    unused = [*weights.left_out, *(name for name in weights.tensors if name not in targets)]
+    line = (
+        f"{len(targets)}/{len(targets)} backbone tensors loaded from {weights.source} "
+        f"({weights.layout} layout); {len(unused)} left out"
+    )
+    if unused:
+        line += f": {', '.join(unused[:8])}{', ...' if len(unused) > 8 else ''}"
+    if weights.counters:
+        line += f" (and {weights.counters} num_batches_tracked, which nothing reads)"
+    return line
+
+
+def _refuse_other_network(weights: BackboneWeights, cfg: CfgNode) -> None:
+    wanted = cfg.MODEL.RESNETS.DEPTH, template_of(cfg)
+    if (weights.depth, weights.template) == wanted:
+        return
+    template = weights.template
+    raise WeightsError(
+        f"{weights.source} holds a {weights}, and the config describes a ResNeXt-{wanted[0]} "
+        f"{wanted[1]}. Name other weights, or set MODEL.RESNETS.DEPTH {weights.depth} "
+        f"MODEL.RESNETS.NUM_GROUPS {template.cardinality} "
+        f"MODEL.RESNETS.WIDTH_PER_GROUP {template.width}."
+    )
+
+
+def _refuse_other_shapes(weights: BackboneWeights, targets: Mapping[str, torch.Tensor]) -> None:
+    wrong = [
+        f"{name} is {tuple(weights.tensors[name].shape)} in the file and {tuple(target.shape)} here"
+        for name, target in targets.items()
+        if weights.tensors[name].shape != target.shape
+    ]
+    if wrong:
+        raise WeightsError(
+            f"{weights.source}: {len(wrong)} tensors have another shape: {'; '.join(wrong[:3])}. "
+            "Compare STEM_OUT_CHANNELS, RES2_OUT_CHANNELS and WIDTH_PER_GROUP of MODEL.RESNETS."
+        )
+
+
+def _backbone_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the tensors of a detector's ResNet by the names they have in the ResNet alone."""
+    state = model.state_dict(keep_vars=True)
+    prefixes = {
+        f"{name}." if name else "": ""
+        for name, module in model.named_modules()
+        if isinstance(module, ResNet)
+    }
+    if not prefixes:
+        raise WeightsError(
+            "this model has no Detectron2 ResNet or ResNeXt to load weights into; set "
+            "MODEL.BACKBONE.NAME to one of this package's backbones."
+        )
+    prefixes["roi_heads.res5."] = "res5."  # the C4 head
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        for prefix, replacement in prefixes.items():
+            if name.startswith(prefix) and not name.endswith(_COUNTER):
+                found[replacement + name.removeprefix(prefix)] = tensor
+    return found
+
+
+def _load_detector(
+    model: nn.Module, raw: Mapping[str, torch.Tensor], source: Path, whole_detector: bool
+) -> str:
+    """Load a detector, or a backbone under names that Detectron2 knows how to match."""
+    state = model.state_dict()
+    named = {name: tensor for name, tensor in raw.items() if name in state}
+    if not named:
+        caffe2 = any("branch2a" in name for name in raw)
+        aligned = align_and_update_state_dicts(state, dict(raw), c2_conversion=caffe2)
+        named = {name: tensor for name, tensor in aligned.items() if name in state}
+    fitting = {name: t for name, t in named.items() if t.shape == state[name].shape}
+    absent = [name for name in state if name not in fitting and not name.endswith(_COUNTER)]
+    backbone = [name for name in absent if name.startswith(("backbone.", "roi_heads.res5."))]
+    pyramid = ("backbone.fpn_", "backbone.top_block")
+    needed = absent if whole_detector else [n for n in backbone if not n.startswith(pyramid)]
+    if needed or not fitting:
+        raise WeightsError(
+            f"{source} leaves {len(needed) or len(state)} tensors of the model without weights: "
+            f"{', '.join((needed or list(state))[:5])}. Either they are missing in the file or "
+            "they have another shape there; compare MODEL.RESNETS and NUM_CLASSES of the config "
+            "with those the file was trained with. Nothing was loaded."
+        )
+    wrong = [name for name, tensor in fitting.items() if not torch.isfinite(tensor).all()]
+    if wrong:
+        raise WeightsError(f"{source} holds NaN or infinite values in: {', '.join(wrong[:5])}")
+    model.load_state_dict(fitting, strict=False)
+    total = sum(not name.endswith(_COUNTER) for name in state)
+    line = f"{total - len(absent)}/{total} tensors of the detector loaded from {source}"
+    if absent:
+        line += (
+            f"; {len(absent)} start random, as the file lacks them or holds another shape: "
+            f"{', '.join(absent[:8])}{', ...' if len(absent) > 8 else ''}"
+        )
+    return line
