@@ -32,14 +32,12 @@ def main():
     wanted = fingerprint(arguments.detectron2)
     if read(stamp) == wanted:
         return
-    make_environment(folder)
-    if os.path.exists(stamp):
-        os.remove(stamp)
+    make_environment(folder, stamp)
+    write(stamp, "not finished")
     python = os.path.join(folder, "Scripts" if os.name == "nt" else "bin", "python")
     install(python, arguments.detectron2)
     verify(python)
-    with open(stamp, "w") as file:
-        file.write(wanted)
+    write(stamp, wanted)
     print("Installed into {}".format(folder))
 
 
@@ -75,20 +73,40 @@ def read(name):
         return file.read()
 
 
-def make_environment(folder):
-    """Create the virtual environment, anew where one of another Python stands."""
-    configuration = read(os.path.join(folder, "pyvenv.cfg"))
-    if configuration is not None and "= {}".format(platform.python_version()) in configuration:
+def write(name, text):
+    """Write a text file."""
+    with open(name, "w") as file:
+        file.write(text)
+
+
+def make_environment(folder, stamp):
+    """Create the virtual environment; one of another Python gives way if this script made it."""
+    version = environment_version(folder)
+    if version == platform.python_version():
         return
-    if configuration is not None:
+    if version is not None and os.path.exists(stamp):
         shutil.rmtree(folder)
-    elif os.path.isdir(folder) and os.listdir(folder):
+    elif version is not None:
+        sys.exit(
+            "error: {} is a virtual environment of Python {} that somebody else made; name "
+            "another folder, or remove it yourself.".format(folder, version)
+        )
+    elif os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         sys.exit("error: {} is not a virtual environment; move it away first.".format(folder))
     if subprocess.call([sys.executable, "-m", "venv", folder]) != 0:
         sys.exit(
             "error: Python's venv module failed. On Debian and Ubuntu: "
             "apt-get install python{}.{}-venv".format(*sys.version_info[:2])
         )
+
+
+def environment_version(folder):
+    """Return the Python version of a virtual environment, or None where there is none."""
+    for line in (read(os.path.join(folder, "pyvenv.cfg")) or "").splitlines():
+        name, _, value = line.partition("=")
+        if name.strip() == "version":
+            return value.strip()
+    return None
 
 
 def install(python, detectron2):

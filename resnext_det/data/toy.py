@@ -24,7 +24,7 @@ from pycocotools import mask as rle
 from tqdm import tqdm
 
 from resnext_det.data.shapes import CLASSES, Generator, Points, background, fill, outline
-from resnext_det.errors import DatasetError
+from resnext_det.errors import ConfigError, DatasetError
 
 Mask = NDArray[np.bool_]
 Canvas = NDArray[np.float64]
@@ -33,6 +33,7 @@ Canvas = NDArray[np.float64]
 SIZES = {"small": (22.0, 36.0), "medium": (44.0, 96.0), "large": (128.0, 150.0)}
 SHARES = {"small": 0.2, "medium": 0.6, "large": 0.2}
 _MOST_OVERLAP = 0.25
+_SHORTEST_SIDE = 96
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,11 @@ def write_toy_coco(root: Path, spec: ToySpec = ToySpec()) -> Path:
         `root`.
 
     Raises:
+        ConfigError: a count or a side of `spec` that no image can have.
         DatasetError: the folder exists and is something else, or cannot be written.
     """
-    described = json.dumps({"toy_coco": 1, **vars(spec)}, sort_keys=True)
+    _check(spec)
+    described = json.dumps({"toy_coco": 2, **vars(spec)}, sort_keys=True)
     marker = root / "toy_coco.json"
     if marker.is_file() and marker.read_text() == described:
         return root
@@ -101,6 +104,16 @@ def write_toy_coco(root: Path, spec: ToySpec = ToySpec()) -> Path:
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return root
+
+
+def _check(spec: ToySpec) -> None:
+    if min(spec.train_images, spec.val_images, spec.seed) < 0:
+        raise ConfigError(f"{spec}: numbers of images and the seed must be 0 or more.")
+    if not _SHORTEST_SIDE <= spec.shortest_side <= spec.longest_side:
+        raise ConfigError(
+            f"{spec}: the sides of an image must be {_SHORTEST_SIDE} pixels or more, to hold a "
+            "crowd, and the shortest no longer than the longest."
+        )
 
 
 def _write_split(root: Path, split: str, first_id: int, count: int, spec: ToySpec) -> None:
@@ -221,7 +234,17 @@ def _hides_too_much(mask: Mask, objects: list[Drawn]) -> bool:
             return True
         if covered > _MOST_OVERLAP * drawn.visible.sum():
             return True
+        # Wholly inside another it would leave a hole, which no COCO polygon can have.
+        if covered and not (_grown(mask) & ~drawn.visible).any():
+            return True
     return False
+
+
+def _grown(mask: Mask) -> Mask:
+    """Return the mask with the pixels next to it, diagonals included."""
+    padded = np.pad(mask, 1)
+    rows = padded[:-2] | padded[1:-1] | padded[2:]
+    return rows[:, :-2] | rows[:, 1:-1] | rows[:, 2:]
 
 
 def _cover(objects: list[Drawn], mask: Mask) -> None:

@@ -209,7 +209,9 @@ def _label(
     return place
 
 
-def _shortened(text: str, pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, width: float) -> str:
+def _shortened(
+    text: str, pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, width: float
+) -> str:
     text = text[:200]  # no picture has room for more, and measuring a long text takes long
     if pen.textlength(text, font=font) <= width:
         return text

@@ -105,9 +105,7 @@ def evaluate_boxes(annotations: Path, detections: list[dict[str, Any]]) -> BoxFi
     for position, category in enumerate(evaluation.params.cat_ids):
         instances = len(truth.get_ann_ids(cat_ids=[category], iscrowd=False))
         of_class = precision[:, :, position]
-        rows.append(
-            ClassFigures(names[category], _mean(of_class), _mean(of_class[:1]), instances)
-        )
+        rows.append(ClassFigures(names[category], _mean(of_class), _mean(of_class[:1]), instances))
     return BoxFigures(figures, tuple(rows))
 
 

@@ -222,9 +222,7 @@ def _box(entry: dict[str, Any]) -> list[float]:
     return [float(x), float(y), float(width), float(height)]
 
 
-def _draw(
-    images: Path, sample: Sample, outcome: Outcome, names: dict[int, str]
-) -> Entry | None:
+def _draw(images: Path, sample: Sample, outcome: Outcome, names: dict[int, str]) -> Entry | None:
     """Return the picture of a sample with its boxes, or None where it cannot be read."""
     try:
         with Image.open(images / sample.file_name) as file:

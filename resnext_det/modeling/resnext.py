@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 
 from detectron2.config import CfgNode
 from detectron2.layers import CNNBlockBase, ShapeSpec
@@ -107,8 +108,11 @@ class ResNeXt(ResNet):
             channels, out_channels = out_channels, 2 * out_channels
         features = None if out_features is None else list(out_features)
         super().__init__(  # type: ignore[no-untyped-call]
-            stem, stages, num_classes, features, freeze_at
+            stem, stages, num_classes, features if num_classes is None else None, freeze_at
         )
+        if num_classes is not None and features is not None:
+            # Detectron2 drops the stages past the last one named, and with them the classifier's.
+            self._out_features = features
         self.depth = depth
         self.template = template
 
@@ -135,6 +139,12 @@ def _check(
 
 
 def _check_deformable(deform_on_per_stage: Sequence[bool]) -> None:
+    if any(deform_on_per_stage) and find_spec("detectron2._C") is None:
+        raise ConfigError(
+            f"MODEL.RESNETS.DEFORM_ON_PER_STAGE is {list(deform_on_per_stage)}, and this "
+            "Detectron2 was installed without its compiled part, which deformable convolutions "
+            "need. Build Detectron2 from source (make setup DETECTRON2=source), or set it False."
+        )
     if len(deform_on_per_stage) != 4:
         raise ConfigError(
             f"MODEL.RESNETS.DEFORM_ON_PER_STAGE is {list(deform_on_per_stage)}; it must hold four "
@@ -182,7 +192,7 @@ def build_resnext_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNeXt:
     return ResNeXt(
         resnets.DEPTH,
         template,
-        in_channels=input_shape.channels or 3,
+        in_channels=input_shape.channels if input_shape.channels is not None else 3,
         stem_out_channels=resnets.STEM_OUT_CHANNELS,
         res2_out_channels=resnets.RES2_OUT_CHANNELS,
         norm=resnets.NORM,

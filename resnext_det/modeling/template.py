@@ -17,7 +17,7 @@ BLOCKS_PER_STAGE: dict[int, tuple[int, int, int, int]] = {
 """Blocks in res2 to res5 by depth. 50 and 101: paper, Table 1 and section 5.1; 152 and 200: He et
 al., "Deep Residual Learning" and "Identity Mappings"; 26: half of a ResNet-50, as timm has it."""
 
-_NOTATION = re.compile(r"([1-9]\d*)x([1-9]\d*)d")
+_NOTATION = re.compile(r"([1-9][0-9]*)x([1-9][0-9]*)d")
 _WIDEST = 4096
 
 
@@ -48,14 +48,15 @@ class Template:
                 f"template {self.notation!r} cannot be read. A template is written CxDd, "
                 'cardinality C and width d of a path, such as "32x4d", "64x4d" or "1x64d".'
             )
-        cardinality, width = int(match[1]), int(match[2])
-        if cardinality > _WIDEST or width > _WIDEST:
+        longest = max(len(match[1]), len(match[2]))
+        # int() itself refuses thousands of digits, with an error of its own.
+        if longest > 4 or max(int(match[1]), int(match[2])) > _WIDEST:
             raise ConfigError(
                 f"template {self.notation!r} is wider than anything that can be built: cardinality "
                 f"and width may be at most {_WIDEST}."
             )
-        object.__setattr__(self, "cardinality", cardinality)
-        object.__setattr__(self, "width", width)
+        object.__setattr__(self, "cardinality", int(match[1]))
+        object.__setattr__(self, "width", int(match[2]))
 
     def __str__(self) -> str:
         return self.notation

@@ -25,8 +25,8 @@ _BLOCK = {
     "downsample.0": "shortcut",
     "downsample.1": "shortcut.norm",
 }
-_BLOCK_NAME = re.compile(r"layer([1-4])\.(\d+)\.(.+)\.([^.]+)")
-_DETECTRON2_BLOCK = re.compile(r"res([2-5])\.(\d+)\.(.+)\.([^.]+)")
+_BLOCK_NAME = re.compile(r"layer([1-4])\.(0|[1-9][0-9]*)\.(.+)\.([^.]+)")
+_DETECTRON2_BLOCK = re.compile(r"res([2-5])\.(0|[1-9][0-9]*)\.(.+)\.([^.]+)")
 
 
 def is_torchvision(names: Mapping[str, object]) -> bool:
@@ -67,7 +67,7 @@ def _to_detectron2(name: str) -> str | None:
     if match is not None:
         stage, block, module, kind = match.groups()
         new = _BLOCK.get(module)
-        return None if new is None else f"res{int(stage) + 1}.{int(block)}.{new}.{kind}"
+        return None if new is None else f"res{int(stage) + 1}.{block}.{new}.{kind}"
     module, _, kind = name.rpartition(".")
     return f"{_STEM[module]}.{kind}" if module in _STEM else None
 
