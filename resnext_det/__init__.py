@@ -5,6 +5,8 @@ Nothing else happens at import: no download, no logging set up, no environment c
 
 from __future__ import annotations
 
+import importlib.util
+
 __version__ = "0.1.0"
 
 
@@ -12,8 +14,11 @@ def _require_detectron2() -> None:
     """Raise one error that says how to mend a Detectron2 that is missing or does not import."""
     try:
         import detectron2.data
-        import detectron2.modeling
-        import pkg_resources  # noqa: F401  # detectron2.model_zoo imports it
+        import detectron2.modeling  # noqa: F401
+
+        # Detectron2's model zoo imports it, with a warning that is not ours to give.
+        if importlib.util.find_spec("pkg_resources") is None:
+            raise ImportError("pkg_resources is missing; setuptools below 81 has it")
     except Exception as error:
         raise ImportError(
             f"resnext_det needs Detectron2, and importing it failed: {type(error).__name__}: "

@@ -17,7 +17,7 @@ from detectron2.utils import comm
 
 from resnext_det import load_config
 from resnext_det.data.checks import check_datasets
-from resnext_det.engine.setup import quieten_detectron2, set_up
+from resnext_det.engine.setup import set_up
 from resnext_det.engine.trainer import Trainer, evaluate
 from resnext_det.errors import reported
 
@@ -41,7 +41,6 @@ def parse() -> argparse.Namespace:
 def run(cfg: CfgNode, arguments: argparse.Namespace) -> None:
     """Train or evaluate, in one of the processes."""
     with reported():
-        quieten_detectron2()
         tested, trained = list(cfg.DATASETS.TEST), list(cfg.DATASETS.TRAIN)
         check_datasets(cfg, tested if arguments.eval_only else [*trained, *tested])
         set_up(cfg, arguments)

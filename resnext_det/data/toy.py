@@ -244,7 +244,8 @@ def _grown(mask: Mask) -> Mask:
     """Return the mask with the pixels next to it, diagonals included."""
     padded = np.pad(mask, 1)
     rows = padded[:-2] | padded[1:-1] | padded[2:]
-    return rows[:, :-2] | rows[:, 1:-1] | rows[:, 2:]
+    grown: Mask = rows[:, :-2] | rows[:, 1:-1] | rows[:, 2:]
+    return grown
 
 
 def _cover(objects: list[Drawn], mask: Mask) -> None:

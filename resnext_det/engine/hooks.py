@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import logging
 import sys
+from typing import NoReturn
 
 from detectron2.engine import HookBase
 from detectron2.utils.events import EventStorage
@@ -25,7 +26,7 @@ class Progress(HookBase):
         """
         self._period = period
         self._window = window
-        self._bar: tqdm[None] | None = None
+        self._bar: tqdm[NoReturn] | None = None
 
     def before_train(self) -> None:
         """Open the bar, where there is a terminal to show it."""

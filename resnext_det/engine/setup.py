@@ -29,6 +29,7 @@ def set_up(cfg: CfgNode, arguments: argparse.Namespace) -> None:
     """
     _check_writable(Path(cfg.OUTPUT_DIR))
     default_setup(cfg, arguments)
+    quieten_detectron2()
     setup_logger(
         cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="resnext_det", abbrev_name="resnext"
     )
@@ -37,8 +38,7 @@ def set_up(cfg: CfgNode, arguments: argparse.Namespace) -> None:
 def quieten_detectron2() -> None:
     """Keep Detectron2's and fvcore's information off the terminal; warnings still come."""
     for name in ("detectron2", "fvcore"):
-        logger = setup_logger(name=name)
-        for handler in logger.handlers:
+        for handler in setup_logger(name=name).handlers:
             if type(handler) is logging.StreamHandler:
                 handler.setLevel(logging.WARNING)
 

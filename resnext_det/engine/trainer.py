@@ -9,8 +9,11 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, HookBase
+from detectron2.modeling import build_model
+from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from resnext_det.data.checks import NamingDatasetMapper
 from resnext_det.engine.hooks import Progress
@@ -22,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer(DefaultTrainer):
-    """Trains a detector as its config says; Detectron2's `DefaultTrainer` in every other respect."""
+    """Trains a detector as its config says; otherwise Detectron2's `DefaultTrainer`."""
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Go on with the last checkpoint of OUTPUT_DIR, or load MODEL.WEIGHTS.
@@ -42,7 +45,7 @@ class Trainer(DefaultTrainer):
                 f"--resume: there is no checkpoint in {self.cfg.OUTPUT_DIR} to resume from. Leave "
                 "--resume out to start, or name the folder of the earlier run: OUTPUT_DIR FOLDER."
             )
-        super().resume_or_load(resume=True)
+        super().resume_or_load(resume=True)  # type: ignore[no-untyped-call]
         logger.info(
             "resumed from %s at iteration %d of %d",
             self.checkpointer.get_checkpoint_file(),
@@ -51,20 +54,14 @@ class Trainer(DefaultTrainer):
         )
 
     def _bare_model(self) -> nn.Module:
-        model: nn.Module = self.model
-        inner = getattr(model, "module", model)  # the network inside DistributedDataParallel
-        return inner if isinstance(inner, nn.Module) else model
+        model: nn.Module = self._trainer.model
+        return model.module if isinstance(model, DistributedDataParallel) else model
 
     def build_hooks(self) -> list[HookBase]:
         """Return Detectron2's hooks and the progress display."""
-        hooks: list[HookBase] = super().build_hooks()
+        hooks: list[HookBase] = super().build_hooks()  # type: ignore[no-untyped-call]
         # Before the writer, which clears what the display reads, and only in the main process.
-        return [*hooks[:-1], Progress(), hooks[-1]] if self._writes() else hooks
-
-    def _writes(self) -> bool:
-        from detectron2.utils import comm
-
-        return bool(comm.is_main_process())
+        return [*hooks[:-1], Progress(), hooks[-1]] if comm.is_main_process() else hooks
 
     def build_writers(self) -> list[EventWriter]:
         """Return writers of metrics.jsonl and TensorBoard's events."""
@@ -105,9 +102,9 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
     """
     if resume:
         cfg = _with_last_checkpoint(cfg)
-    model = Trainer.build_model(cfg)
+    model = build_model(cfg)
     logger.info("%s", load_weights(model, cfg, whole_detector=True))
-    results: dict[str, Any] = Trainer.test(cfg, model)
+    results: dict[str, Any] = Trainer.test(cfg, model)  # type: ignore[no-untyped-call]
     return results
 
 

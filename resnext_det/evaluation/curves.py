@@ -178,10 +178,10 @@ def _for_page(document: str) -> str:
     """Turn a whole SVG document into an element that may stand in a page beside others."""
     element = document[document.index("<svg") :]
     # Matplotlib's style sheet would hold for the whole page, and its ids repeat in each figure.
+    # Inside HTML an <svg> needs no namespaces.
     element = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", element, flags=re.DOTALL)
     element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
     element = re.sub(r'<g id="[^"]*"', "<g", element)
-    element = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", element)
     element = re.sub(r'<svg [^>]*(viewBox="[^"]*")[^>]*>', r"<svg \1>", element, count=1)
     for colour, variable in _VARIABLES.items():
         element = element.replace(colour, variable)

@@ -26,9 +26,9 @@ from resnext_det.evaluation.environment import hardware, versions
 logger = logging.getLogger(__name__)
 
 FIGURES = (
-    ("AP", "AP50", "AP75", "APs", "APm", "APl")
-    + ("AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-)  # fmt: skip
+    *("AP", "AP50", "AP75", "APs", "APm", "APl"),
+    *("AR1", "AR10", "AR100", "ARs", "ARm", "ARl"),
+)
 """The 12 figures in the order of COCO's own summary."""
 
 

@@ -115,7 +115,7 @@ def _render(run: Path) -> str:
         config=config,
         sections=sections,
         trained=bool(training),
-        charts=_charts(training, metrics.evaluations, steps),
+        charts=_charts(training, steps),
         steps=steps,
         tables=(("Average precision", PRECISION), ("Average recall", RECALL)),
         colours={"truth": TRUTH_COLOUR, "right": PREDICTION_COLOUR, "wrong": MISTAKE_COLOUR},
@@ -124,21 +124,19 @@ def _render(run: Path) -> str:
     )
 
 
-def _charts(
-    training: Sequence[Record], evaluations: Sequence[Evaluation], steps: Sequence[int]
-) -> list[Chart]:
+def _charts(training: Sequence[Record], steps: Sequence[int]) -> list[Chart]:
     charts = []
     loss = loss_curves(training, steps)
     if loss is not None:
         title = "Loss, logarithmic" if loss.logarithmic else "Loss"
         charts.append(Chart(title, Markup(loss.svg), loss, digits=3))
-    for number, evaluation in enumerate(evaluations):
-        # Detectron2 leaves the name of the data set out of the keys where there is only one.
-        alone = len(evaluations) == 1
-        prefix = "bbox/" if alone else f"{evaluation.name}/bbox/"
-        curves = precision_curves(training, prefix, steps, f"precision-{number}")
+    # Detectron2 writes "bbox/AP", or "NAME/bbox/AP" where it evaluates on several data sets.
+    keys = dict.fromkeys(key for record in training for key in record)
+    for prefix in [key.removesuffix("AP") for key in keys if key.endswith("bbox/AP")]:
+        curves = precision_curves(training, prefix, steps, prefix)
         if curves is not None:
-            title = "Precision in %" if alone else f"Precision in %, {evaluation.name}"
+            name = prefix.removesuffix("bbox/").removesuffix("/")
+            title = f"Precision in %, {name}" if name else "Precision in %"
             charts.append(Chart(title, Markup(curves.svg), curves, digits=1))
     return charts
 

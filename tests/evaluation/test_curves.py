@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from resnext_det.evaluation.curves import loss_curves, precision_curves
@@ -59,3 +61,11 @@ def test_the_running_mean_is_centred() -> None:
     straight = loss_curves(rising, [])
     assert straight is not None
     assert straight.lines[0].y == pytest.approx(straight.lines[0].x)
+
+
+def test_figures_of_different_names_share_no_ids() -> None:
+    records = [{"iteration": float(i), "bbox/AP": 10.0 * i} for i in range(5)]
+    figures = [precision_curves(records, "bbox/", [], name) for name in ("one", "other")]
+    one, other = (set(re.findall(r'id="([^"]*)"', figure.svg)) for figure in figures if figure)
+    assert one
+    assert not one & other

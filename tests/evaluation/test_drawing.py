@@ -91,11 +91,18 @@ def test_crowds_are_dashed() -> None:
 
 
 @pytest.mark.parametrize(
-    "box", [(-50, -50, 2000, 2000), (390, 390, 50, 50), (-80, 20, 10, 10), (20, 20, 0, -5)]
+    "box", [(-50, -50, 2000, 2000), (390, 390, 50, 50), (-80, 20, 10, 10), (20, 20, -9, -5)]
 )
 def test_boxes_beyond_the_picture_are_drawn_at_its_edge(box: tuple[float, ...]) -> None:
     drawn = draw_boxes(grey(), [LabelledBox(box, "a label that is " * 40, TRUTH_COLOUR)])
     assert where(drawn, TRUTH_COLOUR).any()
+
+
+def test_all_edges_of_a_box_larger_than_the_picture_are_seen() -> None:
+    drawn = where(
+        draw_boxes(grey(), [LabelledBox((-50, -50, 900, 900), "", TRUTH_COLOUR)]), TRUTH_COLOUR
+    )
+    assert all(edge.all() for edge in (drawn[0], drawn[-1], drawn[:, 0], drawn[:, -1]))
 
 
 def test_accents_are_letters() -> None:

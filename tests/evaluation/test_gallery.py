@@ -64,3 +64,11 @@ def test_the_gallery_has_the_best_and_the_worst(run: Path) -> None:
     header, _, encoded = gallery.best[0].truth.partition(",")
     assert header == "data:image/jpeg;base64"
     assert min(Image.open(io.BytesIO(base64.b64decode(encoded))).size) >= 320
+
+
+def test_others_take_the_place_of_missing_pictures(run: Path) -> None:
+    evaluation = read_metrics(run).evaluations[0]
+    first = make_gallery(evaluation, 3).worst[0]
+    (evaluation.images / first.file_name).unlink()
+    gallery = make_gallery(evaluation, 3)
+    assert (len(gallery.best), len(gallery.worst), gallery.missing) == (2, 1, 1)

@@ -152,6 +152,23 @@ def test_an_evaluation_without_training_has_no_curves(run: Path) -> None:
     assert "evaluated only" in without.text
 
 
+def test_several_data_sets_have_a_section_and_a_curve_each(run: Path) -> None:
+    document = json.loads((run / "metrics.json").read_text())
+    document["datasets"]["second_val"] = document["datasets"]["toy_val"]
+    (run / "metrics.json").write_text(json.dumps(document))
+    lines = (run / "metrics.jsonl").read_text()
+    prefixed = '{"iteration": 400, "toy_val/bbox/AP": 7.0, "second_val/bbox/AP": 8.0}\n'
+    (run / "metrics.jsonl").write_text(lines.replace('"bbox/', '"other_val/bbox/') + prefixed)
+    page = Page(write_report(run))
+    for words in (
+        "Results on toy_val", "Results on second_val", "Classes on second_val",
+        "Precision in %, toy_val AP 7.0", "Precision in %, second_val AP 8.0",
+    ):  # fmt: skip
+        assert words in page.text
+    ids = re.findall(r'\sid="([^"]*)"', page.source)
+    assert len(ids) == len(set(ids))
+
+
 def test_figures_take_their_colours_from_the_page(run: Path) -> None:
     page = Page(write_report(run))
     drawings = re.findall(r"<svg.*?</svg>", page.source, flags=re.DOTALL)
