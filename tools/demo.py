@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from resnext_det import load_config
 from resnext_det.engine.predictor import Predictor
-from resnext_det.engine.setup import quieten_detectron2
 from resnext_det.errors import reported
 from resnext_det.evaluation.drawing import draw_detections
 
@@ -27,7 +26,6 @@ def main() -> None:
     parser.add_argument("--opts", nargs="*", default=[], metavar="KEY VALUE", help="overrides")
     arguments = parser.parse_args()
     with reported():
-        quieten_detectron2()
         predictor = Predictor(load_config(arguments.config_file, arguments.opts))
     print(predictor.report)
     arguments.output.mkdir(parents=True, exist_ok=True)

@@ -28,17 +28,22 @@ def set_up(cfg: CfgNode, arguments: argparse.Namespace) -> None:
         ConfigError: OUTPUT_DIR cannot be written.
     """
     _check_writable(Path(cfg.OUTPUT_DIR))
-    default_setup(cfg, arguments)
+    rank = comm.get_rank()
+    # Detectron2 keeps the logger that it makes for the same arguments: these are default_setup's.
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name="fvcore")
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank)
     quieten_detectron2()
+    default_setup(cfg, arguments)
     setup_logger(
-        cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="resnext_det", abbrev_name="resnext"
+        cfg.OUTPUT_DIR, distributed_rank=rank, name="resnext_det", abbrev_name="resnext_det"
     )
 
 
 def quieten_detectron2() -> None:
     """Keep Detectron2's and fvcore's information off the terminal; warnings still come."""
     for name in ("detectron2", "fvcore"):
-        for handler in setup_logger(name=name).handlers:
+        logger = logging.getLogger(name)
+        for handler in logger.handlers:
             if type(handler) is logging.StreamHandler:
                 handler.setLevel(logging.WARNING)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,3 +73,22 @@ def test_others_take_the_place_of_missing_pictures(run: Path) -> None:
     (evaluation.images / first.file_name).unlink()
     gallery = make_gallery(evaluation, 3)
     assert (len(gallery.best), len(gallery.worst), gallery.missing) == (2, 1, 1)
+
+
+def test_sure_predictions_come_first_and_unsure_ones_do_not_count(
+    run: Path, annotation_file: Path
+) -> None:
+    box = [20.0, 20.0, 40.0, 40.0]
+    document = json.loads(annotation_file.read_text())
+    image = document["images"][0]["id"]
+    document["annotations"] = [{"image_id": image, "category_id": 1, "bbox": box}]
+    annotation_file.write_text(json.dumps(document))
+    shifted = [30.0, 20.0, 40.0, 40.0]
+    results = [
+        {"image_id": image, "category_id": 1, "bbox": xywh, "score": score}
+        for xywh, score in ((box, 0.6), (shifted, 0.9), (box, 0.4))
+    ]
+    (run / "results.json").write_text(json.dumps(results))
+    (entry,) = make_gallery(read_metrics(run).evaluations[0], 3).best
+    assert (entry.found, entry.objects, entry.false) == (1, 1, 1)
+    assert entry.score == pytest.approx(0.6 / 1.5)  # the surer, shifted one has the match
