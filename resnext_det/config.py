@@ -63,7 +63,14 @@ def load_config(file: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
         # yacs names the key only inside the sentence "Non-existent config key: A.B.C".
         key = str(error).strip("'\"").rpartition(": ")[2]
         raise ConfigError(f"{path}: {_unknown(cfg, key)}") from error
-    except (OSError, ValueError, AssertionError, TypeError, AttributeError, yaml.YAMLError) as error:
+    except (
+        OSError,
+        ValueError,
+        AssertionError,
+        TypeError,
+        AttributeError,
+        yaml.YAMLError,
+    ) as error:
         raise ConfigError(f"{path} cannot be read as a config: {error}") from error
     try:
         cfg.merge_from_list(list(overrides))

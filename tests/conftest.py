@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+
 from resnext_det.data.toy import ToySpec, write_toy_coco
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.modeling import build_model
+
 from resnext_det import load_config, model_zoo
 from resnext_det.errors import ConfigError
 
@@ -38,7 +39,7 @@ def test_a_shipped_config_builds(name: str) -> None:
     """On the meta device: shapes and numbers of parameters without the memory."""
     cfg = model_zoo.get_config(name)
     resnets = cfg.MODEL.RESNETS
-    assert (resnets.DEPTH, resnets.NUM_GROUPS, resnets.WIDTH_PER_GROUP) == SHAPES[name]
+    assert SHAPES[name] == (resnets.DEPTH, resnets.NUM_GROUPS, resnets.WIDTH_PER_GROUP)
     with torch.device("meta"):
         cfg = cfg.clone()
         cfg.defrost()
@@ -101,4 +102,4 @@ def test_hostile_and_broken_yaml_is_refused(text: str, tmp_path: Path) -> None:
 
 def test_the_device_follows_the_machine() -> None:
     expected = "cuda" if torch.cuda.is_available() else "cpu"
-    assert load_config("faster_rcnn_X_50_32x4d_FPN_paper").MODEL.DEVICE == expected
+    assert expected == load_config("faster_rcnn_X_50_32x4d_FPN_paper").MODEL.DEVICE

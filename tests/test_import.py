@@ -64,8 +64,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
             target.write_bytes((ROOT / name).read_bytes())
     output = tmp_path_factory.mktemp("wheel")
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
-        + ["-w", str(output), str(source)],
+        [
+            *[sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"],
+            *["-w", str(output), str(source)],
+        ],
         check=True,
         capture_output=True,
     )

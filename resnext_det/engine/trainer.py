@@ -24,6 +24,10 @@ from resnext_det.pretrained.loading import load_weights
 logger = logging.getLogger(__name__)
 
 
+# Iterations up to which every single one is written to metrics.jsonl.
+_SHORT_TRAINING = 1000
+
+
 class Trainer(DefaultTrainer):
     """Trains a detector as its config says; otherwise Detectron2's `DefaultTrainer`."""
 
@@ -60,14 +64,25 @@ class Trainer(DefaultTrainer):
     def build_hooks(self) -> list[HookBase]:
         """Return Detectron2's hooks and the progress display."""
         hooks: list[HookBase] = super().build_hooks()  # type: ignore[no-untyped-call]
-        # Before the writer, which clears what the display reads, and only in the main process.
-        return [*hooks[:-1], Progress(), hooks[-1]] if comm.is_main_process() else hooks
+        if not comm.is_main_process():
+            return hooks
+        # DefaultTrainer writes every 20 iterations, without a way to say otherwise, which leaves
+        # a short training with hardly a curve.
+        vars(hooks[-1])["_period"] = self._writing_period()
+        return [*hooks, Progress()]
+
+    def _writing_period(self) -> int:
+        return 1 if self.max_iter <= _SHORT_TRAINING else 20
 
     def build_writers(self) -> list[EventWriter]:
         """Return writers of metrics.jsonl and TensorBoard's events."""
         output = Path(self.cfg.OUTPUT_DIR)
         output.mkdir(parents=True, exist_ok=True)
-        return [JSONWriter(str(output / "metrics.jsonl")), TensorboardXWriter(str(output))]
+        window = self._writing_period()
+        return [
+            JSONWriter(str(output / "metrics.jsonl"), window_size=window),
+            TensorboardXWriter(str(output), window_size=window),
+        ]
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:

@@ -58,9 +58,10 @@ class BoxFigures:
 
     def table(self) -> str:
         """Return the figures and the classes as text for a terminal."""
-        upper = tabulate(
-            [[_shown(self.figures[name]) for name in row] for row in (FIGURES[:6], FIGURES[6:])],
-            headers=[f"{ap} / {ar}" for ap, ar in zip(FIGURES[:6], FIGURES[6:])],
+        halves = FIGURES[:6], FIGURES[6:]
+        upper = "\n\n".join(
+            tabulate([[_shown(self.figures[name]) for name in names]], headers=names)
+            for names in halves
         )
         rows = [
             [entry.name, _shown(entry.AP), _shown(entry.AP50), entry.instances]

@@ -9,11 +9,12 @@ from detectron2 import model_zoo as stock_zoo
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
+from torchvision.models.resnet import Bottleneck, ResNet
+
 from resnext_det import load_config
 from resnext_det.errors import WeightsError
 from resnext_det.pretrained.convert import read_backbone, write_detectron2
 from resnext_det.pretrained.loading import load_weights
-from torchvision.models.resnet import Bottleneck, ResNet
 
 SMALL = ["MODEL.RESNETS.DEPTH", "26", "MODEL.FPN.OUT_CHANNELS", "16", "MODEL.DEVICE", "cpu"]
 SMALL += ["MODEL.ROI_BOX_HEAD.FC_DIM", "16", "MODEL.RESNETS.NUM_GROUPS", "8"]
@@ -133,9 +134,7 @@ def test_weights_of_another_network_are_refused(
         ("shape layer1.0.conv1.weight", r"res2\.0\.conv1\.weight is \(32, 9, 1, 1\)"),
     ],
 )
-def test_incomplete_and_foreign_weights_are_refused(
-    change: str, said: str, tmp_path: Path
-) -> None:
+def test_incomplete_and_foreign_weights_are_refused(change: str, said: str, tmp_path: Path) -> None:
     state = source_network().state_dict()
     action, name = change.split(" ")
     if action == "drop":

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+
 from resnext_det.errors import WeightsError
 from resnext_det.pretrained.readers import read_tensors
 
