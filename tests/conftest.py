@@ -1,4 +1,4 @@
-"""What several tests share: a small toy data set, and the commands of tools/ as a user runs them."""
+"""What several tests share: a small toy data set, and the commands of tools/."""
 
 from __future__ import annotations
 

@@ -41,10 +41,10 @@ def test_missing_images_are_counted_and_named(registered: Path) -> None:
 
 def test_a_missing_folder_is_named(registered: Path) -> None:
     shutil.rmtree(registered / "val2017")
-    with pytest.raises(DatasetError, match="image folder .*val2017 is not there"):
+    with pytest.raises(DatasetError, match=r"image folder .*val2017 is not there"):
         check()
     shutil.rmtree(registered)
-    with pytest.raises(DatasetError, match="instances_train2017.json are not there"):
+    with pytest.raises(DatasetError, match=r"instances_train2017\.json are not there"):
         check()
 
 

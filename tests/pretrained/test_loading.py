@@ -193,7 +193,7 @@ def test_no_weights_are_said_so_and_frozen_norms_warned_of() -> None:
     assert "every tensor starts random, and MODEL.RESNETS.NORM FrozenBN" in load_weights(
         build_model(cfg), cfg
     )
-    with pytest.raises(WeightsError, match="MODEL.WEIGHTS is empty"):
+    with pytest.raises(WeightsError, match=r"MODEL\.WEIGHTS is empty"):
         load_weights(build_model(cfg), cfg, whole_detector=True)
 
 
