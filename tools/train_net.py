@@ -18,7 +18,7 @@ from detectron2.utils import comm
 from resnext_det import load_config
 from resnext_det.data.checks import check_datasets
 from resnext_det.engine.setup import set_up
-from resnext_det.engine.trainer import Trainer, evaluate
+from resnext_det.engine.trainer import Trainer, evaluate, last_checkpoint
 from resnext_det.errors import reported
 
 
@@ -43,6 +43,8 @@ def run(cfg: CfgNode, arguments: argparse.Namespace) -> None:
     with reported():
         tested, trained = list(cfg.DATASETS.TEST), list(cfg.DATASETS.TRAIN)
         check_datasets(cfg, tested if arguments.eval_only else [*trained, *tested])
+        if arguments.resume:
+            last_checkpoint(cfg)  # before anything is written
         set_up(cfg, arguments)
         if arguments.eval_only:
             results = evaluate(cfg, resume=arguments.resume)

@@ -35,20 +35,15 @@ class Trainer(DefaultTrainer):
         """Go on with the last checkpoint of OUTPUT_DIR, or load MODEL.WEIGHTS.
 
         Args:
-            resume: go on with weights, optimizer, schedule and iteration of the last checkpoint.
+            resume: go on with weights, optimizer, schedule and iteration of the last checkpoint,
+                where there is one.
 
         Raises:
-            ConfigError: there is nothing to resume.
             WeightsError: MODEL.WEIGHTS does not fill the backbone.
         """
-        if not resume:
+        if not (resume and self.checkpointer.has_checkpoint()):
             logger.info("%s", load_weights(self._bare_model(), self.cfg))
             return
-        if not self.checkpointer.has_checkpoint():
-            raise ConfigError(
-                f"--resume: there is no checkpoint in {self.cfg.OUTPUT_DIR} to resume from. Leave "
-                "--resume out to start, or name the folder of the earlier run: OUTPUT_DIR FOLDER."
-            )
         super().resume_or_load(resume=True)  # type: ignore[no-untyped-call]
         logger.info(
             "resumed from %s at iteration %d of %d",
@@ -116,20 +111,32 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
         ConfigError: `resume`, and there is no checkpoint in OUTPUT_DIR.
     """
     if resume:
-        cfg = _with_last_checkpoint(cfg)
+        checkpoint = last_checkpoint(cfg)
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.MODEL.WEIGHTS = str(checkpoint)
+        cfg.freeze()
     model = build_model(cfg)
     logger.info("%s", load_weights(model, cfg, whole_detector=True))
     results: dict[str, Any] = Trainer.test(cfg, model)  # type: ignore[no-untyped-call]
     return results
 
 
-def _with_last_checkpoint(cfg: CfgNode) -> CfgNode:
+def last_checkpoint(cfg: CfgNode) -> Path:
+    """Return the last checkpoint of OUTPUT_DIR.
+
+    Args:
+        cfg: the run's config; only OUTPUT_DIR is read.
+
+    Raises:
+        ConfigError: there is none.
+    """
     folder = Path(cfg.OUTPUT_DIR)
     pointer = folder / "last_checkpoint"
     if not pointer.is_file():
-        raise ConfigError(f"--resume: there is no checkpoint in {folder} to evaluate.")
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.WEIGHTS = str(folder / pointer.read_text().strip())
-    cfg.freeze()
-    return cfg
+        raise ConfigError(
+            f"--resume: there is no checkpoint in {folder} to go on from. Leave --resume out to "
+            "start, or name the folder of the earlier run: OUTPUT_DIR FOLDER."
+        )
+    # The pointer names a file beside it; anything else in it is not followed.
+    return folder / Path(pointer.read_text().strip()).name

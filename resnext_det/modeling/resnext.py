@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.layers import CNNBlockBase, ShapeSpec
@@ -76,36 +77,19 @@ class ResNeXt(ResNet):
             ConfigError: a value outside its range.
         """
         template = Template(template) if isinstance(template, str) else template
-        blocks = blocks_per_stage(depth)
         _check(freeze_at, res5_dilation, out_features, num_classes)
         _check_deformable(deform_on_per_stage)
         stem = BasicStem(in_channels=in_channels, out_channels=stem_out_channels, norm=norm)
-        stages: list[list[CNNBlockBase]] = []
-        channels, out_channels = stem_out_channels, res2_out_channels
-        for stage, (count, deformable) in enumerate(zip(blocks, deform_on_per_stage), start=2):
-            dilation = res5_dilation if stage == 5 else 1
-            stride = 1 if stage == 2 or dilation == 2 else 2
-            extra = (
-                {"deform_modulated": deform_modulated, "deform_num_groups": deform_num_groups}
-                if deformable
-                else {}
-            )
-            stages.append(
-                ResNet.make_stage(
-                    DeformBottleneckBlock if deformable else BottleneckBlock,
-                    count,
-                    stride_per_block=[stride] + [1] * (count - 1),
-                    in_channels=channels,
-                    out_channels=out_channels,
-                    bottleneck_channels=template.bottleneck_channels(stage),
-                    num_groups=template.cardinality,
-                    norm=norm,
-                    stride_in_1x1=stride_in_1x1,
-                    dilation=dilation,
-                    **extra,
-                )
-            )
-            channels, out_channels = out_channels, 2 * out_channels
+        stages = _make_stages(
+            blocks_per_stage(depth),
+            template,
+            channels=(stem_out_channels, res2_out_channels),
+            res5_dilation=res5_dilation,
+            deform_on_per_stage=deform_on_per_stage,
+            deform={"deform_modulated": deform_modulated, "deform_num_groups": deform_num_groups},
+            norm=norm,
+            stride_in_1x1=stride_in_1x1,
+        )
         features = None if out_features is None else list(out_features)
         super().__init__(  # type: ignore[no-untyped-call]
             stem, stages, num_classes, features if num_classes is None else None, freeze_at
@@ -115,6 +99,40 @@ class ResNeXt(ResNet):
             self._out_features = features
         self.depth = depth
         self.template = template
+
+
+def _make_stages(
+    blocks: Sequence[int],
+    template: Template,
+    *,
+    channels: tuple[int, int],
+    res5_dilation: int,
+    deform_on_per_stage: Sequence[bool],
+    deform: dict[str, Any],
+    **common: Any,
+) -> list[list[CNNBlockBase]]:
+    """Return the blocks of res2 to res5; `channels` are those out of the stem and out of res2."""
+    stages: list[list[CNNBlockBase]] = []
+    in_channels, out_channels = channels
+    for stage, (count, deformable) in enumerate(zip(blocks, deform_on_per_stage), start=2):
+        dilation = res5_dilation if stage == 5 else 1
+        stride = 1 if stage == 2 or dilation == 2 else 2
+        stages.append(
+            ResNet.make_stage(
+                DeformBottleneckBlock if deformable else BottleneckBlock,
+                count,
+                stride_per_block=[stride] + [1] * (count - 1),
+                in_channels=in_channels,
+                out_channels=out_channels,
+                bottleneck_channels=template.bottleneck_channels(stage),
+                num_groups=template.cardinality,
+                dilation=dilation,
+                **(deform if deformable else {}),
+                **common,
+            )
+        )
+        in_channels, out_channels = out_channels, 2 * out_channels
+    return stages
 
 
 def _check(
