@@ -46,11 +46,13 @@ class Progress(HookBase):
         if self._bar is not None:
             self._bar.set_postfix_str(self._losses(storage), refresh=False)
             self._bar.update()
+            if iteration == self.trainer.max_iter:
+                self._bar.close()  # the last evaluation is not training time
         elif iteration % self._period == 0 or iteration == self.trainer.max_iter:
             logger.info("%s", self._line(storage, iteration))
 
     def after_train(self) -> None:
-        """Close the bar."""
+        """Close the bar, where the training ended early."""
         if self._bar is not None:
             self._bar.close()
 

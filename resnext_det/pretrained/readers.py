@@ -35,6 +35,7 @@ class _ArrayUnpickler(pickle.Unpickler):
     """Reads pickles of numpy arrays in plain containers, and refuses everything else."""
 
     def find_class(self, module: str, name: str) -> Any:
+        """Return what builds an array; refuse any other global."""
         if (module, name) in _ALLOWED_GLOBALS:
             return super().find_class(module, name)
         raise WeightsError(
