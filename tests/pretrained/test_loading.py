@@ -205,3 +205,14 @@ def test_a_file_that_cannot_be_written_leaves_nothing(weights_file: Path, tmp_pa
     with pytest.raises(WeightsError, match=r"must end in \.pkl"):
         write_detectron2(read_backbone(weights_file), tmp_path / "weights.pth")
     assert [path.name for path in tmp_path.iterdir()] == ["a-file"]
+
+
+@pytest.mark.parametrize("kind", ["weight", "bias", "running_mean", "running_var"])
+def test_a_norm_that_is_not_whole_is_never_converted(kind: str, tmp_path: Path) -> None:
+    """Detectron2's FrozenBN would fill the gap with 0 and 1 and say nothing."""
+    state = source_network().state_dict()
+    del state[f"layer3.1.bn2.{kind}"]
+    file = tmp_path / "damaged.pth"
+    torch.save(state, file)
+    with pytest.raises(WeightsError, match=rf"lacks 1 tensors.*res4\.1\.conv2\.norm\.{kind}"):
+        read_backbone(file)
