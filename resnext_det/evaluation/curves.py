@@ -80,6 +80,7 @@ def loss_curves(records: Sequence[Record], steps: Sequence[int]) -> Curves | Non
     logarithmic = bool(values.min() > 0 and values.max() > 10 * values.min())
 
     def draw(axes: Axes) -> None:
+        """Draw the losses, the total on top."""
         for line, colour in reversed(list(zip(lines, _SERIES, strict=False))):
             axes.plot(line.x, line.y, color=colour, linewidth=2.4 if line is lines[0] else 1.5)
         if logarithmic:
@@ -114,6 +115,7 @@ def precision_curves(
     last = max(record["iteration"] for record in records)
 
     def draw(axes: Axes) -> None:
+        """Draw the precisions, a dot for every evaluation."""
         for line, colour in zip(lines, _SERIES, strict=False):
             axes.plot(line.x, line.y, color=colour, linewidth=2, marker="o", markersize=4.5)
         highest = max(float(line.y.max()) for line in lines)

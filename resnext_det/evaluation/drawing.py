@@ -84,33 +84,6 @@ def draw_boxes(
     return canvas
 
 
-def draw_truth(
-    picture: Image.Image,
-    boxes_xywh: Sequence[Sequence[float]],
-    class_names: Sequence[str],
-    crowds: Sequence[bool],
-) -> Image.Image:
-    """Draw annotated boxes in the colour of the truth, crowds dashed.
-
-    Args:
-        picture: of any size and mode.
-        boxes_xywh: N boxes: left, top, width and height in pixels of the picture.
-        class_names: N names.
-        crowds: N times whether the box holds a crowd.
-
-    Returns:
-        An RGB picture; the shortest side is at least SHORTEST_SIDE pixels.
-
-    Raises:
-        ValueError: the three are not of one length.
-    """
-    boxes = [
-        LabelledBox(box, f"{name} (crowd)" if crowd else name, TRUTH_COLOUR, dashed=crowd)
-        for box, name, crowd in zip(boxes_xywh, class_names, crowds, strict=True)
-    ]
-    return draw_boxes(picture, boxes)
-
-
 def draw_detections(
     picture: Image.Image,
     boxes_xywh: Sequence[Sequence[float]],

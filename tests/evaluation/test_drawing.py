@@ -15,7 +15,6 @@ from resnext_det.evaluation.drawing import (
     class_colour,
     draw_boxes,
     draw_detections,
-    draw_truth,
 )
 
 
@@ -44,7 +43,7 @@ def test_large_pictures_keep_their_size_unless_asked() -> None:
 
 def test_the_given_picture_stays_as_it_was() -> None:
     picture = grey()
-    draw_truth(picture, [(10, 10, 50, 50)], ["star"], [False])
+    draw_boxes(picture, [LabelledBox((10, 10, 50, 50), "star", TRUTH_COLOUR)])
     assert picture.tobytes() == grey().tobytes()
 
 
@@ -83,8 +82,12 @@ def test_the_first_box_is_on_top() -> None:
 
 
 def test_crowds_are_dashed() -> None:
-    crowd = draw_truth(grey(), [(50, 100, 300, 200)], ["star"], [True])
-    single = draw_truth(grey(), [(50, 100, 300, 200)], ["star"], [False])
+    crowd = draw_boxes(
+        grey(), [LabelledBox((50, 100, 300, 200), "star", TRUTH_COLOUR, dashed=True)]
+    )
+    single = draw_boxes(
+        grey(), [LabelledBox((50, 100, 300, 200), "star", TRUTH_COLOUR, dashed=False)]
+    )
     lower_edge = np.s_[300, 50:351]
     assert where(single, TRUTH_COLOUR)[lower_edge].all()
     assert 0.3 < where(crowd, TRUTH_COLOUR)[lower_edge].mean() < 0.8
@@ -136,4 +139,4 @@ def test_lists_of_different_lengths_are_refused() -> None:
     with pytest.raises(ValueError, match="zip"):
         draw_detections(grey(), [(1, 2, 3, 4)], ["star"], [])
     with pytest.raises(ValueError, match="zip"):
-        draw_truth(grey(), [(1, 2, 3, 4)], ["star", "cross"], [False])
+        draw_detections(grey(), [(1, 2, 3, 4)], ["star", "cross"], [0.5])
