@@ -45,10 +45,12 @@ from resnext_det.modeling.pyramids import (  # noqa: E402
     build_retinanet_resnext_fpn_backbone,
 )
 from resnext_det.modeling.resnext import ResNeXt, build_resnext_backbone  # noqa: E402
+from resnext_det.modeling.roi_heads import ResNeXtRes5ROIHeads  # noqa: E402
 from resnext_det.modeling.template import Template  # noqa: E402
 
 __all__ = [
     "ResNeXt",
+    "ResNeXtRes5ROIHeads",
     "Template",
     "add_resnext_config",
     "build_resnext_backbone",

@@ -25,10 +25,31 @@ def add_resnext_config(cfg: CfgNode) -> None:
         cfg: the config of `detectron2.config.get_cfg`, changed in place.
     """
     cfg.MODEL.RESNEXT = CfgNode()
+    # How a block is computed (the paper's Fig. 3): "grouped" (c), the fast one, "concatenated" (b)
+    # or "aggregated" (a). The function is the same; weights are converted as they are loaded.
+    cfg.MODEL.RESNEXT.FORM = "grouped"
+    # Stages that keep only the inputs of their blocks in training and compute the rest twice, such
+    # as ["res3", "res4"]: less memory, the same gradients.
+    cfg.MODEL.RESNEXT.CHECKPOINT_STAGES = []
+    # Start the last norm of every block at 0, for training from scratch (1706.02677, section 5.1).
+    cfg.MODEL.RESNEXT.ZERO_INIT_RESIDUAL = False
     # Every published ResNeXt has its stride in the 3x3 convolution, so the backbone refuses
     # MODEL.RESNETS.STRIDE_IN_1X1 True (Detectron2's default) above cardinality 1
     # unless this is set.
     cfg.MODEL.RESNEXT.ALLOW_STRIDE_IN_1X1 = False
+
+
+def resnext_settings(cfg: CfgNode) -> CfgNode:
+    """Return the keys of MODEL.RESNEXT, with the defaults of those that a config lacks.
+
+    Args:
+        cfg: any Detectron2 config, with or without the keys of `add_resnext_config`.
+    """
+    defaults = CfgNode({"MODEL": {}})
+    add_resnext_config(defaults)
+    settings: CfgNode = defaults.MODEL.RESNEXT
+    settings.update(cfg.MODEL.get("RESNEXT", {}))
+    return settings
 
 
 def load_config(file: str | Path, overrides: Sequence[str] = ()) -> CfgNode:

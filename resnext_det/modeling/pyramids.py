@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import BACKBONE_REGISTRY, FPN
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import nn
 
+from resnext_det.errors import ConfigError
 from resnext_det.modeling.resnext import ResNeXt, build_resnext_backbone
+from resnext_det.modeling.stages import check_norm
 
 
 def build_resnext_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
@@ -24,7 +28,9 @@ def build_resnext_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     Raises:
         ConfigError: a setting that no ResNeXt has.
     """
-    return _pyramid(cfg, build_resnext_backbone(cfg, input_shape), LastLevelMaxPool())
+    bottom_up = build_resnext_backbone(cfg, input_shape)
+    _check(cfg, bottom_up)
+    return _pyramid(cfg, bottom_up, LastLevelMaxPool())
 
 
 def build_retinanet_resnext_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
@@ -42,8 +48,35 @@ def build_retinanet_resnext_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -
         ConfigError: a setting that no ResNeXt has.
     """
     bottom_up = build_resnext_backbone(cfg, input_shape)
+    _check(cfg, bottom_up, top="res5")
     channels = bottom_up.output_shape()["res5"].channels  # type: ignore[no-untyped-call]
     return _pyramid(cfg, bottom_up, LastLevelP6P7(channels, cfg.MODEL.FPN.OUT_CHANNELS))
+
+
+def _check(cfg: CfgNode, bottom_up: ResNeXt, top: str | None = None) -> None:
+    """Refuse features that no pyramid can be built on, and norms that Detectron2 lacks."""
+    strides = {
+        name: shape.stride
+        for name, shape in bottom_up.output_shape().items()  # type: ignore[no-untyped-call]
+    }
+    wanted = list(cfg.MODEL.FPN.IN_FEATURES)
+    if not wanted or any(name not in strides for name in [*wanted, *([top] if top else [])]):
+        raise ConfigError(
+            f"MODEL.FPN.IN_FEATURES is {wanted}{f', and p6 is made of {top}' if top else ''}; the "
+            f"backbone gives {', '.join(strides)}, as MODEL.RESNETS.OUT_FEATURES says."
+        )
+    levels = [strides[name] for name in wanted]
+    if any(after != 2 * before for before, after in pairwise(levels)):
+        raise ConfigError(
+            f"MODEL.FPN.IN_FEATURES is {wanted}, with strides {levels}; each must have twice the "
+            'stride of the one before it, as ["res2", "res3", "res4", "res5"] at '
+            f"MODEL.RESNETS.RES5_DILATION 1 (it is {cfg.MODEL.RESNETS.RES5_DILATION})."
+        )
+    if cfg.MODEL.FPN.FUSE_TYPE not in ("sum", "avg"):
+        raise ConfigError(
+            f"MODEL.FPN.FUSE_TYPE is {cfg.MODEL.FPN.FUSE_TYPE!r}; it must be sum or avg."
+        )
+    check_norm(cfg.MODEL.FPN.NORM, (cfg.MODEL.FPN.OUT_CHANNELS,), key="MODEL.FPN.NORM")
 
 
 def _pyramid(cfg: CfgNode, bottom_up: ResNeXt, top_block: nn.Module) -> FPN:

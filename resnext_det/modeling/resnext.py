@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from importlib.util import find_spec
-from typing import Any
+from collections.abc import Sequence
 
 from detectron2.config import CfgNode
-from detectron2.layers import CNNBlockBase, ShapeSpec
+from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import BACKBONE_REGISTRY
-from detectron2.modeling.backbone.resnet import (
-    BasicStem,
-    BottleneckBlock,
-    DeformBottleneckBlock,
-    ResNet,
-)
-from torch import nn
+from detectron2.modeling.backbone.resnet import BasicStem, ResNet
 
+from resnext_det.config import resnext_settings
 from resnext_det.errors import ConfigError
-from resnext_det.modeling.template import Template, blocks_per_stage
+from resnext_det.modeling.blocks import Norm, block_class
+from resnext_det.modeling.checkpointing import CheckpointedStage
+from resnext_det.modeling.stages import (
+    STAGES,
+    check_checkpoint_stages,
+    check_deformable,
+    check_norm,
+    make_stage,
+    norm_channels,
+)
+from resnext_det.modeling.template import Template
 
-Norm = str | Callable[[int], nn.Module]
-
-FEATURES = ("stem", "res2", "res3", "res4", "res5")
+FEATURES = ("stem", *STAGES)
 
 
 class ResNeXt(ResNet):
@@ -52,6 +53,9 @@ class ResNeXt(ResNet):
         num_classes: int | None = None,
         out_features: Sequence[str] | None = None,
         freeze_at: int = 0,
+        form: str = "grouped",
+        zero_init_residual: bool = False,
+        checkpoint_stages: Sequence[str] = (),
     ) -> None:
         """Build the network.
 
@@ -72,67 +76,56 @@ class ResNeXt(ResNet):
             out_features: what to return, of "stem", "res2" to "res5" and "linear"; by default the
                 last layer. Stages past the last one named are not built.
             freeze_at: 0 freezes nothing, 1 the stem, 2 the stem and res2, up to 5.
+                What is frozen has no gradients, and its batch norms become FrozenBN.
+            form: "grouped", "concatenated" or "aggregated": one function, three ways to compute it
+                (Fig. 3 c, b, a). `forms.convert_form` converts weights between them.
+            zero_init_residual: start the last norm of every block at 0 (Goyal et al., 1706.02677,
+                section 5.1); by default at 1, as in the paper.
+            checkpoint_stages: which of "res2" to "res5" keep only the inputs of their blocks in
+                training, and compute the rest twice: less memory, the same gradients.
 
         Raises:
             ConfigError: a value outside its range.
         """
         template = Template(template) if isinstance(template, str) else template
         _check(freeze_at, res5_dilation, out_features, num_classes)
-        _check_deformable(deform_on_per_stage)
+        block_class(form)
+        check_deformable(deform_on_per_stage)
+        check_checkpoint_stages(checkpoint_stages)
+        check_norm(norm, (stem_out_channels, *norm_channels(template, res2_out_channels)))
+        deform = {"deform_modulated": deform_modulated, "deform_num_groups": deform_num_groups}
         stem = BasicStem(in_channels=in_channels, out_channels=stem_out_channels, norm=norm)
-        stages = _make_stages(
-            blocks_per_stage(depth),
-            template,
-            channels=(stem_out_channels, res2_out_channels),
-            res5_dilation=res5_dilation,
-            deform_on_per_stage=deform_on_per_stage,
-            deform={"deform_modulated": deform_modulated, "deform_num_groups": deform_num_groups},
-            norm=norm,
-            stride_in_1x1=stride_in_1x1,
-        )
+        stages = [
+            make_stage(
+                name,
+                depth,
+                template,
+                in_channels=stem_out_channels if name == "res2" else None,
+                res2_out_channels=res2_out_channels,
+                form=form,
+                norm=norm,
+                stride_in_1x1=stride_in_1x1,
+                dilation=res5_dilation if name == "res5" else 1,
+                deformable=deform if deformable else None,
+                zero_init_residual=zero_init_residual,
+            )
+            for name, deformable in zip(STAGES, deform_on_per_stage)
+        ]
         features = None if out_features is None else list(out_features)
         super().__init__(  # type: ignore[no-untyped-call]
-            stem, stages, num_classes, features if num_classes is None else None, freeze_at
+            stem, stages, num_classes, features if num_classes is None else None
         )
+        for number, name in enumerate(self.stage_names):
+            if name in checkpoint_stages:
+                self.stages[number] = CheckpointedStage(*self.stages[number])
+                setattr(self, name, self.stages[number])
+        self.freeze(freeze_at)  # type: ignore[no-untyped-call]
         if num_classes is not None and features is not None:
             # Detectron2 drops the stages past the last one named, and with them the classifier's.
             self._out_features = features
         self.depth = depth
         self.template = template
-
-
-def _make_stages(
-    blocks: Sequence[int],
-    template: Template,
-    *,
-    channels: tuple[int, int],
-    res5_dilation: int,
-    deform_on_per_stage: Sequence[bool],
-    deform: dict[str, Any],
-    **common: Any,
-) -> list[list[CNNBlockBase]]:
-    """Return the blocks of res2 to res5; `channels` are those out of the stem and out of res2."""
-    stages: list[list[CNNBlockBase]] = []
-    in_channels, out_channels = channels
-    for stage, (count, deformable) in enumerate(zip(blocks, deform_on_per_stage), start=2):
-        dilation = res5_dilation if stage == 5 else 1
-        stride = 1 if stage == 2 or dilation == 2 else 2
-        stages.append(
-            ResNet.make_stage(
-                DeformBottleneckBlock if deformable else BottleneckBlock,
-                count,
-                stride_per_block=[stride] + [1] * (count - 1),
-                in_channels=in_channels,
-                out_channels=out_channels,
-                bottleneck_channels=template.bottleneck_channels(stage),
-                num_groups=template.cardinality,
-                dilation=dilation,
-                **(deform if deformable else {}),
-                **common,
-            )
-        )
-        in_channels, out_channels = out_channels, 2 * out_channels
-    return stages
+        self.form = form
 
 
 def _check(
@@ -153,20 +146,6 @@ def _check(
         raise ConfigError(
             f"MODEL.RESNETS.OUT_FEATURES is {list(out_features)}; it must name one or more of "
             f"{', '.join(allowed)}."
-        )
-
-
-def _check_deformable(deform_on_per_stage: Sequence[bool]) -> None:
-    if any(deform_on_per_stage) and find_spec("detectron2._C") is None:
-        raise ConfigError(
-            f"MODEL.RESNETS.DEFORM_ON_PER_STAGE is {list(deform_on_per_stage)}, and this "
-            "Detectron2 was installed without its compiled part, which deformable convolutions "
-            "need. Build Detectron2 from source (make setup DETECTRON2=source), or set it False."
-        )
-    if len(deform_on_per_stage) != 4:
-        raise ConfigError(
-            f"MODEL.RESNETS.DEFORM_ON_PER_STAGE is {list(deform_on_per_stage)}; it must hold four "
-            "values, for res2 to res5."
         )
 
 
@@ -204,9 +183,9 @@ def build_resnext_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNeXt:
     Raises:
         ConfigError: a setting that no ResNeXt has; the message says what is allowed.
     """
-    resnets = cfg.MODEL.RESNETS
+    resnets, settings = cfg.MODEL.RESNETS, resnext_settings(cfg)
     template = template_of(cfg)
-    _refuse_stride_in_1x1(cfg, template)
+    refuse_stride_in_1x1(cfg, template)
     return ResNeXt(
         resnets.DEPTH,
         template,
@@ -221,14 +200,21 @@ def build_resnext_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNeXt:
         deform_num_groups=resnets.DEFORM_NUM_GROUPS,
         out_features=resnets.OUT_FEATURES,
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
+        form=settings.FORM,
+        zero_init_residual=settings.ZERO_INIT_RESIDUAL,
+        checkpoint_stages=settings.CHECKPOINT_STAGES,
     )
 
 
-def _refuse_stride_in_1x1(cfg: CfgNode, template: Template) -> None:
-    """Refuse the stride on the 1x1: such weights load without a word and cost accuracy."""
+def refuse_stride_in_1x1(cfg: CfgNode, template: Template) -> None:
+    """Refuse the stride on the 1x1: such weights load without a word and cost accuracy.
+
+    Raises:
+        ConfigError: MODEL.RESNETS.STRIDE_IN_1X1 is set above cardinality 1, and not allowed.
+    """
     if not cfg.MODEL.RESNETS.STRIDE_IN_1X1 or template.cardinality == 1:
         return
-    if "RESNEXT" in cfg.MODEL and cfg.MODEL.RESNEXT.ALLOW_STRIDE_IN_1X1:
+    if resnext_settings(cfg).ALLOW_STRIDE_IN_1X1:
         return
     raise ConfigError(
         f"MODEL.RESNETS.STRIDE_IN_1X1 is True (Detectron2's default) for a ResNeXt {template}. "

@@ -1,0 +1,66 @@
+"""Activation checkpointing: memory saved in training by computing blocks twice."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+_BatchNorm = nn.modules.batchnorm._BatchNorm
+
+
+class CheckpointedStage(nn.Sequential):
+    """A stage that keeps only the inputs of its blocks, and computes them again going backward.
+
+    The gradients are those of an ordinary stage, and so are the running statistics: batch norms
+    do not count the second time. Names of parameters do not change.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the blocks one after the other."""
+        if not (self.training and torch.is_grad_enabled()):
+            out: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
+            return out
+        for block in self:
+            x = checkpoint(block, x, use_reentrant=False, context_fn=_Contexts(block))
+        return x
+
+
+class _Contexts:
+    """Gives `checkpoint` what to enter when a block runs for the first time and again."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+
+    def __call__(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), _StatisticsAtRest(self.block)
+
+
+class _StatisticsAtRest(AbstractContextManager[None]):
+    """While entered, the batch norms of a block leave their running statistics alone.
+
+    A class, as it is entered anew for each backward pass through a graph that is kept.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        self._norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
+        self._usual = [(norm.track_running_stats, norm.momentum) for norm in self._norms]
+
+    def __enter__(self) -> None:
+        for norm in self._norms:
+            norm.track_running_stats = False
+            # Detectron2's NaiveSyncBatchNorm reads the momentum alone.
+            norm.momentum = 0.0
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for norm, (tracks, momentum) in zip(self._norms, self._usual):
+            norm.track_running_stats = tracks
+            norm.momentum = momentum
