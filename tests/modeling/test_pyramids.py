@@ -1,8 +1,6 @@
-"""The pyramids inside whole detectors of Detectron2's own configs."""
+"""The pyramids: levels, strides, and what cannot be one. test_detectors.py runs them."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 import torch
@@ -10,8 +8,6 @@ from detectron2 import model_zoo
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone, build_model
-from detectron2.structures import Boxes, Instances
-from detectron2.utils.events import EventStorage
 
 import resnext_det.modeling.pyramids  # noqa: F401  (registers the backbones)
 from resnext_det.errors import ConfigError
@@ -54,65 +50,6 @@ def small_config(detector: str, depth: int = 26) -> CfgNode:
     return cfg
 
 
-def labelled_image() -> list[dict[str, Any]]:
-    """Return a random image of 96 x 128 pixels with one box, as Detectron2 takes it."""
-    pixels = torch.randint(0, 256, (3, 96, 128), dtype=torch.uint8)
-    truth = Instances((96, 128))
-    truth.gt_boxes = Boxes(torch.tensor([[16.0, 8.0, 80.0, 72.0]]))
-    truth.gt_classes = torch.tensor([1])
-    return [{"image": pixels, "instances": truth, "height": 96, "width": 128}]
-
-
-@pytest.mark.parametrize("detector", DETECTORS)
-def test_trains_one_step_and_detects(detector: str) -> None:
-    torch.manual_seed(0)
-    model = build_model(small_config(detector))
-    batch = labelled_image()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    with EventStorage():
-        losses = model(batch)
-    total = sum(losses.values())
-    assert torch.isfinite(total)
-    total.backward()
-    optimizer.step()
-    moved = {
-        name for name, value in model.state_dict().items() if not torch.equal(value, before[name])
-    }
-    parts = ("res3", "res4", "res5", "fpn_lateral5")
-    for part in parts:
-        assert any(f".{part}." in name for name in moved), part
-    still = [name for name in moved if ".stem." in name or ".res2." in name]
-    assert still == [], "the zoo's config freezes the stem and res2"
-
-    with torch.no_grad():
-        (result,) = model.eval()(batch)
-    found = result["instances"]
-    assert found.image_size == (96, 128)
-    assert torch.isfinite(found.pred_boxes.tensor).all()
-    assert found.scores.shape == found.pred_classes.shape
-
-
-@pytest.mark.parametrize("detector", DETECTORS)
-def test_is_stock_detectron2s_pyramid_bit_by_bit(detector: str) -> None:
-    """The same seed gives the same detector, and the same losses for the same image."""
-    losses = []
-    states = []
-    for name in DETECTORS[detector][1:]:
-        cfg = small_config(detector, depth=50)
-        cfg.MODEL.BACKBONE.NAME = name
-        torch.manual_seed(5)
-        model = build_model(cfg)
-        states.append(model.state_dict())
-        with EventStorage(), torch.no_grad():
-            losses.append({key: float(loss) for key, loss in model(labelled_image()).items()})
-    ours, stock = states
-    assert list(ours) == list(stock)
-    for name, tensor in stock.items():
-        assert torch.equal(ours[name], tensor), name
-    assert losses[0] == losses[1]
-
-
 @pytest.mark.parametrize(
     ("detector", "strides"),
     [
@@ -152,3 +89,28 @@ def test_a_stride_in_the_1x1_is_refused_under_a_pyramid_too(detector: str) -> No
     cfg.MODEL.RESNETS.STRIDE_IN_1X1 = True
     with pytest.raises(ConfigError, match="STRIDE_IN_1X1"):
         build_model(cfg)
+
+
+@pytest.mark.parametrize(
+    ("detector", "key", "value", "said"),
+    [
+        ("faster_rcnn", "FPN.IN_FEATURES", ["res2", "res6"], r"IN_FEATURES is \['res2', 'res6'\]"),
+        ("faster_rcnn", "FPN.IN_FEATURES", [], r"IN_FEATURES is \[\]"),
+        ("faster_rcnn", "FPN.IN_FEATURES", ["res5", "res4"], r"strides \[32, 16\]"),
+        ("faster_rcnn", "FPN.IN_FEATURES", ["res2", "res4"], r"strides \[4, 16\]"),
+        ("faster_rcnn", "RESNETS.RES5_DILATION", 2, r"strides \[4, 8, 16, 16\].*RES5_DILATION"),
+        ("faster_rcnn", "RESNETS.OUT_FEATURES", ["res2", "res3"], "backbone gives res2, res3"),
+        ("faster_rcnn", "FPN.NORM", "batch", "FPN.NORM is 'batch'"),
+        ("faster_rcnn", "FPN.NORM", "GN", "FPN.NORM is GN.* 16 channels"),
+        ("faster_rcnn", "FPN.FUSE_TYPE", "max", "FUSE_TYPE is 'max'"),
+        ("retinanet", "RESNETS.OUT_FEATURES", ["res3", "res4"], "p6 is made of res5"),
+        ("retinanet", "FPN.IN_FEATURES", ["res2"], "backbone gives res3, res4, res5"),
+    ],
+)
+def test_what_no_pyramid_can_have_is_refused(
+    detector: str, key: str, value: object, said: str
+) -> None:
+    cfg = small_config(detector)
+    cfg.merge_from_list([f"MODEL.{key}", value])
+    with pytest.raises(ConfigError, match=said):
+        build_backbone(cfg, ShapeSpec(channels=3))
