@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -39,6 +39,22 @@ def form_of(tensors: Mapping[str, Any]) -> str:
         "there is no ResNeXt block among these tensors: none is called conv3.weight or "
         f"paths.0.conv2.weight. The first names are: {', '.join(list(tensors)[:5])}"
     )
+
+
+def in_form_of(tensors: Mapping[str, Tensor], like: Iterable[str]) -> dict[str, Tensor]:
+    """Give weights the form that other names have; networks without paths are left as they are.
+
+    Args:
+        tensors: a state dict under Detectron2's names.
+        like: names in the wanted form, such as those of the model to load into.
+
+    Raises:
+        WeightsError: blocks that are not whole.
+    """
+    wanted = dict.fromkeys(like)
+    if not any(".paths.0." in name for name in [*tensors, *wanted]):
+        return dict(tensors)
+    return convert_form(tensors, form_of(wanted))
 
 
 def convert_form(tensors: Mapping[str, Tensor], form: str) -> dict[str, Tensor]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from resnext_det.errors import WeightsError
+from resnext_det.modeling.forms import convert_form, in_form_of
 from resnext_det.modeling.template import BLOCKS_PER_STAGE, Template
 from resnext_det.pretrained.layouts import (
     is_detectron2_backbone,
@@ -20,6 +23,8 @@ from resnext_det.pretrained.layouts import (
 from resnext_det.pretrained.readers import read_tensors
 
 NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
+GROUPED = ("res2.0.conv3.weight",)
+"""A name that the grouped form alone has."""
 _COUNTER = "num_batches_tracked"
 
 
@@ -30,7 +35,7 @@ class BackboneWeights:
     Attributes:
         source: the file they came from.
         layout: "torchvision" or "Detectron2".
-        tensors: by name, such as "res2.0.conv2.weight".
+        tensors: by name, such as "res2.0.conv2.weight"; blocks are in the grouped form.
         left_out: names in the source that no detector's backbone has: the classifier.
         counters: how many num_batches_tracked were left out; nothing reads them.
         depth: layers, or None where the blocks are those of no known depth.
@@ -48,6 +53,20 @@ class BackboneWeights:
     def __str__(self) -> str:
         depth = "of unknown depth" if self.depth is None else str(self.depth)
         return f"ResNeXt-{depth} {self.template}"
+
+
+def in_form(
+    source: Path, tensors: Mapping[str, torch.Tensor], like: Iterable[str]
+) -> dict[str, torch.Tensor]:
+    """Give the weights of a file the form of other names, such as those of a model.
+
+    Raises:
+        WeightsError: blocks that are not whole; the message names the file.
+    """
+    try:
+        return in_form_of(tensors, like)
+    except WeightsError as error:
+        raise WeightsError(f"{source}: {error}") from error
 
 
 def describe(tensors: Mapping[str, torch.Tensor]) -> tuple[int | None, Template]:
@@ -77,6 +96,16 @@ def describe(tensors: Mapping[str, torch.Tensor]) -> tuple[int | None, Template]
     return depth, Template.of(int(weight.shape[0]) // width, width)
 
 
+def holds_backbone(source: Path) -> bool:
+    """Tell whether a file holds a bare backbone in a layout that is known, and not a detector.
+
+    Raises:
+        WeightsError: the file cannot be read.
+    """
+    raw = read_tensors(source)
+    return is_torchvision(raw) or is_detectron2_backbone(raw)
+
+
 def read_backbone(source: Path) -> BackboneWeights:
     """Read the weights of a backbone, in any layout that is known, with every check there is.
 
@@ -97,7 +126,7 @@ def read_backbone(source: Path) -> BackboneWeights:
     if is_torchvision(raw):
         layout, renamed = "torchvision", to_detectron2(raw)
     elif is_detectron2_backbone(raw):
-        layout, renamed = "Detectron2", dict(raw)
+        layout, renamed = "Detectron2", in_form(source, raw, GROUPED)
     else:
         raise WeightsError(
             f"{source} has the layout of no backbone that is known (torchvision's, timm's, "
@@ -148,26 +177,55 @@ def _check(source: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         )
 
 
-def write_detectron2(weights: BackboneWeights, output: Path) -> None:
+def write_detectron2(weights: BackboneWeights, output: Path, form: str = "grouped") -> None:
     """Write a backbone as a .pkl that stock Detectron2 loads into FPN and C4 detectors.
 
     Args:
         weights: what `read_backbone` gave.
         output: the file to write; it is written beside and then renamed.
+        form: of the blocks; stock Detectron2 has the grouped one.
 
     Raises:
+        ConfigError: there is no such form.
         WeightsError: the name does not end in .pkl, or the file cannot be written.
     """
+    author = f"resnext_det, from {weights.source.name} ({weights.layout} layout)"
+    # res5 is backbone.bottom_up.res5 under FPN and roi_heads.res5 in C4: Detectron2 finds it.
+    _write(convert_form(weights.tensors, form), output, author, matching_heuristics=True)
+
+
+def convert_detector(source: Path, output: Path, form: str) -> int:
+    """Write the weights of a whole detector with its blocks in another form.
+
+    Args:
+        source: a checkpoint of a detector under Detectron2's names.
+        output: the .pkl to write; it is written beside and then renamed.
+        form: "grouped", "concatenated" or "aggregated".
+
+    Returns:
+        How many tensors were written. What else the source holds, such as the state of an
+        optimizer, is left out.
+
+    Raises:
+        ConfigError: there is no such form.
+        WeightsError: a file that cannot be read, has no ResNeXt blocks, or cannot be written.
+    """
+    raw = read_tensors(source)
+    try:
+        converted = convert_form(raw, form)
+    except WeightsError as error:
+        raise WeightsError(f"{source}: {error}") from error
+    _write(converted, output, f"resnext_det, from {source.name}")
+    return len(converted)
+
+
+def _write(tensors: Mapping[str, torch.Tensor], output: Path, author: str, **more: object) -> None:
     if output.suffix != ".pkl":
         raise WeightsError(
             f"{output} must end in .pkl: Detectron2 takes other files for PyTorch's own."
         )
-    content = {
-        "model": {name: tensor.numpy() for name, tensor in weights.tensors.items()},
-        "__author__": f"resnext_det, from {weights.source.name} ({weights.layout} layout)",
-        # res5 is backbone.bottom_up.res5 under FPN and roi_heads.res5 in C4: Detectron2 finds it.
-        "matching_heuristics": True,
-    }
+    arrays = {name: _array(tensor) for name, tensor in tensors.items()}
+    content = {"model": arrays, "__author__": author, **more}
     beside = output.with_name(f".{output.name}.partial")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -179,3 +237,10 @@ def write_detectron2(weights: BackboneWeights, output: Path) -> None:
     finally:
         if beside.parent.is_dir():
             beside.unlink(missing_ok=True)
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[Any]]:
+    """Return an array; NumPy has no bfloat16, and a float holds every one of its values."""
+    array: np.ndarray[Any, np.dtype[Any]]
+    array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return array

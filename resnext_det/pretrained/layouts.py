@@ -36,7 +36,8 @@ def is_torchvision(names: Mapping[str, object]) -> bool:
 
 def is_detectron2_backbone(names: Mapping[str, object]) -> bool:
     """Tell whether these are the names of a bare Detectron2 ResNet or ResNeXt."""
-    return "stem.conv1.weight" in names and "res2.0.conv2.weight" in names
+    inside = ("res2.0.conv2.weight", "res2.0.paths.0.conv2.weight")  # grouped, or in paths
+    return "stem.conv1.weight" in names and any(name in names for name in inside)
 
 
 def to_detectron2(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

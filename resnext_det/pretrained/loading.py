@@ -15,7 +15,7 @@ from torch import nn
 
 from resnext_det.errors import WeightsError
 from resnext_det.modeling.resnext import template_of
-from resnext_det.pretrained.convert import BackboneWeights, read_backbone
+from resnext_det.pretrained.convert import GROUPED, BackboneWeights, in_form, read_backbone
 from resnext_det.pretrained.layouts import is_detectron2_backbone, is_torchvision
 from resnext_det.pretrained.readers import read_tensors
 
@@ -89,17 +89,18 @@ def load_backbone(model: nn.Module, weights: BackboneWeights, cfg: CfgNode) -> s
     """
     _refuse_other_network(weights, cfg)
     targets = _backbone_tensors(model)
-    missing = [name for name in targets if name not in weights.tensors]
+    tensors = in_form(weights.source, weights.tensors, targets)
+    missing = [name for name in targets if name not in tensors]
     if missing:
         raise WeightsError(
             f"{weights.source} lacks {len(missing)} of {len(targets)} backbone tensors: "
             f"{', '.join(missing[:5])}. Nothing was loaded."
         )
-    _refuse_other_shapes(weights, targets)
+    _refuse_other_shapes(weights.source, tensors, targets)
     with torch.no_grad():
         for name, tensor in targets.items():
-            tensor.copy_(weights.tensors[name])
-    unused = [*weights.left_out, *(name for name in weights.tensors if name not in targets)]
+            tensor.copy_(tensors[name])
+    unused = [*weights.left_out, *(name for name in tensors if name not in targets)]
     line = (
         f"{len(targets)}/{len(targets)} backbone tensors loaded from {weights.source} "
         f"({weights.layout} layout); {len(unused)} left out"
@@ -124,15 +125,17 @@ def _refuse_other_network(weights: BackboneWeights, cfg: CfgNode) -> None:
     )
 
 
-def _refuse_other_shapes(weights: BackboneWeights, targets: Mapping[str, torch.Tensor]) -> None:
+def _refuse_other_shapes(
+    source: Path, tensors: Mapping[str, torch.Tensor], targets: Mapping[str, torch.Tensor]
+) -> None:
     wrong = [
-        f"{name} is {tuple(weights.tensors[name].shape)} in the file and {tuple(target.shape)} here"
+        f"{name} is {tuple(tensors[name].shape)} in the file and {tuple(target.shape)} here"
         for name, target in targets.items()
-        if weights.tensors[name].shape != target.shape
+        if tensors[name].shape != target.shape
     ]
     if wrong:
         raise WeightsError(
-            f"{weights.source}: {len(wrong)} tensors have another shape: {'; '.join(wrong[:3])}. "
+            f"{source}: {len(wrong)} tensors have another shape: {'; '.join(wrong[:3])}. "
             "Compare STEM_OUT_CHANNELS, RES2_OUT_CHANNELS and WIDTH_PER_GROUP of MODEL.RESNETS."
         )
 
@@ -163,7 +166,9 @@ def _load_detector(
     model: nn.Module, raw: Mapping[str, torch.Tensor], source: Path, whole_detector: bool
 ) -> str:
     """Load a detector, or a backbone under names that Detectron2 knows how to match."""
-    state = model.state_dict()
+    # Names are compared in the grouped form, the one that other programs write.
+    state = in_form(source, model.state_dict(), GROUPED)
+    raw = in_form(source, raw, GROUPED)
     named = {name: tensor for name, tensor in raw.items() if name in state}
     if not named:
         caffe2 = any("branch2a" in name for name in raw)
@@ -184,7 +189,7 @@ def _load_detector(
     wrong = [name for name, tensor in fitting.items() if not torch.isfinite(tensor).all()]
     if wrong:
         raise WeightsError(f"{source} holds NaN or infinite values in: {', '.join(wrong[:5])}")
-    model.load_state_dict(fitting, strict=False)
+    model.load_state_dict(in_form(source, fitting, model.state_dict()), strict=False)
     total = sum(not name.endswith(_COUNTER) for name in state)
     line = f"{total - len(absent)}/{total} tensors of the detector loaded from {source}"
     if absent:
