@@ -47,13 +47,14 @@ class _StatisticsAtRest(AbstractContextManager[None]):
 
     def __init__(self, block: nn.Module) -> None:
         self._norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
-        self._usual = [(norm.track_running_stats, norm.momentum) for norm in self._norms]
 
     def __enter__(self) -> None:
+        self._usual = [(norm.momentum, norm.num_batches_tracked) for norm in self._norms]
         for norm in self._norms:
-            norm.track_running_stats = False
-            # Detectron2's NaiveSyncBatchNorm reads the momentum alone.
+            # The statistics must be there as the first time: checkpoint() compares what is saved.
             norm.momentum = 0.0
+            if norm.num_batches_tracked is not None:
+                norm.num_batches_tracked = norm.num_batches_tracked.clone()
 
     def __exit__(
         self,
@@ -61,6 +62,6 @@ class _StatisticsAtRest(AbstractContextManager[None]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for norm, (tracks, momentum) in zip(self._norms, self._usual):
-            norm.track_running_stats = tracks
+        for norm, (momentum, counter) in zip(self._norms, self._usual):
             norm.momentum = momentum
+            norm.num_batches_tracked = counter

@@ -159,14 +159,15 @@ def test_published_parameter_counts(depth: int, template: str, parameters: int) 
     assert sum(each.numel() for each in network.parameters()) == parameters
 
 
-def randomised(network: nn.Module) -> nn.Module:
+def randomised(network: nn.Module, affine: bool = True) -> nn.Module:
     """Give every norm statistics and an affine map of its own, as a trained network has."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.running_mean, std=0.2)
             nn.init.uniform_(module.running_var, 0.5, 2.0)
-            nn.init.uniform_(module.weight, 0.5, 1.0)
-            nn.init.normal_(module.bias, std=0.2)
+            if affine:
+                nn.init.uniform_(module.weight, 0.5, 1.0)
+                nn.init.normal_(module.bias, std=0.2)
     return network.eval()
 
 
@@ -206,6 +207,39 @@ def test_torchvisions_weights_give_torchvisions_features(
         assert truth.std() > 0, name
         error = (got[name] - truth).abs().max() / truth.abs().max()
         assert error < 1e-5, (name, float(error))
+
+
+TIMM = [
+    "resnext50_32x4d",
+    "resnext101_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+]
+
+
+@pytest.mark.parametrize("name", TIMM)
+@torch.no_grad()
+def test_timms_weights_give_timms_features(name: str) -> None:
+    """timm's own models, their running statistics randomised as well."""
+    torch.manual_seed(4)
+    theirs = timm.create_model(name, pretrained=False, num_classes=3)
+    for block in theirs.modules():
+        if isinstance(block, TimmBottleneck):
+            # Features would grow from block to block, which no trained network's do.
+            nn.init.uniform_(block.bn3.weight, 0.1, 0.3)
+    randomised(theirs, affine=False)
+    depth, template = name.removeprefix("resnext").split("_")
+    ours = ResNeXt(int(depth), template, norm="BN", num_classes=3, out_features=[*STAGES, "linear"])
+    ours.eval().load_state_dict(to_detectron2(theirs.state_dict()))
+    image = torch.randn(1, 3, 64, 96)
+    _, *expected = theirs.forward_intermediates(image, intermediates_only=True)
+    got = ours(image)
+    truths = {**dict(zip(STAGES, expected)), "linear": theirs(image)}
+    assert list(got) == list(truths)
+    for stage, truth in truths.items():
+        assert truth.std() > 0, stage
+        error = (got[stage] - truth).abs().max() / truth.abs().max()
+        assert error < 1e-5, (stage, float(error))
 
 
 @torch.no_grad()
