@@ -17,7 +17,7 @@ setup(
     package_dir={"resnext_det.configs": "configs"},
     package_data={
         "resnext_det": ["py.typed", "evaluation/*.j2"],
-        "resnext_det.configs": ["*.yaml"],
+        "resnext_det.configs": ["*.yaml", "*.py"],
     },
     # Detectron2 has no name on the package index that pip could resolve.
     install_requires=[

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, LazyConfig
+from omegaconf import DictConfig
 
 from resnext_det.errors import ConfigError
 
@@ -41,6 +42,22 @@ def get_config(name: str) -> CfgNode:
     from resnext_det.config import load_config
 
     return load_config(get_config_file(name))
+
+
+def get_lazy_config(name: str) -> DictConfig:
+    """Return the LazyConfig twin of a shipped config, as Detectron2's `LazyConfig.load` reads it.
+
+    It holds what Detectron2's tools/lazyconfig_train_net.py asks for: `model`, `dataloader`,
+    `optimizer`, `lr_multiplier` and `train`, each to be changed before it is instantiated.
+
+    Args:
+        name: one of `names()`.
+
+    Raises:
+        ConfigError: there is no config of this name.
+    """
+    config: DictConfig = LazyConfig.load(str(get_config_file(name).with_suffix(".py")))
+    return config
 
 
 def _folder() -> Path:

@@ -82,21 +82,35 @@ def test_the_wheel_holds_every_module_config_and_marker(wheel: zipfile.ZipFile) 
         for path in package.rglob("*")
         if path.suffix in (".py", ".j2") or path.name == "py.typed"
     }
-    expected |= {f"resnext_det/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
+    configs = [path for path in (ROOT / "configs").iterdir() if path.suffix in (".yaml", ".py")]
+    expected |= {f"resnext_det/configs/{path.name}" for path in configs}
     assert expected <= held, sorted(expected - held)
-    assert not [name for name in held if name.startswith(("tools/", "tests/"))]
+    assert not [name for name in held if name.startswith(("tools/", "tests/", "configs/"))]
 
 
 def test_the_installed_wheel_finds_its_configs(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    """Both kinds; and a LazyConfig, a .py in a folder of the package, is no module of it."""
     wheel.extractall(tmp_path)
-    program = (
-        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import resnext_det.model_zoo as zoo;"
-        "print(zoo.__file__); print(zoo.get_config('faster_rcnn_X_101_64x4d_FPN_paper')"
-        ".MODEL.RESNETS.NUM_GROUPS)"
-    )
+    program = f"""
+import pkgutil, sys
+sys.path.insert(0, {str(tmp_path)!r})
+import resnext_det.model_zoo as zoo
+name = "faster_rcnn_X_101_64x4d_FPN_paper"
+print(zoo.__file__)
+print(zoo.get_config(name).MODEL.RESNETS.NUM_GROUPS)
+print(zoo.get_lazy_config(name).model.backbone.bottom_up.template)
+assert not [module for module in sys.modules if module.startswith("resnext_det.configs")]
+packages = pkgutil.walk_packages([{str(tmp_path / "resnext_det")!r}], "resnext_det.")
+assert not [package for package in packages if "configs" in package.name]
+try:
+    import resnext_det.configs.faster_rcnn_X_101_64x4d_FPN_paper
+except ImportError as error:
+    print(str(error).partition(",")[0])
+"""
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True
     )
-    assert done.stdout.split() == [str(tmp_path / "resnext_det" / "model_zoo.py"), "64"], (
-        done.stderr
-    )
+    assert done.stdout.splitlines() == [
+        *[str(tmp_path / "resnext_det" / "model_zoo.py"), "64", "64x4d"],
+        "this is a LazyConfig",
+    ], done.stderr

@@ -20,8 +20,8 @@ from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.utils import comm
 from tabulate import tabulate
 
+from resnext_det.environment import hardware, versions
 from resnext_det.errors import DatasetError
-from resnext_det.evaluation.environment import hardware, versions
 
 logger = logging.getLogger(__name__)
 
@@ -203,6 +203,17 @@ class BoxEvaluator(DatasetEvaluator):
         }
         write_json(target, document)
         logger.info("wrote %s", target)
+
+
+def box_evaluator(dataset: str, output: str, weights: str) -> BoxEvaluator:
+    """Return a `BoxEvaluator` made of text alone, which is what a LazyConfig can hold and save.
+
+    Args:
+        dataset: a registered data set with a COCO annotation file.
+        output: the folder for what is written.
+        weights: the name that stands beside the figures.
+    """
+    return BoxEvaluator(dataset, Path(output), {"weights": weights})
 
 
 def _other_datasets(target: Path, description: dict[str, str]) -> dict[str, Any]:
