@@ -43,6 +43,9 @@ def run(tool: Tool, datasets: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 def test_resume_goes_on_where_the_run_stopped(run: Path, tool: Tool, datasets: Path) -> None:
     arguments = [*TOY, "--resume", "OUTPUT_DIR", run, *SHORT, "SOLVER.MAX_ITER", 6]
+    other = tool("train_net.py", [*arguments, "MODEL.RESNEXT.FORM", "concatenated"], datasets)
+    assert other.returncode == 2
+    assert "is the checkpoint of another model" in other.stderr.splitlines()[-1]
     done = tool("train_net.py", arguments, datasets)
     assert done.returncode == 0, done.stderr
     assert "at iteration 4 of 6" in done.stdout

@@ -19,7 +19,7 @@ from resnext_det.data.checks import NamingDatasetMapper
 from resnext_det.engine.hooks import Progress
 from resnext_det.errors import ConfigError
 from resnext_det.evaluation.evaluator import BoxEvaluator
-from resnext_det.pretrained.loading import load_weights
+from resnext_det.pretrained.loading import check_same_model, load_weights
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +39,13 @@ class Trainer(DefaultTrainer):
                 where there is one.
 
         Raises:
-            WeightsError: MODEL.WEIGHTS does not fill the backbone.
+            WeightsError: MODEL.WEIGHTS does not fill the backbone, or the checkpoint is of another
+                model.
         """
         if not (resume and self.checkpointer.has_checkpoint()):
             logger.info("%s", load_weights(self._bare_model(), self.cfg))
             return
+        check_same_model(self._bare_model(), last_checkpoint(self.cfg))
         super().resume_or_load(resume=True)  # type: ignore[no-untyped-call]
         logger.info(
             "resumed from %s at iteration %d of %d",

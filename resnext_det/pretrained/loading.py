@@ -73,6 +73,31 @@ def _without_weights(cfg: CfgNode, whole_detector: bool) -> str:
     return line
 
 
+def check_same_model(model: nn.Module, checkpoint: Path) -> None:
+    """Refuse to resume from the checkpoint of another model.
+
+    Detectron2's checkpointer warns of tensors that do not fit, and goes on with random ones.
+
+    Args:
+        model: the model to resume.
+        checkpoint: what it would go on from.
+
+    Raises:
+        WeightsError: tensors that are missing, left over, or of another shape.
+    """
+    held = {name: tuple(tensor.shape) for name, tensor in read_tensors(checkpoint).items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    other = sorted(name for name in {*held, *wanted} if held.get(name) != wanted.get(name))
+    if other:
+        first = other[0]
+        raise WeightsError(
+            f"{checkpoint} is the checkpoint of another model, and cannot be resumed: {len(other)} "
+            f"tensors differ, the first being {first} (in the file {held.get(first, 'missing')}, "
+            f"in the model {wanted.get(first, 'missing')}). Resume with the config it was started "
+            "with, or start anew with MODEL.WEIGHTS and another OUTPUT_DIR."
+        )
+
+
 def load_backbone(model: nn.Module, weights: BackboneWeights, cfg: CfgNode) -> str:
     """Load a backbone's weights into a detector whose backbone is a Detectron2 ResNet.
 

@@ -14,7 +14,7 @@ from torchvision.models.resnet import Bottleneck, ResNet
 from resnext_det import load_config
 from resnext_det.errors import WeightsError
 from resnext_det.pretrained.convert import read_backbone, write_detectron2
-from resnext_det.pretrained.loading import load_weights
+from resnext_det.pretrained.loading import check_same_model, load_weights
 
 SMALL = ["MODEL.RESNETS.DEPTH", "26", "MODEL.FPN.OUT_CHANNELS", "16", "MODEL.DEVICE", "cpu"]
 SMALL += ["MODEL.ROI_BOX_HEAD.FC_DIM", "16", "MODEL.RESNETS.NUM_GROUPS", "8"]
@@ -180,6 +180,30 @@ def test_a_detector_without_a_backbone_is_refused(tmp_path: Path) -> None:
     cfg = small_config(file)
     with pytest.raises(WeightsError, match=r"backbone\.bottom_up\.res3\.0\.conv1\.weight"):
         load_weights(build_model(cfg), cfg)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["MODEL.RESNEXT.FORM", "aggregated"],
+            r"conv1\.norm\.bias \(in the file \(32,\), .*missing",
+        ),
+        (["MODEL.ROI_HEADS.NUM_CLASSES", "3"], r"bbox_pred\.bias \(in the file \(320,\).*\(12,\)"),
+        (["MODEL.RESNETS.NORM", "BN"], r"num_batches_tracked \(in the file missing, .*\(\)"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_not_resumed(
+    words: list[str], said: str, tmp_path: Path
+) -> None:
+    cfg = small_config("")
+    model = build_model(cfg)
+    file = tmp_path / "model_0000004.pth"
+    torch.save({"model": model.state_dict(), "iteration": 4}, file)
+    check_same_model(model, file)
+    other = build_model(small_config("", *words))
+    with pytest.raises(WeightsError, match=rf"model_0000004\.pth is the checkpoint.*{said}"):
+        check_same_model(other, file)
 
 
 def test_a_backbone_is_no_detector_to_evaluate(weights_file: Path) -> None:
