@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 
-import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,7 +20,7 @@ class CheckpointedStage(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the blocks one after the other."""
-        if not (self.training and torch.is_grad_enabled()):
+        if not self.training:
             out: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
             return out
         for block in self:
