@@ -12,8 +12,9 @@ import torch
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, instantiate
 from detectron2.config import LazyCall as L
-from detectron2.layers import FrozenBatchNorm2d
+from detectron2.layers import CNNBlockBase, FrozenBatchNorm2d
 from detectron2.modeling import build_model
+from detectron2.modeling.backbone import BasicStem
 from detectron2.structures import Boxes, Instances, Keypoints, PolygonMasks
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 import resnext_det
 from resnext_det import ResNeXt, ResNeXtRes5ROIHeads, add_resnext_config
 from resnext_det.errors import ConfigError
+from resnext_det.modeling.blocks import block_class
+from resnext_det.modeling.checkpointing import CheckpointedStage
 from resnext_det.modeling.forms import convert_form, form_of
 from resnext_det.modeling.stages import make_stage
 
@@ -222,7 +225,8 @@ def test_another_form_is_the_same_detector(detector: str, form: str) -> None:
     cfg.MODEL.RESNEXT.FORM = form
     torch.manual_seed(6)
     model = build_model(cfg)
-    assert form_of(model.state_dict()) == form
+    blocks = {type(m) for m in model.modules() if isinstance(m, CNNBlockBase)} - {BasicStem}
+    assert blocks == {block_class(form)}
     with torch.no_grad():
         got = losses(model)
     for name, loss in expected.items():
@@ -281,6 +285,36 @@ def test_what_no_c4_detector_can_have_is_refused(key: str, value: Any, said: str
         cfg.MODEL.RPN.IN_FEATURES = ["res3"]
     with pytest.raises(ConfigError, match=said):
         build_model(cfg)
+
+
+def test_the_c4_head_refuses_the_stride_on_a_stock_backbone_as_well() -> None:
+    cfg = small(our_config("faster_rcnn_c4"))
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_backbone"
+    cfg.MODEL.RESNETS.STRIDE_IN_1X1 = True
+    with pytest.raises(ConfigError, match="STRIDE_IN_1X1"):
+        build_model(cfg)
+
+
+@pytest.mark.parametrize("stages", [[], ["res5"]])
+def test_the_c4_heads_res5_takes_part_in_checkpointing(stages: list[str]) -> None:
+    cfg = small(our_config("faster_rcnn_c4"))
+    cfg.MODEL.RESNEXT.CHECKPOINT_STAGES = stages
+    head = build_model(cfg).roi_heads
+    assert isinstance(head.res5, CheckpointedStage) == bool(stages)
+
+
+def test_the_c4_heads_res5_takes_part_in_zero_initialisation() -> None:
+    cfg = small(our_config("faster_rcnn_c4"))
+    cfg.MODEL.RESNETS.NORM = "BN"
+    cfg.MODEL.RESNEXT.ZERO_INIT_RESIDUAL = True
+    assert not build_model(cfg).roi_heads.res5[2].conv3.norm.weight.any()
+
+
+def test_a_stride_in_the_1x1_reaches_the_c4_head_where_it_is_allowed() -> None:
+    cfg = small(our_config("faster_rcnn_c4"))
+    cfg.MODEL.RESNETS.STRIDE_IN_1X1 = cfg.MODEL.RESNEXT.ALLOW_STRIDE_IN_1X1 = True
+    first = build_model(cfg).roi_heads.res5[0]
+    assert (first.conv1.stride, first.conv2.stride) == ((2, 2), (1, 1))
 
 
 def test_the_x_101_of_detectron2s_zoo() -> None:
