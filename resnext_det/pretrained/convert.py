@@ -13,18 +13,13 @@ import torch
 
 from resnext_det.errors import WeightsError
 from resnext_det.modeling.forms import convert_form, in_form_of
-from resnext_det.modeling.template import BLOCKS_PER_STAGE, Template
-from resnext_det.pretrained.layouts import (
-    is_detectron2_backbone,
-    is_torchvision,
-    to_detectron2,
-    to_torchvision,
-)
-from resnext_det.pretrained.readers import read_tensors
+from resnext_det.modeling.template import Template
+from resnext_det.pretrained.completeness import check_backbone, describe
+from resnext_det.pretrained.pixels import OURS, Pixels, fold
+from resnext_det.pretrained.readers import read_checkpoint, read_tensors
+from resnext_det.pretrained.record import Record, sha256
+from resnext_det.pretrained.sources import CLASSIFIER, is_backbone, recognise
 
-NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
-GROUPED = ("res2.0.conv3.weight",)
-"""A name that the grouped form alone has."""
 _COUNTER = "num_batches_tracked"
 
 
@@ -34,12 +29,14 @@ class BackboneWeights:
 
     Attributes:
         source: the file they came from.
-        layout: "torchvision" or "Detectron2".
+        layout: such as "torchvision" or "Detectron2".
         tensors: by name, such as "res2.0.conv2.weight"; blocks are in the grouped form.
         left_out: names in the source that no detector's backbone has: the classifier.
         counters: how many num_batches_tracked were left out; nothing reads them.
         depth: layers, or None where the blocks are those of no known depth.
         template: cardinality and width.
+        pixels: what they take for an image, after folding.
+        fused: the source's batch norms were folded into weight and bias, which only FrozenBN takes.
     """
 
     source: Path
@@ -49,6 +46,8 @@ class BackboneWeights:
     counters: int
     depth: int | None
     template: Template
+    pixels: Pixels = OURS
+    fused: bool = False
 
     def __str__(self) -> str:
         depth = "of unknown depth" if self.depth is None else str(self.depth)
@@ -69,52 +68,23 @@ def in_form(
         raise WeightsError(f"{source}: {error}") from error
 
 
-def describe(tensors: Mapping[str, torch.Tensor]) -> tuple[int | None, Template]:
-    """Tell depth and template from the names and shapes of a backbone in Detectron2's layout.
-
-    Args:
-        tensors: of a whole backbone; "res2.0.conv2.weight" of shape (C * d, d, 3, 3) is read.
-
-    Returns:
-        The depth, None where no known network has this many blocks, and the template.
-
-    Raises:
-        WeightsError: the blocks are not bottlenecks with a 3x3 convolution in the middle.
-    """
-    weight = tensors["res2.0.conv2.weight"]
-    if weight.dim() != 4 or weight.shape[1] < 1 or weight.shape[0] % weight.shape[1]:
-        raise WeightsError(
-            f"res2.0.conv2.weight has the shape {tuple(weight.shape)}, which is that of no grouped "
-            "3x3 convolution: these are not the weights of a ResNeXt."
-        )
-    width = int(weight.shape[1])
-    counts = tuple(
-        len({name.split(".")[1] for name in tensors if name.startswith(f"res{stage}.")})
-        for stage in (2, 3, 4, 5)
-    )
-    depth = next((known for known, blocks in BLOCKS_PER_STAGE.items() if blocks == counts), None)
-    return depth, Template.of(int(weight.shape[0]) // width, width)
-
-
 def holds_backbone(source: Path) -> bool:
     """Tell whether a file holds a bare backbone in a layout that is known, and not a detector.
 
     Raises:
         WeightsError: the file cannot be read.
     """
-    raw = read_tensors(source)
-    return is_torchvision(raw) or is_detectron2_backbone(raw)
+    return is_backbone(read_tensors(source))
 
 
-def read_backbone(source: Path) -> BackboneWeights:
+def read_backbone(source: Path, pixels: Pixels | None = None) -> BackboneWeights:
     """Read the weights of a backbone, in any layout that is known, with every check there is.
 
-    torchvision's convention (RGB, 0 to 1, ImageNet's mean and std) becomes this package's (BGR,
-    0 to 255, the same mean and std times 255) by reversing the stem's input channels, which is
-    exact: (x / 255 - mean) / std = (x - 255 mean) / (255 std).
+    The convention of the source's pixels is folded into the first convolution (`pixels.fold`).
 
     Args:
-        source: a checkpoint in torchvision's or Detectron2's layout.
+        source: a checkpoint in one of the layouts of `sources.py`.
+        pixels: what the source takes for an image, where it is not what its layout usually does.
 
     Returns:
         The weights, each norm complete and every value finite.
@@ -122,59 +92,37 @@ def read_backbone(source: Path) -> BackboneWeights:
     Raises:
         WeightsError: another layout, tensors missing or unknown, or values that are not finite.
     """
-    raw = read_tensors(source)
-    if is_torchvision(raw):
-        layout, renamed = "torchvision", to_detectron2(raw)
-    elif is_detectron2_backbone(raw):
-        layout, renamed = "Detectron2", in_form(source, raw, GROUPED)
-    else:
-        raise WeightsError(
-            f"{source} has the layout of no backbone that is known (torchvision's, timm's, "
-            f"Detectron2's). Its first names are: {', '.join(list(raw)[:5])}"
-        )
+    checkpoint = read_checkpoint(source)
+    try:
+        found = recognise(checkpoint.tensors)
+        record = Record.of(checkpoint.record)
+    except WeightsError as error:
+        raise WeightsError(f"{source}: {error}") from error
     kept = {
         name: tensor
-        for name, tensor in renamed.items()
-        if not name.startswith(("linear.", "stem.fc.")) and not name.endswith(_COUNTER)
+        for name, tensor in found.tensors.items()
+        if not name.startswith(CLASSIFIER) and not name.endswith(_COUNTER)
     }
-    _check(source, kept)
-    if layout == "torchvision":
-        kept["stem.conv1.weight"] = kept["stem.conv1.weight"].flip(1)
+    check_backbone(source, kept)
+    if record is not None:
+        taken, fused = record.pixels, record.fused
+    else:
+        stem = kept["stem.conv1.weight"]
+        kept["stem.conv1.weight"], taken = fold(stem, pixels or found.pixels)
+        fused = found.fused
     depth, template = describe(kept)
-    classifier = [name for name in renamed if name.startswith(("linear.", "stem.fc."))]
-    if layout == "torchvision":
-        classifier = list(to_torchvision(dict.fromkeys(classifier)))
-    counters = sum(name.endswith(_COUNTER) for name in renamed)
-    return BackboneWeights(source, layout, kept, tuple(classifier), counters, depth, template)
-
-
-def _check(source: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    convolutions = [name for name in tensors if name.endswith(".weight") and ".norm." not in name]
-    # Detectron2's FrozenBN fills statistics that a file lacks with 0 and 1, without a word
-    # (FrozenBatchNorm2d._load_from_state_dict), so they are counted here.
-    expected = [
-        f"{name.removesuffix('.weight')}.norm.{kind}"
-        for name in convolutions
-        for kind in NORM_TENSORS
-    ]
-    missing = [name for name in expected if name not in tensors]
-    if missing:
-        raise WeightsError(
-            f"{source} lacks {len(missing)} tensors of its norms, the first being "
-            f"{', '.join(missing[:5])}. Without them the backbone would run on made-up statistics."
-        )
-    known = {*convolutions, *expected}
-    unknown = [name for name in tensors if name not in known]
-    if unknown:
-        raise WeightsError(
-            f"{source} holds {len(unknown)} tensors that no ResNeXt has: {', '.join(unknown[:5])}"
-        )
-    wrong = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if wrong:
-        raise WeightsError(
-            f"{source} holds NaN or infinite values in {len(wrong)} tensors: "
-            f"{', '.join(wrong[:5])}. Fetch or make the file again."
-        )
+    counters = sum(name.endswith(_COUNTER) for name in found.tensors)
+    return BackboneWeights(
+        source=source,
+        layout=found.layout,
+        tensors=kept,
+        left_out=found.left_out,
+        counters=counters,
+        depth=depth,
+        template=template,
+        pixels=taken,
+        fused=fused,
+    )
 
 
 def write_detectron2(weights: BackboneWeights, output: Path, form: str = "grouped") -> None:
@@ -191,7 +139,16 @@ def write_detectron2(weights: BackboneWeights, output: Path, form: str = "groupe
     """
     author = f"resnext_det, from {weights.source.name} ({weights.layout} layout)"
     # res5 is backbone.bottom_up.res5 under FPN and roi_heads.res5 in C4: Detectron2 finds it.
-    _write(convert_form(weights.tensors, form), output, author, matching_heuristics=True)
+    record = Record(
+        source=weights.source.name,
+        sha256=sha256(weights.source),
+        layout=weights.layout,
+        network=str(weights),
+        pixels=weights.pixels,
+        fused=weights.fused,
+    )
+    tensors = convert_form(weights.tensors, form)
+    _write(tensors, output, author, matching_heuristics=True, resnext_det=record.plain())
 
 
 def convert_detector(source: Path, output: Path, form: str) -> int:

@@ -15,13 +15,15 @@ from torch import nn
 
 from resnext_det.errors import WeightsError
 from resnext_det.modeling.resnext import template_of
-from resnext_det.pretrained.convert import GROUPED, BackboneWeights, in_form, read_backbone
-from resnext_det.pretrained.layouts import is_detectron2_backbone, is_torchvision
+from resnext_det.pretrained.convert import BackboneWeights, in_form, read_backbone
+from resnext_det.pretrained.pixels import Pixels
 from resnext_det.pretrained.readers import read_tensors
+from resnext_det.pretrained.sources import GROUPED, is_backbone
 
 logger = logging.getLogger(__name__)
 
 _COUNTER = "num_batches_tracked"
+_SAME_PIXEL = 0.01  # of 255: means are written with two or three decimals
 
 
 def load_weights(model: nn.Module, cfg: CfgNode, *, whole_detector: bool = False) -> str:
@@ -48,7 +50,7 @@ def load_weights(model: nn.Module, cfg: CfgNode, *, whole_detector: bool = False
     except Exception as error:  # each kind of address has errors of its own
         raise WeightsError(f"MODEL.WEIGHTS {path} cannot be fetched: {error}") from error
     raw = read_tensors(source)
-    if not (is_torchvision(raw) or is_detectron2_backbone(raw)):
+    if not is_backbone(raw):
         return _load_detector(model, raw, source, whole_detector)
     if whole_detector:
         raise WeightsError(
@@ -113,6 +115,7 @@ def load_backbone(model: nn.Module, weights: BackboneWeights, cfg: CfgNode) -> s
         WeightsError: another depth, template or norm, or tensors that are missing.
     """
     _refuse_other_network(weights, cfg)
+    _refuse_other_pixels(weights, cfg)
     targets = _backbone_tensors(model)
     tensors = in_form(weights.source, weights.tensors, targets)
     missing = [name for name in targets if name not in tensors]
@@ -148,6 +151,29 @@ def _refuse_other_network(weights: BackboneWeights, cfg: CfgNode) -> None:
         f"MODEL.RESNETS.NUM_GROUPS {template.cardinality} "
         f"MODEL.RESNETS.WIDTH_PER_GROUP {template.width}."
     )
+
+
+def _refuse_other_pixels(weights: BackboneWeights, cfg: CfgNode) -> None:
+    """Refuse a config that feeds the network other pixels, or norms, than its weights take."""
+    wanted, model = weights.pixels, cfg.MODEL
+    given = Pixels(cfg.INPUT.FORMAT, 255, tuple(model.PIXEL_MEAN), tuple(model.PIXEL_STD))
+    unlike = [
+        one
+        for one, two in zip((*wanted.mean, *wanted.std), (*given.mean, *given.std))
+        if abs(one - two) > _SAME_PIXEL
+    ]
+    if unlike or given.order != wanted.order:
+        raise WeightsError(
+            f"{weights.source} takes images as {wanted}, and the config gives {given}. Set "
+            f"INPUT.FORMAT {wanted.order} MODEL.PIXEL_MEAN {list(wanted.mean)} "
+            f"MODEL.PIXEL_STD {list(wanted.std)}."
+        )
+    if weights.fused and model.RESNETS.NORM != "FrozenBN":
+        raise WeightsError(
+            f"{weights.source} has its batch norms folded into weight and bias, and "
+            f"MODEL.RESNETS.NORM is {model.RESNETS.NORM}: there are no statistics to go on with. "
+            "Set MODEL.RESNETS.NORM FrozenBN, or take weights that kept theirs."
+        )
 
 
 def _refuse_other_shapes(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,12 @@ import torch
 
 from resnext_det.errors import WeightsError
 
-# Where checkpoints keep their weights, beside optimizer states and the like.
-_WRAPPERS = ("model", "state_dict", "model_state")
+# Where checkpoints keep their weights, beside optimizer states and the like: Detectron2,
+# open-mmlab and timm, fvcore's older files, Caffe2; a moving average where there is nothing else.
+_WRAPPERS = ("model", "state_dict", "model_state", "blobs")
+_AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "ema_state")
+# What data-parallel training, moving averages and training frameworks put before every name.
+_PREFIXES = ("module.", "model.")
 
 # All that a pickle of numpy arrays in plain containers needs; numpy 2 renamed numpy.core.
 _ALLOWED_GLOBALS = {
@@ -43,18 +48,36 @@ class _ArrayUnpickler(pickle.Unpickler):
         )
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint file holds.
+
+    Attributes:
+        tensors: on the CPU, by name.
+        record: what a file of this package says about itself, as it stands there; else None.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    record: Any
+
+
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """Read the weights of a checkpoint.
+    """Read the weights of a checkpoint; see `read_checkpoint`."""
+    return read_checkpoint(file).tensors
+
+
+def read_checkpoint(file: Path) -> Checkpoint:
+    """Read a checkpoint.
 
     Knows PyTorch's files (.pth and the like), pickles of arrays (.pkl) and safetensors, told
-    apart by what is in the file and not by its name. Wrappers ("model", "state_dict") and the
-    prefix "module." of data-parallel training are taken off.
+    apart by what is in the file and not by its name. Wrappers ("model", "state_dict", "blobs"
+    and moving averages) and the prefix "module." of data-parallel training are taken off.
 
     Args:
         file: the checkpoint.
 
     Returns:
-        Tensors on the CPU, by name.
+        Its tensors, and its record.
 
     Raises:
         WeightsError: the file is missing, broken, of no known kind, or holds more than data.
@@ -73,7 +96,7 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     tensors = _unwrap(content)
     if not tensors:
         raise WeightsError(f"{file} holds no tensors by name, so it is no checkpoint of a network.")
-    return tensors
+    return Checkpoint(tensors, content.get("resnext_det"))
 
 
 def _read(file: Path) -> Any:
@@ -89,7 +112,8 @@ def _read(file: Path) -> Any:
 
 def _unwrap(content: Any) -> dict[str, torch.Tensor]:
     for _ in range(3):
-        inner = next((content[key] for key in _WRAPPERS if _holds_mapping(content, key)), None)
+        keys = (*_WRAPPERS, *_AVERAGES)
+        inner = next((content[key] for key in keys if _holds_mapping(content, key)), None)
         if inner is None:
             break
         content = inner
@@ -101,8 +125,14 @@ def _unwrap(content: Any) -> dict[str, torch.Tensor]:
         if isinstance(value, (torch.Tensor, np.ndarray))
         and not (isinstance(value, np.ndarray) and value.dtype.kind not in "fiub")
     }
-    if tensors and all(name.startswith("module.") for name in tensors):
-        return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    return _without_prefix(tensors)
+
+
+def _without_prefix(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Take off what stands before every single name, once or several times."""
+    for prefix in _PREFIXES * 2:
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return tensors
 
 

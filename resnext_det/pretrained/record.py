@@ -1,0 +1,71 @@
+"""What a converted file says about itself."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from resnext_det.errors import WeightsError
+from resnext_det.pretrained.pixels import Pixels
+
+
+@dataclass(frozen=True)
+class Record:
+    """Where converted weights came from, and what they ask for.
+
+    Attributes:
+        source: the name of the file that was converted.
+        sha256: its digest.
+        layout: its layout.
+        network: such as "ResNeXt-50 32x4d".
+        pixels: what the converted weights take for an image.
+        fused: batch norms hold weight and bias alone; only FrozenBN takes them.
+    """
+
+    source: str
+    sha256: str
+    layout: str
+    network: str
+    pixels: Pixels
+    fused: bool
+
+    def plain(self) -> dict[str, Any]:
+        """Return it in plain containers, as a file holds it."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, content: Any) -> Record | None:
+        """Read what a file holds; None where it holds nothing.
+
+        Raises:
+            WeightsError: it holds something else.
+        """
+        if content is None:
+            return None
+        try:
+            fields: Mapping[str, Any] = dict(content)
+            pixels = fields["pixels"]
+            convention = Pixels(
+                str(pixels["order"]),
+                float(pixels["range"]),
+                tuple(float(value) for value in pixels["mean"]),  # type: ignore[arg-type]
+                tuple(float(value) for value in pixels["std"]),  # type: ignore[arg-type]
+            )
+            words = {key: str(fields[key]) for key in ("source", "sha256", "layout", "network")}
+            return cls(**words, pixels=convention, fused=bool(fields["fused"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise WeightsError(
+                f"its record of where it came from cannot be read ({error}); convert it again."
+            ) from error
+
+
+def sha256(file: Path) -> str:
+    """Return the digest of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while part := stream.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()

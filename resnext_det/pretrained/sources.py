@@ -1,0 +1,192 @@
+"""Every layout of a ResNeXt checkpoint that is known, and what its networks take for an image.
+
+A layout is recognised by the names in the file, never by the file's own name. Each has one table
+of names that leads to torchvision's or Detectron2's; `layouts.py` knows the way between those.
+
+Read in files of their own programs: torchvision, timm, Detectron2. Written from their published
+names, no real file having been seen: mmpretrain, mmdetection, Cadene, Caffe2.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from detectron2.checkpoint.c2_model_loading import convert_basic_c2_names
+from torch import Tensor
+
+from resnext_det.errors import WeightsError
+from resnext_det.modeling.forms import in_form_of
+from resnext_det.pretrained.layouts import is_detectron2_backbone, is_torchvision, to_detectron2
+from resnext_det.pretrained.pixels import CAFFE2, IMAGENET, OURS, Pixels
+
+Tensors = Mapping[str, Tensor]
+CLASSIFIER = ("linear.", "stem.fc.")
+GROUPED = ("res2.0.conv3.weight",)
+"""A name that the grouped form alone has."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint's content under Detectron2's names, nothing folded or checked yet.
+
+    Attributes:
+        layout: such as "torchvision".
+        tensors: by Detectron2's names, the classifier as "linear.*", blocks grouped.
+        left_out: names in the file that no backbone has.
+        pixels: what the network takes for an image, as far as the layout tells.
+        fused: the batch norms hold weight and bias alone, into which statistics were folded.
+    """
+
+    layout: str
+    tensors: dict[str, Tensor]
+    left_out: tuple[str, ...]
+    pixels: Pixels
+    fused: bool = False
+
+
+def recognise(raw: Tensors) -> Source:
+    """Tell the layout of a checkpoint, and bring it under Detectron2's names.
+
+    Args:
+        raw: what `readers.read_tensors` gave.
+
+    Raises:
+        WeightsError: no known layout, or names that no plain ResNeXt of that layout has.
+    """
+    for matches, read in _LAYOUTS:
+        if matches(raw):
+            return read(raw)
+    raise WeightsError(
+        "it has the layout of no backbone that is known (torchvision's, timm's, mmpretrain's, "
+        "mmdetection's, Cadene's, Caffe2's, Detectron2's). Its first names are: "
+        f"{', '.join(list(raw)[:5])}"
+    )
+
+
+def is_backbone(raw: Tensors) -> bool:
+    """Tell whether a checkpoint is one of a backbone alone, of any known layout."""
+    return any(matches(raw) for matches, _ in _LAYOUTS)
+
+
+# --- torchvision and timm ---
+
+
+def _torchvision(raw: Tensors, layout: str = "torchvision", left: tuple[str, ...] = ()) -> Source:
+    renamed = to_detectron2(raw)
+    head = [name for name in raw if name.startswith("fc.")]
+    return Source(layout, renamed, (*head, *left), IMAGENET)
+
+
+# --- mmpretrain (backbone.*, head.fc.*) and detectors of mmdetection (backbone.*, neck.*, ...) ---
+
+
+def _is_openmmlab(raw: Tensors) -> bool:
+    return "backbone.conv1.weight" in raw and "backbone.layer1.0.conv2.weight" in raw
+
+
+def _openmmlab(raw: Tensors) -> Source:
+    inner = {
+        name.removeprefix("backbone."): tensor
+        for name, tensor in raw.items()
+        if name.startswith("backbone.")
+    }
+    others = tuple(name for name in raw if not name.startswith("backbone."))
+    classifier = all(name.startswith("head.") for name in others)
+    return _torchvision(inner, "mmpretrain" if classifier else "mmdetection", others)
+
+
+# --- Cadene's pretrained-models.pytorch: nested nn.Sequential by number ---
+
+_CADENE_STEM = {"features.0": "conv1", "features.1": "bn1", "last_linear": "fc"}
+_CADENE_BLOCK = {
+    "0.0.0.0": "conv1",
+    "0.0.0.1": "bn1",
+    "0.0.0.3": "conv2",
+    "0.0.0.4": "bn2",
+    "0.0.1": "conv3",
+    "0.0.2": "bn3",
+    "0.1.0": "downsample.0",
+    "0.1.1": "downsample.1",
+}
+_CADENE_NAME = re.compile(r"features\.([4-7])\.(0|[1-9][0-9]*)\.([0-9.]+)\.([a-z_]+)")
+
+
+def _is_cadene(raw: Tensors) -> bool:
+    return "features.0.weight" in raw and "features.4.0.0.0.0.0.weight" in raw
+
+
+def _cadene(raw: Tensors) -> Source:
+    renamed = {}
+    for name, tensor in raw.items():
+        renamed[_from_cadene(name)] = tensor
+    source = _torchvision(renamed, "Cadene")
+    head = tuple(name for name in raw if name.startswith("last_linear."))
+    return Source(source.layout, source.tensors, head, source.pixels)
+
+
+def _from_cadene(name: str) -> str:
+    match = _CADENE_NAME.fullmatch(name)
+    if match is not None and match[3] in _CADENE_BLOCK:
+        return f"layer{int(match[1]) - 3}.{match[2]}.{_CADENE_BLOCK[match[3]]}.{match[4]}"
+    module, _, kind = name.rpartition(".")
+    if module in _CADENE_STEM:
+        return f"{_CADENE_STEM[module]}.{kind}"
+    raise WeightsError(f"{name} is no tensor of a ResNeXt in Cadene's layout.")
+
+
+# --- Caffe2: Detectron's and Detectron2's ImageNet files ---
+
+
+def _is_caffe2(raw: Tensors) -> bool:
+    return any(name.removeprefix("gpu_0/").startswith("res2_0_branch2b_w") for name in raw)
+
+
+def _caffe2(raw: Tensors) -> Source:
+    """Read Detectron's names, with Detectron2's own table for them.
+
+    Fused batch norms hold s and b alone: y = s x + b. Detectron2's FrozenBN computes that with a
+    mean of 0 and a variance of 1 - eps. Zero biases of convolutions are left out.
+    """
+    plain = {_without_workspace(name): tensor for name, tensor in raw.items()}
+    left = [name for name in plain if name.endswith("_momentum") or name == "lr"]
+    old = [name for name in plain if name not in left]
+    names = [re.sub(r"^(fc1000|linear)\.", "linear.", new) for new in convert_basic_c2_names(old)]
+    renamed = {new: plain[name] for name, new in zip(old, names)}
+    for name in [n for n in renamed if n.endswith(".bias") and ".norm." not in n]:
+        if not name.startswith(CLASSIFIER) and not renamed[name].any():
+            left.append(old[names.index(name)])
+            del renamed[name]
+    fused = not any(name.endswith("running_mean") for name in renamed)
+    if fused:
+        for name in [name for name in renamed if name.endswith(".norm.weight")]:
+            stem = name.removesuffix("weight")
+            renamed[f"{stem}running_mean"] = torch.zeros_like(renamed[name])
+            renamed[f"{stem}running_var"] = torch.ones_like(renamed[name]) - 1e-5
+    head = [name for name, new in zip(old, names) if new.startswith(CLASSIFIER)]
+    pixels = CAFFE2 if fused else OURS
+    return Source("Caffe2", renamed, (*head, *left), pixels, fused)
+
+
+def _without_workspace(name: str) -> str:
+    """Drop what Caffe2's workspace adds: gpu_0/ before and _0 behind some names."""
+    return re.sub(r"_(w|b|s|rm|riv)_0$", r"_\1", name.removeprefix("gpu_0/"))
+
+
+# --- Detectron2, a bare backbone in any form ---
+
+
+def _detectron2(raw: Tensors) -> Source:
+    head = tuple(name for name in raw if name.startswith(CLASSIFIER))
+    return Source("Detectron2", in_form_of(raw, GROUPED), head, OURS)
+
+
+_LAYOUTS: tuple[tuple[Callable[[Tensors], bool], Callable[[Tensors], Source]], ...] = (
+    (is_torchvision, _torchvision),
+    (_is_openmmlab, _openmmlab),
+    (_is_cadene, _cadene),
+    (_is_caffe2, _caffe2),
+    (is_detectron2_backbone, _detectron2),
+)
