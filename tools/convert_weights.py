@@ -40,7 +40,9 @@ def main() -> None:
     left_out = ", ".join(weights.left_out) or "nothing"
     print(
         f"{weights} ({weights.layout} layout): {len(weights.tensors)} tensors converted, "
-        f"left out: {left_out}. Wrote {arguments.output}"
+        f"left out: {left_out}. Wrote {arguments.output}\n"
+        f"It takes images as {weights.pixels}"
+        f"{'; its batch norms are folded, for FrozenBN alone' if weights.fused else ''}."
     )
 
 

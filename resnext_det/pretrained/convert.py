@@ -37,6 +37,7 @@ class BackboneWeights:
         template: cardinality and width.
         pixels: what they take for an image, after folding.
         fused: the source's batch norms were folded into weight and bias, which only FrozenBN takes.
+        stride_in_1x1: where the source had its stride; None where that is not known.
     """
 
     source: Path
@@ -48,6 +49,7 @@ class BackboneWeights:
     template: Template
     pixels: Pixels = OURS
     fused: bool = False
+    stride_in_1x1: bool | None = None
 
     def __str__(self) -> str:
         depth = "of unknown depth" if self.depth is None else str(self.depth)
@@ -105,11 +107,11 @@ def read_backbone(source: Path, pixels: Pixels | None = None) -> BackboneWeights
     }
     check_backbone(source, kept)
     if record is not None:
-        taken, fused = record.pixels, record.fused
+        taken, fused, stride_in_1x1 = record.pixels, record.fused, record.stride_in_1x1
     else:
         stem = kept["stem.conv1.weight"]
         kept["stem.conv1.weight"], taken = fold(stem, pixels or found.pixels)
-        fused = found.fused
+        fused, stride_in_1x1 = found.fused, found.stride_in_1x1
     depth, template = describe(kept)
     counters = sum(name.endswith(_COUNTER) for name in found.tensors)
     return BackboneWeights(
@@ -122,6 +124,7 @@ def read_backbone(source: Path, pixels: Pixels | None = None) -> BackboneWeights
         template=template,
         pixels=taken,
         fused=fused,
+        stride_in_1x1=stride_in_1x1,
     )
 
 
@@ -146,6 +149,7 @@ def write_detectron2(weights: BackboneWeights, output: Path, form: str = "groupe
         network=str(weights),
         pixels=weights.pixels,
         fused=weights.fused,
+        stride_in_1x1=weights.stride_in_1x1,
     )
     tensors = convert_form(weights.tensors, form)
     _write(tensors, output, author, matching_heuristics=True, resnext_det=record.plain())

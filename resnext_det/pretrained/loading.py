@@ -115,6 +115,7 @@ def load_backbone(model: nn.Module, weights: BackboneWeights, cfg: CfgNode) -> s
         WeightsError: another depth, template or norm, or tensors that are missing.
     """
     _refuse_other_network(weights, cfg)
+    _refuse_other_stride(weights, cfg)
     _refuse_other_pixels(weights, cfg)
     targets = _backbone_tensors(model)
     tensors = in_form(weights.source, weights.tensors, targets)
@@ -150,6 +151,19 @@ def _refuse_other_network(weights: BackboneWeights, cfg: CfgNode) -> None:
         f"{wanted[1]}. Name other weights, or set MODEL.RESNETS.DEPTH {weights.depth} "
         f"MODEL.RESNETS.NUM_GROUPS {template.cardinality} "
         f"MODEL.RESNETS.WIDTH_PER_GROUP {template.width}."
+    )
+
+
+def _refuse_other_stride(weights: BackboneWeights, cfg: CfgNode) -> None:
+    """Refuse a stride on the other side: such weights fit, load in silence, and detect worse."""
+    given = cfg.MODEL.RESNETS.STRIDE_IN_1X1
+    if weights.stride_in_1x1 is None or weights.stride_in_1x1 == given:
+        return
+    side = "1x1" if weights.stride_in_1x1 else "3x3"
+    raise WeightsError(
+        f"{weights.source} was trained with its stride in the {side} convolutions, and "
+        f"MODEL.RESNETS.STRIDE_IN_1X1 is {given}. Set MODEL.RESNETS.STRIDE_IN_1X1 "
+        f"{weights.stride_in_1x1}."
     )
 
 

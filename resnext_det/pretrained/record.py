@@ -23,6 +23,7 @@ class Record:
         network: such as "ResNeXt-50 32x4d".
         pixels: what the converted weights take for an image.
         fused: batch norms hold weight and bias alone; only FrozenBN takes them.
+        stride_in_1x1: where the source had its stride; None where that is not known.
     """
 
     source: str
@@ -31,6 +32,7 @@ class Record:
     network: str
     pixels: Pixels
     fused: bool
+    stride_in_1x1: bool | None
 
     def plain(self) -> dict[str, Any]:
         """Return it in plain containers, as a file holds it."""
@@ -55,7 +57,13 @@ class Record:
                 tuple(float(value) for value in pixels["std"]),  # type: ignore[arg-type]
             )
             words = {key: str(fields[key]) for key in ("source", "sha256", "layout", "network")}
-            return cls(**words, pixels=convention, fused=bool(fields["fused"]))
+            stride = fields["stride_in_1x1"]
+            return cls(
+                **words,
+                pixels=convention,
+                fused=bool(fields["fused"]),
+                stride_in_1x1=None if stride is None else bool(stride),
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise WeightsError(
                 f"its record of where it came from cannot be read ({error}); convert it again."

@@ -38,6 +38,8 @@ class Source:
         left_out: names in the file that no backbone has.
         pixels: what the network takes for an image, as far as the layout tells.
         fused: the batch norms hold weight and bias alone, into which statistics were folded.
+        stride_in_1x1: where the network was trained with its stride; None where the layout does
+            not tell.
     """
 
     layout: str
@@ -45,6 +47,7 @@ class Source:
     left_out: tuple[str, ...]
     pixels: Pixels
     fused: bool = False
+    stride_in_1x1: bool | None = False
 
 
 def recognise(raw: Tensors) -> Source:
@@ -166,8 +169,16 @@ def _caffe2(raw: Tensors) -> Source:
             renamed[f"{stem}running_mean"] = torch.zeros_like(renamed[name])
             renamed[f"{stem}running_var"] = torch.ones_like(renamed[name]) - 1e-5
     head = [name for name, new in zip(old, names) if new.startswith(CLASSIFIER)]
-    pixels = CAFFE2 if fused else OURS
-    return Source("Caffe2", renamed, (*head, *left), pixels, fused)
+    # Of these files, ResNets are MSRA's: stride in the 1x1, std 1. ResNeXts have it in the 3x3, and
+    # Detectron2's own, the one that is not fused, is of ImageNet's std.
+    resnet = _ungrouped(renamed)
+    pixels = CAFFE2 if fused or resnet else OURS
+    return Source("Caffe2", renamed, (*head, *left), pixels, fused, stride_in_1x1=resnet)
+
+
+def _ungrouped(tensors: Tensors) -> bool:
+    weight = tensors.get("res2.0.conv2.weight")
+    return weight is not None and weight.dim() == 4 and weight.shape[0] == weight.shape[1]
 
 
 def _without_workspace(name: str) -> str:
@@ -180,7 +191,7 @@ def _without_workspace(name: str) -> str:
 
 def _detectron2(raw: Tensors) -> Source:
     head = tuple(name for name in raw if name.startswith(CLASSIFIER))
-    return Source("Detectron2", in_form_of(raw, GROUPED), head, OURS)
+    return Source("Detectron2", in_form_of(raw, GROUPED), head, OURS, stride_in_1x1=None)
 
 
 _LAYOUTS: tuple[tuple[Callable[[Tensors], bool], Callable[[Tensors], Source]], ...] = (

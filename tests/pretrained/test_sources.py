@@ -204,7 +204,39 @@ def test_caffe2_gives_the_same_features(fused: bool, tmp_path: Path) -> None:
     assert_same(file, source, CAFFE2 if fused else OURS, "Caffe2")
     weights = read_backbone(file)
     assert weights.fused == fused
+    assert weights.stride_in_1x1 is False
     assert {"pred_w", "pred_b"} <= set(weights.left_out)
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
+def test_caffe2s_resnets_are_msras(fused: bool, tmp_path: Path) -> None:
+    """Detectron2's R-50.pkl and R-101.pkl: stride in the 1x1, std 1 (its model catalog)."""
+    file = save(tmp_path / "R-26.pkl", caffe2(network(groups=1, width=64), fused))
+    weights = read_backbone(file)
+    assert weights.stride_in_1x1
+    stem = network(groups=1, width=64).conv1.weight.detach().double()
+    expected = (stem * torch.tensor(OURS.std, dtype=torch.float64).view(1, 3, 1, 1)).float()
+    assert torch.equal(weights.tensors["stem.conv1.weight"], expected)
+    output = tmp_path / "converted.pkl"
+    write_detectron2(weights, output)
+    for each in (file, output):
+        words = [*SMALL, "MODEL.WEIGHTS", str(each), "MODEL.RESNETS.NUM_GROUPS", "1"]
+        words += ["MODEL.RESNETS.WIDTH_PER_GROUP", "64"]
+        cfg = load_config("faster_rcnn_X_50_32x4d_FPN_paper", words)
+        with pytest.raises(WeightsError, match=r"Set MODEL\.RESNETS\.STRIDE_IN_1X1 True"):
+            load_weights(build_model(cfg), cfg)
+        words += ["MODEL.RESNETS.STRIDE_IN_1X1", "True"]
+        cfg = load_config("faster_rcnn_X_50_32x4d_FPN_paper", words)
+        assert load_weights(build_model(cfg), cfg).startswith("145/145")
+
+
+def test_torchvisions_resnet_with_the_stride_in_the_1x1_is_refused(tmp_path: Path) -> None:
+    file = save(tmp_path / "a.pth", network(groups=1, width=64).state_dict())
+    words = [*SMALL, "MODEL.WEIGHTS", str(file), "MODEL.RESNETS.NUM_GROUPS", "1"]
+    words += ["MODEL.RESNETS.WIDTH_PER_GROUP", "64", "MODEL.RESNETS.STRIDE_IN_1X1", "True"]
+    cfg = load_config("faster_rcnn_X_50_32x4d_FPN_paper", words)
+    with pytest.raises(WeightsError, match=r"in the 3x3.*STRIDE_IN_1X1 False"):
+        load_weights(build_model(cfg), cfg)
 
 
 @pytest.mark.parametrize("template", [(32, 4), (64, 4), (32, 8)], ids=str)
