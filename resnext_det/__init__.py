@@ -37,6 +37,7 @@ _require_detectron2()
 
 # Imported for what they register.
 from resnext_det import data as data  # noqa: E402
+from resnext_det import model_zoo as model_zoo  # noqa: E402
 from resnext_det.config import add_resnext_config, load_config  # noqa: E402
 from resnext_det.data import splits as splits  # noqa: E402
 from resnext_det.modeling import pyramids as pyramids  # noqa: E402

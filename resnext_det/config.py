@@ -6,6 +6,7 @@ import difflib
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -97,10 +98,28 @@ def load_config(file: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
         cfg.merge_from_list(list(overrides))
     except (ValueError, AssertionError, KeyError) as error:
         raise ConfigError(f"{' '.join(overrides)} is refused: {error}") from error
+    _refuse_empty(cfg)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     cfg.freeze()
     return cfg
+
+
+def _refuse_empty(cfg: CfgNode) -> None:
+    """Refuse None where there was a value: yacs lets it through for any key."""
+    usual = get_cfg()
+    add_resnext_config(usual)
+    for key in _keys(cfg):
+        given, default = _value(cfg, key), _value(usual, key)
+        if given is None and default is not None:
+            raise ConfigError(f"{key} is empty (None); its default is {default!r}.")
+
+
+def _value(cfg: CfgNode, key: str) -> object:
+    node: Any = cfg
+    for name in key.split("."):
+        node = node.get(name) if isinstance(node, CfgNode) else None
+    return node
 
 
 def _locate(file: str | Path) -> Path:

@@ -29,7 +29,8 @@ def reported() -> Iterator[None]:
     try:
         yield
     except ResNeXtError as error:
-        sys.stderr.write(f"error: {_without_traceback(str(error))}\n")
+        line = " ".join(_without_traceback(str(error)).split())
+        sys.stderr.write(f"error: {line}\n")
         sys.exit(2)
 
 

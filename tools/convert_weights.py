@@ -2,7 +2,7 @@
 
 Usage: python tools/convert_weights.py SOURCE OUTPUT.pkl [--form grouped]
 
-SOURCE is a backbone in torchvision's or Detectron2's layout. With --form it may be a whole
+SOURCE is a backbone in any layout that the README names. With --form it may be a whole
 detector as well; its blocks are given that form, and everything else stays as it is.
 """
 
@@ -41,7 +41,7 @@ def main() -> None:
     print(
         f"{weights} ({weights.layout} layout): {len(weights.tensors)} tensors converted, "
         f"left out: {left_out}. Wrote {arguments.output}\n"
-        f"It takes images as {weights.pixels}"
+        f"It takes images as {weights.pixels or 'the source did: the file does not say'}"
         f"{'; its batch norms are folded, for FrozenBN alone' if weights.fused else ''}."
     )
 

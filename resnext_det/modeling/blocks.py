@@ -24,10 +24,10 @@ from resnext_det.errors import ConfigError
 Norm = str | Callable[[int], nn.Module]
 
 # Norms that treat every channel on its own, and so can be cut into paths.
-_PER_CHANNEL = (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d)
+_PER_CHANNEL = (nn.modules.batchnorm._NormBase, FrozenBatchNorm2d)
 
 
-class Path(nn.Module):
+class BlockPath(nn.Module):
     """One of the C paths: 1x1, 3x3 and, in the aggregated form, 1x1 (paper, Fig. 3 a and b).
 
     Shapes: (N, in_channels, H, W) to (N, d or out_channels, H / stride, W / stride).
@@ -92,11 +92,11 @@ class _BlockOfPaths(CNNBlockBase):
         self.paths = nn.ModuleList(self._cut(grouped, num_groups, norm))
         self._keep(grouped.conv3)
 
-    def _cut(self, grouped: BottleneckBlock, cardinality: int, norm: Norm) -> list[Path]:
+    def _cut(self, grouped: BottleneckBlock, cardinality: int, norm: Norm) -> list[BlockPath]:
         first = grouped.conv1.weight.chunk(cardinality)
         second = grouped.conv2.weight.chunk(cardinality)
         return [
-            Path(_conv(grouped.conv1, one, norm), _conv(grouped.conv2, two, norm))
+            BlockPath(_conv(grouped.conv1, one, norm), _conv(grouped.conv2, two, norm))
             for one, two in zip(first, second)
         ]
 
@@ -129,10 +129,10 @@ class ConcatenatedBlock(_BlockOfPaths):
 class AggregatedBlock(_BlockOfPaths):
     """Form (a): C paths of 1x1, 3x3 and 1x1, summed, and then normalised (Fig. 3 a, footnote 6)."""
 
-    def _cut(self, grouped: BottleneckBlock, cardinality: int, norm: Norm) -> list[Path]:
+    def _cut(self, grouped: BottleneckBlock, cardinality: int, norm: Norm) -> list[BlockPath]:
         third = grouped.conv3.weight.chunk(cardinality, dim=1)
         return [
-            Path(path.conv1, path.conv2, _conv(grouped.conv3, three, norm=""))
+            BlockPath(path.conv1, path.conv2, _conv(grouped.conv3, three, norm=""))
             for path, three in zip(super()._cut(grouped, cardinality, norm), third)
         ]
 

@@ -5,19 +5,23 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-_BatchNorm = nn.modules.batchnorm._BatchNorm
+_Norm = nn.modules.batchnorm._NormBase  # batch and instance norms
 
 
 class CheckpointedStage(nn.Sequential):
     """A stage that keeps only the inputs of its blocks, and computes them again going backward.
 
     The gradients are those of an ordinary stage, and so are the running statistics: batch norms
-    do not count the second time. Names of parameters do not change.
+    do not count the second time. Names of parameters do not change. `torch.compile` leaves such a
+    stage as it is.
     """
 
+    # Dynamo knows no context_fn of checkpoint().
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor) -> Tensor:
         """Run the blocks one after the other."""
         if not self.training:
@@ -45,7 +49,7 @@ class _StatisticsAtRest(AbstractContextManager[None]):
     """
 
     def __init__(self, block: nn.Module) -> None:
-        self._norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
+        self._norms = [module for module in block.modules() if isinstance(module, _Norm)]
 
     def __enter__(self) -> None:
         self._usual = [(norm.momentum, norm.num_batches_tracked) for norm in self._norms]

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from resnext_det.errors import WeightsError
-from resnext_det.modeling.blocks import block_class
+from resnext_det.modeling.blocks import BLOCKS, block_class
 
 _IN_NETWORK = re.compile(r"((?:.*\.)?res[2-5]\.(?:0|[1-9][0-9]{0,3})\.)(.+)")
 _IN_PATH = re.compile(r"paths\.(0|[1-9][0-9]{0,3})\.(conv[123])\.(.+)")
@@ -113,6 +113,29 @@ def convert_block(tensors: Mapping[str, Tensor], form: str) -> dict[str, Tensor]
         return dict(tensors)
     grouped = _to_grouped(tensors)
     return grouped if form == "grouped" else _to_paths(grouped, form)
+
+
+def load_any_form(block: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Let a block load weights of another form; a hook that runs before `load_state_dict`.
+
+    Args:
+        block: of any form.
+        state_dict: what is loaded, changed in place.
+        prefix: of the block's names in it.
+
+    Raises:
+        WeightsError: paths that are not whole.
+    """
+    own = {name: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+    given = {name.removeprefix(prefix): tensor for name, tensor in own.items()}
+    form = next((name for name, kind in BLOCKS.items() if type(block) is kind), None)
+    if form is None or not any(name.endswith("conv3.weight") for name in given):
+        return
+    if form_of(given) == form:
+        return
+    for name in own:
+        del state_dict[name]
+    state_dict.update({prefix + n: tensor for n, tensor in convert_block(given, form).items()})
 
 
 def _to_grouped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import nn
 
 from resnext_det.errors import ConfigError
+from resnext_det.modeling.arguments import check_types
 from resnext_det.modeling.resnext import ResNeXt, build_resnext_backbone
 from resnext_det.modeling.stages import check_norm
 
@@ -55,6 +56,7 @@ def build_retinanet_resnext_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -
 
 def _check(cfg: CfgNode, bottom_up: ResNeXt, top: str | None = None) -> None:
     """Refuse features that no pyramid can be built on, and norms that Detectron2 lacks."""
+    check_types(in_features=cfg.MODEL.FPN.IN_FEATURES, out_channels=cfg.MODEL.FPN.OUT_CHANNELS)
     strides = {
         name: shape.stride
         for name, shape in bottom_up.output_shape().items()  # type: ignore[no-untyped-call]
@@ -71,6 +73,12 @@ def _check(cfg: CfgNode, bottom_up: ResNeXt, top: str | None = None) -> None:
             f"MODEL.FPN.IN_FEATURES is {wanted}, with strides {levels}; each must have twice the "
             'stride of the one before it, as ["res2", "res3", "res4", "res5"] at '
             f"MODEL.RESNETS.RES5_DILATION 1 (it is {cfg.MODEL.RESNETS.RES5_DILATION})."
+        )
+    above = strides[top] if top else 32
+    if levels[-1] != above:
+        raise ConfigError(
+            f"MODEL.FPN.IN_FEATURES is {wanted}, and ends at stride {levels[-1]}; what comes above "
+            f"is made of {top or 'p5'}, of stride {above}: end with res5."
         )
     if cfg.MODEL.FPN.FUSE_TYPE not in ("sum", "avg"):
         raise ConfigError(

@@ -11,6 +11,7 @@ from detectron2.modeling.backbone.resnet import BasicStem, ResNet
 
 from resnext_det.config import resnext_settings
 from resnext_det.errors import ConfigError
+from resnext_det.modeling.arguments import check_types
 from resnext_det.modeling.blocks import Norm, block_class
 from resnext_det.modeling.checkpointing import CheckpointedStage
 from resnext_det.modeling.stages import (
@@ -18,8 +19,8 @@ from resnext_det.modeling.stages import (
     check_checkpoint_stages,
     check_deformable,
     check_norm,
+    check_zero_init,
     make_stage,
-    norm_channels,
 )
 from resnext_det.modeling.template import Template
 
@@ -74,7 +75,8 @@ class ResNeXt(ResNet):
             deform_num_groups: groups of the deformable offsets.
             num_classes: adds a classifier, called "linear", with this many classes.
             out_features: what to return, of "stem", "res2" to "res5" and "linear"; by default the
-                last layer. Stages past the last one named are not built.
+                last layer. Without a
+                classifier, stages past the last one named are not built.
             freeze_at: 0 freezes nothing, 1 the stem, 2 the stem and res2, up to 5.
                 What is frozen has no gradients, and its batch norms become FrozenBN.
             form: "grouped", "concatenated" or "aggregated": one function, three ways to compute it
@@ -87,12 +89,26 @@ class ResNeXt(ResNet):
         Raises:
             ConfigError: a value outside its range.
         """
+        check_types(
+            depth=depth,
+            template=template,
+            in_channels=in_channels,
+            stem_out_channels=stem_out_channels,
+            res2_out_channels=res2_out_channels,
+            norm=norm,
+            res5_dilation=res5_dilation,
+            deform_on_per_stage=deform_on_per_stage,
+            out_features=out_features,
+            freeze_at=freeze_at,
+            form=form,
+        )
         template = Template(template) if isinstance(template, str) else template
         _check(freeze_at, res5_dilation, out_features, num_classes)
         block_class(form)
         check_deformable(deform_on_per_stage)
         check_checkpoint_stages(checkpoint_stages)
-        check_norm(norm, (stem_out_channels, *norm_channels(template, res2_out_channels)))
+        check_zero_init(zero_init_residual, frozen=freeze_at >= 2)
+        check_norm(norm, (stem_out_channels,))
         deform = {"deform_modulated": deform_modulated, "deform_num_groups": deform_num_groups}
         stem = BasicStem(in_channels=in_channels, out_channels=stem_out_channels, norm=norm)
         stages = [
@@ -135,9 +151,9 @@ def _check(
     num_classes: int | None,
 ) -> None:
     if freeze_at not in range(6):
-        raise ConfigError(f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}; it must be 0 to 5.")
+        raise ConfigError(f"MODEL.BACKBONE.FREEZE_AT is {freeze_at!r}; it must be 0 to 5.")
     if res5_dilation not in (1, 2):
-        raise ConfigError(f"MODEL.RESNETS.RES5_DILATION is {res5_dilation}; it must be 1 or 2.")
+        raise ConfigError(f"MODEL.RESNETS.RES5_DILATION is {res5_dilation!r}; it must be 1 or 2.")
     allowed = FEATURES if num_classes is None else (*FEATURES, "linear")
     if out_features is None:
         return
@@ -159,12 +175,13 @@ def template_of(cfg: CfgNode) -> Template:
         ConfigError: either is not a positive number.
     """
     groups, width = cfg.MODEL.RESNETS.NUM_GROUPS, cfg.MODEL.RESNETS.WIDTH_PER_GROUP
-    if groups < 1 or width < 1:
+    check_types(num_groups=groups, width_per_group=width)
+    try:
+        return Template.of(groups, width)
+    except ConfigError as error:
         raise ConfigError(
-            f"MODEL.RESNETS.NUM_GROUPS is {groups} and WIDTH_PER_GROUP is {width}; both must be 1 "
-            "or more. ResNeXt 32x4d has 32 and 4, ResNet has 1 and 64."
-        )
-    return Template.of(groups, width)
+            f"MODEL.RESNETS.NUM_GROUPS is {groups} and WIDTH_PER_GROUP is {width}: {error}"
+        ) from error
 
 
 def build_resnext_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNeXt:

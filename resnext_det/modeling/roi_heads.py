@@ -14,10 +14,9 @@ from resnext_det.errors import ConfigError
 from resnext_det.modeling.resnext import refuse_stride_in_1x1, template_of
 from resnext_det.modeling.stages import (
     check_checkpoint_stages,
-    check_norm,
+    check_zero_init,
     freeze,
     make_stage,
-    norm_channels,
 )
 
 
@@ -56,8 +55,8 @@ class ResNeXtRes5ROIHeads(Res5ROIHeads):
         template = template_of(cfg)
         refuse_stride_in_1x1(cfg, template)
         check_checkpoint_stages(settings.CHECKPOINT_STAGES)
+        check_zero_init(settings.ZERO_INIT_RESIDUAL, frozen=cfg.MODEL.BACKBONE.FREEZE_AT >= 5)
         out_channels = 8 * resnets.RES2_OUT_CHANNELS
-        check_norm(resnets.NORM, norm_channels(template, resnets.RES2_OUT_CHANNELS))
         stage = make_stage(
             "res5",
             resnets.DEPTH,
@@ -83,6 +82,11 @@ def _check(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> None:
             f"MODEL.ROI_HEADS.IN_FEATURES is {list(features)}; res5 of a C4 detector takes one "
             f"feature of {channels} channels, and the backbone gives {fitting or 'none'}: set both "
             'it and MODEL.RESNETS.OUT_FEATURES to ["res4"].'
+        )
+    if "res5" in input_shape:
+        raise ConfigError(
+            f"MODEL.RESNETS.OUT_FEATURES is {list(resnets.OUT_FEATURES)}; a C4 detector has its "
+            'res5 in the head, and a second one would stay unused: set it to ["res4"].'
         )
     if cfg.MODEL.KEYPOINT_ON:
         raise ConfigError(

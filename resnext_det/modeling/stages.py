@@ -14,6 +14,7 @@ from torch import nn
 from resnext_det.errors import ConfigError
 from resnext_det.modeling.blocks import Norm, block_class, last_norm
 from resnext_det.modeling.checkpointing import CheckpointedStage
+from resnext_det.modeling.forms import load_any_form
 from resnext_det.modeling.template import Template, blocks_per_stage
 
 STAGES = ("res2", "res3", "res4", "res5")
@@ -66,6 +67,9 @@ def make_stage(
     count = blocks_per_stage(depth)[number - 2]
     stride = 1 if number == 2 or dilation > 1 else 2
     out_channels = res2_out_channels << (number - 2)
+    check_norm(norm, (template.bottleneck_channels(number), out_channels))
+    if deformable is not None:
+        check_deformable([True] * 4)
     if deformable is not None and form != "grouped":
         raise ConfigError(
             f"MODEL.RESNEXT.FORM is {form}, and MODEL.RESNETS.DEFORM_ON_PER_STAGE names {name}: "
@@ -86,19 +90,21 @@ def make_stage(
         dilation=dilation,
         **(deformable or {}),
     )
+    for block in blocks:
+        block.register_load_state_dict_pre_hook(load_any_form)
     if zero_init_residual:
-        _zero_init_residual(blocks)
+        _zero_init_residual(blocks, norm)
     return CheckpointedStage(*blocks) if checkpointed else nn.Sequential(*blocks)
 
 
-def _zero_init_residual(blocks: Sequence[CNNBlockBase]) -> None:
+def _zero_init_residual(blocks: Sequence[CNNBlockBase], norm: Norm) -> None:
     for block in blocks:
         weight = getattr(last_norm(block), "weight", None)
         if not isinstance(weight, nn.Parameter):
             raise ConfigError(
-                "MODEL.RESNEXT.ZERO_INIT_RESIDUAL is True, and MODEL.RESNETS.NORM is one without "
-                "a weight that is trained, so the blocks would stay at 0 for ever. Choose BN, "
-                "SyncBN or GN, or set ZERO_INIT_RESIDUAL False."
+                "MODEL.RESNEXT.ZERO_INIT_RESIDUAL is True, and MODEL.RESNETS.NORM is "
+                f"{norm!r}, which has no weight that is trained, so the blocks would stay at 0 for "
+                "ever. Choose BN, SyncBN, GN or LN, or set ZERO_INIT_RESIDUAL False."
             )
         nn.init.zeros_(weight)
 
@@ -130,7 +136,7 @@ def check_norm(norm: Norm, channels: Sequence[int], key: str = "MODEL.RESNETS.NO
         except KeyError as error:
             raise ConfigError(
                 f"{key} is {norm!r}; Detectron2 has FrozenBN (the paper's fine-tuning), BN, "
-                "SyncBN, naiveSyncBN, GN, LN, and '' for none."
+                "SyncBN, nnSyncBN, naiveSyncBN, naiveSyncBN_N, GN, LN, and '' for none."
             ) from error
         except ValueError as error:
             raise ConfigError(
@@ -138,12 +144,6 @@ def check_norm(norm: Norm, channels: Sequence[int], key: str = "MODEL.RESNETS.NO
                 "Detectron2's GN has 32 groups, which must divide every number of channels: choose "
                 "another norm, or widths that are multiples of 32 (of ResNeXt templates, 32x4d)."
             ) from error
-
-
-def norm_channels(template: Template, res2_out_channels: int) -> tuple[int, ...]:
-    """Return each number of channels that the norms of res2 to res5 work on."""
-    inner = (template.bottleneck_channels(stage) for stage in (2, 3, 4, 5))
-    return (*inner, *(res2_out_channels << number for number in range(4)))
 
 
 def check_deformable(deform_on_per_stage: Sequence[bool]) -> None:
@@ -165,13 +165,28 @@ def check_deformable(deform_on_per_stage: Sequence[bool]) -> None:
         )
 
 
+def check_zero_init(zero_init_residual: bool, frozen: bool) -> None:
+    """Refuse blocks that start at 0 and are frozen there.
+
+    Raises:
+        ConfigError: both are asked for.
+    """
+    if zero_init_residual and frozen:
+        raise ConfigError(
+            "MODEL.RESNEXT.ZERO_INIT_RESIDUAL is True, and MODEL.BACKBONE.FREEZE_AT freezes "
+            "blocks, which would stay at 0 for ever. It is for training from scratch: set "
+            "FREEZE_AT 0 or 1, or ZERO_INIT_RESIDUAL False."
+        )
+
+
 def check_checkpoint_stages(names: Sequence[str]) -> None:
     """Refuse names that are no stage.
 
     Raises:
         ConfigError: the names, and those that are allowed.
     """
-    if isinstance(names, str) or any(name not in STAGES for name in names):
+    listed = isinstance(names, Sequence) and not isinstance(names, str)
+    if not listed or any(name not in STAGES for name in names):
         raise ConfigError(
             f"MODEL.RESNEXT.CHECKPOINT_STAGES is {names!r}; it must be a list of names among "
             f"{', '.join(STAGES)}."

@@ -40,6 +40,13 @@ def describe(tensors: Mapping[str, torch.Tensor]) -> tuple[int | None, Template]
     return depth, Template.of(int(weight.shape[0]) // width, width)
 
 
+def _norm_tensors(tensors: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
+    """Return the tensors of each norm: four of a batch norm, two of GN or LN, or none."""
+    if any(name.endswith((".norm.running_mean", ".norm.running_var")) for name in tensors):
+        return NORM_TENSORS
+    return NORM_TENSORS[:2] if any(".norm." in name for name in tensors) else ()
+
+
 def check_backbone(source: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Refuse a backbone that lacks tensors, has unknown ones, or values that are not finite.
 
@@ -53,10 +60,9 @@ def check_backbone(source: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     convolutions = [name for name in tensors if name.endswith(".weight") and ".norm." not in name]
     # Detectron2's FrozenBN fills statistics that a file lacks with 0 and 1, without a word
     # (FrozenBatchNorm2d._load_from_state_dict), so they are counted here.
+    kinds = _norm_tensors(tensors)
     expected = [
-        f"{name.removesuffix('.weight')}.norm.{kind}"
-        for name in convolutions
-        for kind in NORM_TENSORS
+        f"{name.removesuffix('.weight')}.norm.{kind}" for name in convolutions for kind in kinds
     ]
     missing = [name for name in expected if name not in tensors]
     if missing:

@@ -15,7 +15,7 @@ from resnext_det.errors import WeightsError
 from resnext_det.modeling.forms import convert_form, in_form_of
 from resnext_det.modeling.template import Template
 from resnext_det.pretrained.completeness import check_backbone, describe
-from resnext_det.pretrained.pixels import OURS, Pixels, fold
+from resnext_det.pretrained.pixels import Pixels, fold
 from resnext_det.pretrained.readers import read_checkpoint, read_tensors
 from resnext_det.pretrained.record import Record, sha256
 from resnext_det.pretrained.sources import CLASSIFIER, is_backbone, recognise
@@ -35,7 +35,7 @@ class BackboneWeights:
         counters: how many num_batches_tracked were left out; nothing reads them.
         depth: layers, or None where the blocks are those of no known depth.
         template: cardinality and width.
-        pixels: what they take for an image, after folding.
+        pixels: what they take for an image, after folding; None where that is not known.
         fused: the source's batch norms were folded into weight and bias, which only FrozenBN takes.
         stride_in_1x1: where the source had its stride; None where that is not known.
     """
@@ -47,7 +47,7 @@ class BackboneWeights:
     counters: int
     depth: int | None
     template: Template
-    pixels: Pixels = OURS
+    pixels: Pixels | None = None
     fused: bool = False
     stride_in_1x1: bool | None = None
 
@@ -109,8 +109,9 @@ def read_backbone(source: Path, pixels: Pixels | None = None) -> BackboneWeights
     if record is not None:
         taken, fused, stride_in_1x1 = record.pixels, record.fused, record.stride_in_1x1
     else:
-        stem = kept["stem.conv1.weight"]
-        kept["stem.conv1.weight"], taken = fold(stem, pixels or found.pixels)
+        taken = pixels or found.pixels
+        if taken is not None:
+            kept["stem.conv1.weight"], taken = fold(kept["stem.conv1.weight"], taken)
         fused, stride_in_1x1 = found.fused, found.stride_in_1x1
     depth, template = describe(kept)
     counters = sum(name.endswith(_COUNTER) for name in found.tensors)
@@ -151,7 +152,18 @@ def write_detectron2(weights: BackboneWeights, output: Path, form: str = "groupe
         fused=weights.fused,
         stride_in_1x1=weights.stride_in_1x1,
     )
-    tensors = convert_form(weights.tensors, form)
+    if not any(name.endswith("running_mean") for name in weights.tensors):
+        raise WeightsError(
+            f"{weights.source} has norms without running statistics (GN, LN, or batch norms that "
+            "lost theirs), which Detectron2 would fill with 0 and 1 in silence where batch norms "
+            "are wanted. Load the file itself: MODEL.WEIGHTS FILE, with the MODEL.RESNETS.NORM it "
+            "was trained with."
+        )
+    if weights.depth is None:
+        raise WeightsError(
+            f"{weights.source} holds a ResNeXt of no known depth, which no config can describe."
+        )
+    tensors = _converted(weights.source, weights.tensors, form)
     _write(tensors, output, author, matching_heuristics=True, resnext_det=record.plain())
 
 
@@ -171,13 +183,18 @@ def convert_detector(source: Path, output: Path, form: str) -> int:
         ConfigError: there is no such form.
         WeightsError: a file that cannot be read, has no ResNeXt blocks, or cannot be written.
     """
-    raw = read_tensors(source)
-    try:
-        converted = convert_form(raw, form)
-    except WeightsError as error:
-        raise WeightsError(f"{source}: {error}") from error
+    converted = _converted(source, read_tensors(source), form)
     _write(converted, output, f"resnext_det, from {source.name}")
     return len(converted)
+
+
+def _converted(
+    source: Path, tensors: Mapping[str, torch.Tensor], form: str
+) -> dict[str, torch.Tensor]:
+    try:
+        return convert_form(tensors, form)
+    except WeightsError as error:
+        raise WeightsError(f"{source}: {error}") from error
 
 
 def _write(tensors: Mapping[str, torch.Tensor], output: Path, author: str, **more: object) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from detectron2.config import CfgNode
 from detectron2.modeling.backbone import ResNet
+from detectron2.modeling.roi_heads import Res5ROIHeads
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
@@ -17,12 +20,13 @@ from resnext_det.errors import WeightsError
 from resnext_det.modeling.resnext import template_of
 from resnext_det.pretrained.convert import BackboneWeights, in_form, read_backbone
 from resnext_det.pretrained.pixels import Pixels
-from resnext_det.pretrained.readers import read_tensors
+from resnext_det.pretrained.readers import read_tensors, without_prefix
 from resnext_det.pretrained.sources import GROUPED, is_backbone
 
 logger = logging.getLogger(__name__)
 
 _COUNTER = "num_batches_tracked"
+_BLOCK = re.compile(r"(?:^|\.)res([2-5])\.([0-9]{1,4})\.")
 _SAME_PIXEL = 0.01  # of 255: means are written with two or three decimals
 
 
@@ -88,7 +92,8 @@ def check_same_model(model: nn.Module, checkpoint: Path) -> None:
         WeightsError: tensors that are missing, left over, or of another shape.
     """
     held = {name: tuple(tensor.shape) for name, tensor in read_tensors(checkpoint).items()}
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    state = without_prefix(model.state_dict())  # as it is taken off in reading
+    wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
     other = sorted(name for name in {*held, *wanted} if held.get(name) != wanted.get(name))
     if other:
         first = other[0]
@@ -119,6 +124,7 @@ def load_backbone(model: nn.Module, weights: BackboneWeights, cfg: CfgNode) -> s
     _refuse_other_pixels(weights, cfg)
     targets = _backbone_tensors(model)
     tensors = in_form(weights.source, weights.tensors, targets)
+    _refuse_other_norms(weights.source, tensors, targets)
     missing = [name for name in targets if name not in tensors]
     if missing:
         raise WeightsError(
@@ -127,8 +133,9 @@ def load_backbone(model: nn.Module, weights: BackboneWeights, cfg: CfgNode) -> s
         )
     _refuse_other_shapes(weights.source, tensors, targets)
     with torch.no_grad():
-        for name, tensor in targets.items():
-            tensor.copy_(tensors[name])
+        for name, places in targets.items():
+            for place in places:
+                place.copy_(tensors[name])
     unused = [*weights.left_out, *(name for name in tensors if name not in targets)]
     line = (
         f"{len(targets)}/{len(targets)} backbone tensors loaded from {weights.source} "
@@ -138,11 +145,18 @@ def load_backbone(model: nn.Module, weights: BackboneWeights, cfg: CfgNode) -> s
         line += f": {', '.join(unused[:8])}{', ...' if len(unused) > 8 else ''}"
     if weights.counters:
         line += f" (and {weights.counters} num_batches_tracked, which nothing reads)"
+    if weights.pixels is None:
+        line += "; the file does not say what it takes for an image: compare PIXEL_MEAN, PIXEL_STD"
     return line
 
 
 def _refuse_other_network(weights: BackboneWeights, cfg: CfgNode) -> None:
     wanted = cfg.MODEL.RESNETS.DEPTH, template_of(cfg)
+    if weights.depth is None:
+        raise WeightsError(
+            f"{weights.source} holds a ResNeXt of no known depth: its stages have blocks as none "
+            "of 26, 50, 101, 152 and 200 layers has."
+        )
     if (weights.depth, weights.template) == wanted:
         return
     template = weights.template
@@ -152,6 +166,41 @@ def _refuse_other_network(weights: BackboneWeights, cfg: CfgNode) -> None:
         f"MODEL.RESNETS.NUM_GROUPS {template.cardinality} "
         f"MODEL.RESNETS.WIDTH_PER_GROUP {template.width}."
     )
+
+
+def _refuse_other_norms(
+    source: Path, tensors: Mapping[str, object], targets: Iterable[str]
+) -> None:
+    """Refuse norms of another kind: of GN and BN, one has tensors that the other lacks."""
+    wanted = set(targets)
+    for name in tensors:
+        conv, found, kind = name.partition(".norm.")
+        if found and kind != _COUNTER and name not in wanted and f"{conv}.weight" in wanted:
+            raise WeightsError(
+                f"{source} has {name}, and the norm there is of another kind in the model. Set "
+                "MODEL.RESNETS.NORM to the kind that the weights were trained with: FrozenBN, BN "
+                "and SyncBN have running statistics, GN and LN have none."
+            )
+
+
+def _refuse_unknown_blocks(
+    source: Path, tensors: Mapping[str, object], state: Mapping[str, object]
+) -> None:
+    """Refuse a deeper network's weights: the blocks too many would be left out in silence."""
+    held, wanted = _blocks(tensors), _blocks(state)
+    stages = {stage for stage, _ in wanted}
+    over = sorted(block for block in held - wanted if block[0] in stages)
+    if over:
+        stage, number = over[0]
+        raise WeightsError(
+            f"{source} has blocks that the model lacks, {len(over)} of them, the first being "
+            f"res{stage}.{number}: it is of another depth than MODEL.RESNETS.DEPTH says."
+        )
+
+
+def _blocks(names: Iterable[str]) -> set[tuple[int, int]]:
+    matches = (_BLOCK.search(name) for name in names)
+    return {(int(match[1]), int(match[2])) for match in matches if match is not None}
 
 
 def _refuse_other_stride(weights: BackboneWeights, cfg: CfgNode) -> None:
@@ -170,6 +219,14 @@ def _refuse_other_stride(weights: BackboneWeights, cfg: CfgNode) -> None:
 def _refuse_other_pixels(weights: BackboneWeights, cfg: CfgNode) -> None:
     """Refuse a config that feeds the network other pixels, or norms, than its weights take."""
     wanted, model = weights.pixels, cfg.MODEL
+    if weights.fused and model.RESNETS.NORM != "FrozenBN":
+        raise WeightsError(
+            f"{weights.source} has its batch norms folded into weight and bias, and "
+            f"MODEL.RESNETS.NORM is {model.RESNETS.NORM}: there are no statistics to go on with. "
+            "Set MODEL.RESNETS.NORM FrozenBN, or take weights that kept theirs."
+        )
+    if wanted is None:
+        return
     given = Pixels(cfg.INPUT.FORMAT, 255, tuple(model.PIXEL_MEAN), tuple(model.PIXEL_STD))
     unlike = [
         one
@@ -182,20 +239,15 @@ def _refuse_other_pixels(weights: BackboneWeights, cfg: CfgNode) -> None:
             f"INPUT.FORMAT {wanted.order} MODEL.PIXEL_MEAN {list(wanted.mean)} "
             f"MODEL.PIXEL_STD {list(wanted.std)}."
         )
-    if weights.fused and model.RESNETS.NORM != "FrozenBN":
-        raise WeightsError(
-            f"{weights.source} has its batch norms folded into weight and bias, and "
-            f"MODEL.RESNETS.NORM is {model.RESNETS.NORM}: there are no statistics to go on with. "
-            "Set MODEL.RESNETS.NORM FrozenBN, or take weights that kept theirs."
-        )
 
 
 def _refuse_other_shapes(
-    source: Path, tensors: Mapping[str, torch.Tensor], targets: Mapping[str, torch.Tensor]
+    source: Path, tensors: Mapping[str, torch.Tensor], targets: Mapping[str, list[torch.Tensor]]
 ) -> None:
     wrong = [
         f"{name} is {tuple(tensors[name].shape)} in the file and {tuple(target.shape)} here"
-        for name, target in targets.items()
+        for name, places in targets.items()
+        for target in places
         if tensors[name].shape != target.shape
     ]
     if wrong:
@@ -205,8 +257,11 @@ def _refuse_other_shapes(
         )
 
 
-def _backbone_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the tensors of a detector's ResNet by the names they have in the ResNet alone."""
+def _backbone_tensors(model: nn.Module) -> dict[str, list[torch.Tensor]]:
+    """Return the tensors of a model's ResNets by the names they have in a ResNet alone.
+
+    There may be several of a name: a teacher's and a student's.
+    """
     state = model.state_dict(keep_vars=True)
     prefixes = {
         f"{name}." if name else "": ""
@@ -218,12 +273,14 @@ def _backbone_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
             "this model has no Detectron2 ResNet or ResNeXt to load weights into; set "
             "MODEL.BACKBONE.NAME to one of this package's backbones."
         )
-    prefixes["roi_heads.res5."] = "res5."  # the C4 head
-    found: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Res5ROIHeads):  # C4: res5 is in the head
+            prefixes[f"{name}.res5."] = "res5."
+    found: dict[str, list[torch.Tensor]] = defaultdict(list)
     for name, tensor in state.items():
         for prefix, replacement in prefixes.items():
             if name.startswith(prefix) and not name.endswith(_COUNTER):
-                found[replacement + name.removeprefix(prefix)] = tensor
+                found[replacement + name.removeprefix(prefix)].append(tensor)
     return found
 
 
@@ -234,11 +291,13 @@ def _load_detector(
     # Names are compared in the grouped form, the one that other programs write.
     state = in_form(source, model.state_dict(), GROUPED)
     raw = in_form(source, raw, GROUPED)
+    _refuse_unknown_blocks(source, raw, state)
     named = {name: tensor for name, tensor in raw.items() if name in state}
     if not named:
         caffe2 = any("branch2a" in name for name in raw)
         aligned = align_and_update_state_dicts(state, dict(raw), c2_conversion=caffe2)
         named = {name: tensor for name, tensor in aligned.items() if name in state}
+    _refuse_other_norms(source, {n: t for n, t in raw.items() if n not in state}, state)
     fitting = {name: t for name, t in named.items() if t.shape == state[name].shape}
     absent = [name for name in state if name not in fitting and not name.endswith(_COUNTER)]
     backbone = [name for name in absent if name.startswith(("backbone.", "roi_heads.res5."))]

@@ -19,7 +19,7 @@ from resnext_det.errors import WeightsError
 _WRAPPERS = ("model", "state_dict", "model_state", "blobs")
 _AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "ema_state")
 # What data-parallel training, moving averages and training frameworks put before every name.
-_PREFIXES = ("module.", "model.")
+_PREFIXES = ("module.", "model.", "_orig_mod.")
 
 # All that a pickle of numpy arrays in plain containers needs; numpy 2 renamed numpy.core.
 _ALLOWED_GLOBALS = {
@@ -120,20 +120,22 @@ def _unwrap(content: Any) -> dict[str, torch.Tensor]:
     if not isinstance(content, Mapping):
         return {}
     tensors = {
-        str(name): value if isinstance(value, torch.Tensor) else torch.from_numpy(np.array(value))
+        str(name): value.detach()
+        if isinstance(value, torch.Tensor)
+        else torch.from_numpy(np.array(value))
         for name, value in content.items()
         if isinstance(value, (torch.Tensor, np.ndarray))
         and not (isinstance(value, np.ndarray) and value.dtype.kind not in "fiub")
     }
-    return _without_prefix(tensors)
+    return without_prefix(tensors)
 
 
-def _without_prefix(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def without_prefix(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Take off what stands before every single name, once or several times."""
     for prefix in _PREFIXES * 2:
         if tensors and all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return tensors
+    return dict(tensors)
 
 
 def _holds_mapping(content: Any, key: str) -> bool:

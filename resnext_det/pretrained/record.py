@@ -21,7 +21,7 @@ class Record:
         sha256: its digest.
         layout: its layout.
         network: such as "ResNeXt-50 32x4d".
-        pixels: what the converted weights take for an image.
+        pixels: what the converted weights take for an image; None where that is not known.
         fused: batch norms hold weight and bias alone; only FrozenBN takes them.
         stride_in_1x1: where the source had its stride; None where that is not known.
     """
@@ -30,7 +30,7 @@ class Record:
     sha256: str
     layout: str
     network: str
-    pixels: Pixels
+    pixels: Pixels | None
     fused: bool
     stride_in_1x1: bool | None
 
@@ -49,18 +49,11 @@ class Record:
             return None
         try:
             fields: Mapping[str, Any] = dict(content)
-            pixels = fields["pixels"]
-            convention = Pixels(
-                str(pixels["order"]),
-                float(pixels["range"]),
-                tuple(float(value) for value in pixels["mean"]),  # type: ignore[arg-type]
-                tuple(float(value) for value in pixels["std"]),  # type: ignore[arg-type]
-            )
             words = {key: str(fields[key]) for key in ("source", "sha256", "layout", "network")}
             stride = fields["stride_in_1x1"]
             return cls(
                 **words,
-                pixels=convention,
+                pixels=_pixels(fields["pixels"]),
                 fused=bool(fields["fused"]),
                 stride_in_1x1=None if stride is None else bool(stride),
             )
@@ -68,6 +61,17 @@ class Record:
             raise WeightsError(
                 f"its record of where it came from cannot be read ({error}); convert it again."
             ) from error
+
+
+def _pixels(content: Any) -> Pixels | None:
+    if content is None:
+        return None
+    return Pixels(
+        str(content["order"]),
+        float(content["range"]),
+        tuple(float(value) for value in content["mean"]),  # type: ignore[arg-type]
+        tuple(float(value) for value in content["std"]),  # type: ignore[arg-type]
+    )
 
 
 def sha256(file: Path) -> str:

@@ -36,7 +36,7 @@ class Source:
         layout: such as "torchvision".
         tensors: by Detectron2's names, the classifier as "linear.*", blocks grouped.
         left_out: names in the file that no backbone has.
-        pixels: what the network takes for an image, as far as the layout tells.
+        pixels: what the network takes for an image; None where the layout does not tell.
         fused: the batch norms hold weight and bias alone, into which statistics were folded.
         stride_in_1x1: where the network was trained with its stride; None where the layout does
             not tell.
@@ -45,7 +45,7 @@ class Source:
     layout: str
     tensors: dict[str, Tensor]
     left_out: tuple[str, ...]
-    pixels: Pixels
+    pixels: Pixels | None
     fused: bool = False
     stride_in_1x1: bool | None = False
 
@@ -144,7 +144,9 @@ def _from_cadene(name: str) -> str:
 
 
 def _is_caffe2(raw: Tensors) -> bool:
-    return any(name.removeprefix("gpu_0/").startswith("res2_0_branch2b_w") for name in raw)
+    detector = any("rpn" in name or name.startswith("bbox_pred") for name in raw)
+    inside = any(name.removeprefix("gpu_0/").startswith("res2_0_branch2b_w") for name in raw)
+    return inside and not detector
 
 
 def _caffe2(raw: Tensors) -> Source:
@@ -191,7 +193,7 @@ def _without_workspace(name: str) -> str:
 
 def _detectron2(raw: Tensors) -> Source:
     head = tuple(name for name in raw if name.startswith(CLASSIFIER))
-    return Source("Detectron2", in_form_of(raw, GROUPED), head, OURS, stride_in_1x1=None)
+    return Source("Detectron2", in_form_of(raw, GROUPED), head, None, stride_in_1x1=None)
 
 
 _LAYOUTS: tuple[tuple[Callable[[Tensors], bool], Callable[[Tensors], Source]], ...] = (

@@ -140,6 +140,15 @@ def test_names_and_stages_stay() -> None:
     assert not any(frozen)
 
 
+def test_instance_norms_that_keep_statistics_rest_as_well() -> None:
+    def norm(channels: int) -> nn.Module:
+        return nn.InstanceNorm2d(channels, affine=True, track_running_stats=True)
+
+    image = torch.randn(2, 3, 64, 64)
+    expected, got = (step(network(stages, norm=norm), image) for stages in ([], STAGES))
+    assert all(torch.equal(got[name], truth) for name, truth in expected.items())
+
+
 def test_the_config_key() -> None:
     cfg = get_cfg()
     add_resnext_config(cfg)

@@ -92,15 +92,20 @@ def test_compile_of_the_other_forms(form: str) -> None:
     assert_same(network, compiled, (1, 3, 64, 96))
 
 
-def test_a_compiled_backbone_trains() -> None:
+@pytest.mark.parametrize("checkpoint_stages", [[], STAGES], ids=["plain", "checkpointed"])
+def test_a_compiled_backbone_trains(checkpoint_stages: list[str]) -> None:
     torch.manual_seed(4)
-    network = ResNeXt(26, "4x4d", norm="BN", out_features=["res5"], res2_out_channels=32).train()
+    network = ResNeXt(
+        26, "4x4d", norm="BN", res2_out_channels=32, checkpoint_stages=checkpoint_stages
+    ).train()
     image = torch.randn(2, 3, 64, 64)
     network(image)["res5"].square().mean().backward()
     expected = {name: each.grad.clone() for name, each in network.named_parameters()}
     network.zero_grad()
     torch._dynamo.reset()
-    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    # A checkpointed stage is left out of the graph.
+    fullgraph = not checkpoint_stages
+    compiled = torch.compile(network, fullgraph=fullgraph, backend="aot_eager")
     compiled(image)["res5"].square().mean().backward()
     for name, each in network.named_parameters():
         scale = expected[name].abs().max()

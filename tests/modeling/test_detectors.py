@@ -266,7 +266,8 @@ def test_the_c4_heads_res5_is_frozen_at_5(freeze_at: int) -> None:
     [
         ("RESNETS.STRIDE_IN_1X1", True, "STRIDE_IN_1X1"),
         ("RESNETS.RES5_DILATION", 2, "RES5_DILATION is 2"),
-        ("RESNETS.OUT_FEATURES", ["res3", "res5"], r"IN_FEATURES is \['res4'\].*OUT_FEATURES"),
+        ("RESNETS.OUT_FEATURES", ["res3"], r"IN_FEATURES is \['res4'\].*OUT_FEATURES"),
+        ("RESNETS.OUT_FEATURES", ["res4", "res5"], r"res5 in the head.*\[\"res4\"\]"),
         ("ROI_HEADS.IN_FEATURES", ["res3"], r"IN_FEATURES is \['res3'\].*\['res4'\]"),
         ("ROI_HEADS.IN_FEATURES", ["res4", "res4"], "IN_FEATURES"),
         ("ROI_HEADS.IN_FEATURES", [], "IN_FEATURES"),
@@ -281,7 +282,7 @@ def test_what_no_c4_detector_can_have_is_refused(key: str, value: Any, said: str
     cfg.MODEL.RPN.IN_FEATURES = ["res4"]
     assert build_model(cfg)
     cfg.merge_from_list([f"MODEL.{key}", value])
-    if key == "RESNETS.OUT_FEATURES":
+    if value == ["res3"] and key == "RESNETS.OUT_FEATURES":
         cfg.MODEL.RPN.IN_FEATURES = ["res3"]
     with pytest.raises(ConfigError, match=said):
         build_model(cfg)
@@ -307,6 +308,7 @@ def test_the_c4_heads_res5_takes_part_in_zero_initialisation() -> None:
     cfg = small(our_config("faster_rcnn_c4"))
     cfg.MODEL.RESNETS.NORM = "BN"
     cfg.MODEL.RESNEXT.ZERO_INIT_RESIDUAL = True
+    cfg.MODEL.BACKBONE.FREEZE_AT = 0
     assert not build_model(cfg).roi_heads.res5[2].conv3.norm.weight.any()
 
 

@@ -5,11 +5,15 @@ The grouped form is Detectron2's own block with PyTorch's grouped convolution, s
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock, DeformBottleneckBlock
 from hypothesis import given, settings
@@ -236,6 +240,34 @@ def test_resnext_50_32x4d_in_all_forms() -> None:
         other = ResNeXt(50, "32x4d", form=form, out_features=["res2", "res5"])
         other.load_state_dict(convert_form(grouped.state_dict(), form))
         assert_close(other.eval()(image), expected, 1e-5)
+
+
+@pytest.mark.parametrize("source", FORMS)
+@pytest.mark.parametrize("target", FORMS)
+def test_load_state_dict_takes_any_form(source: str, target: str) -> None:
+    """So Detectron2's own checkpointer does, and a copy of the model as well."""
+    torch.manual_seed(16)
+    network = small(source)
+    randomise(network)
+    inside = nn.ModuleDict({"backbone": nn.ModuleDict({"bottom_up": small(target)})})
+    for model in (inside, copy.deepcopy(inside), pickle.loads(pickle.dumps(inside))):
+        given = {f"backbone.bottom_up.{n}": t for n, t in network.state_dict().items()}
+        names = list(given)
+        fitted = model.load_state_dict(given, strict=True)
+        assert (fitted.missing_keys, fitted.unexpected_keys) == ([], [])
+        assert list(given) == names, "what was handed over is not changed"
+        loaded = convert_form(model.state_dict(), source)
+        for name, tensor in given.items():
+            assert torch.equal(loaded[name], tensor), name
+
+
+def test_a_file_of_another_form_through_detectron2s_checkpointer(tmp_path: Path) -> None:
+    grouped, other = small(), small("aggregated")
+    randomise(grouped)
+    torch.save({"model": grouped.state_dict()}, tmp_path / "model_final.pth")
+    DetectionCheckpointer(other).load(str(tmp_path / "model_final.pth"))
+    back = convert_form(other.state_dict(), "grouped")
+    assert all(torch.equal(back[name], t) for name, t in grouped.state_dict().items())
 
 
 @pytest.mark.parametrize(

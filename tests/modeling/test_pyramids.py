@@ -105,6 +105,9 @@ def test_a_stride_in_the_1x1_is_refused_under_a_pyramid_too(detector: str) -> No
         ("faster_rcnn", "FPN.FUSE_TYPE", "max", "FUSE_TYPE is 'max'"),
         ("retinanet", "RESNETS.OUT_FEATURES", ["res3", "res4"], "p6 is made of res5"),
         ("retinanet", "FPN.IN_FEATURES", ["res2"], "backbone gives res3, res4, res5"),
+        ("retinanet", "FPN.IN_FEATURES", ["res3", "res4"], "ends at stride 16.*of stride 32"),
+        ("faster_rcnn", "FPN.IN_FEATURES", ["res2", "res3", "res4"], "ends at stride 16.* p5"),
+        ("faster_rcnn", "FPN.OUT_CHANNELS", 0, "FPN.OUT_CHANNELS is 0; it must be a whole"),
     ],
 )
 def test_what_no_pyramid_can_have_is_refused(

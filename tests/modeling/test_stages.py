@@ -189,6 +189,14 @@ def test_zero_init_residual_is_a_key_and_off_by_default() -> None:
     assert float(build_resnext_backbone(cfg, IMAGE).res2[0].conv3.norm.weight.max()) == 0
 
 
+@pytest.mark.parametrize("freeze_at", [2, 5])
+def test_zero_init_residual_and_freezing_do_not_go_together(freeze_at: int) -> None:
+    """Frozen at 0, a block would stay its shortcut for ever."""
+    with pytest.raises(ConfigError, match=r"ZERO_INIT_RESIDUAL.*FREEZE_AT 0 or 1"):
+        ResNeXt(26, "32x1d", norm="BN", zero_init_residual=True, freeze_at=freeze_at)
+    assert ResNeXt(26, "32x1d", norm="BN", zero_init_residual=True, freeze_at=1)
+
+
 @pytest.mark.parametrize("norm", ["FrozenBN", ""])
 def test_zero_init_residual_needs_a_weight_to_train(norm: str) -> None:
     with pytest.raises(ConfigError, match="ZERO_INIT_RESIDUAL"):
@@ -202,6 +210,43 @@ def test_a_stage_alone_is_that_of_the_network(name: str) -> None:
         alone = make_stage(name, 101, "64x4d")
     expected = {key: value.shape for key, value in getattr(whole, name).state_dict().items()}
     assert {key: value.shape for key, value in alone.state_dict().items()} == expected
+
+
+def test_a_stage_alone_checks_its_norm() -> None:
+    with pytest.raises(ConfigError, match="NORM is 'XX'"):
+        make_stage("res5", norm="XX")
+    with pytest.raises(ConfigError, match="cannot normalise 112 channels"):
+        make_stage("res2", 50, "8x14d", norm="GN")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"depth": "50"}, "DEPTH is '50'; it must be a whole number"),
+        ({"depth": None}, "DEPTH is None"),
+        ({"template": 32}, 'template is 32; it must be written as "32x4d"'),
+        ({"form": ["grouped"]}, "FORM is"),
+        ({"checkpoint_stages": True}, "CHECKPOINT_STAGES is True"),
+        ({"norm": 5}, "NORM is 5"),
+        ({"norm": ["BN"]}, r"NORM is \['BN'\]"),
+        ({"stem_out_channels": "8"}, "STEM_OUT_CHANNELS is '8'"),
+        ({"stem_out_channels": -4}, "STEM_OUT_CHANNELS is -4; it must be a whole number of 1"),
+        ({"res2_out_channels": 0}, "RES2_OUT_CHANNELS is 0"),
+        ({"deform_on_per_stage": False}, "DEFORM_ON_PER_STAGE is False; it must be a list"),
+        ({"freeze_at": "2"}, "FREEZE_AT is '2'; it must be a whole number"),
+        ({"freeze_at": True}, "FREEZE_AT is True"),
+        ({"res5_dilation": "2"}, "RES5_DILATION is '2'"),
+        ({"out_features": "res4"}, "OUT_FEATURES is 'res4'; it must be a list"),
+    ],
+)
+def test_arguments_of_the_wrong_type_are_refused(arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        ResNeXt(**arguments)
+
+
+def test_a_template_too_wide_names_its_keys() -> None:
+    with pytest.raises(ConfigError, match=r"MODEL\.RESNETS\.NUM_GROUPS is 5000"):
+        build_resnext_backbone(config("BN", NUM_GROUPS=5000), IMAGE)
 
 
 @pytest.mark.parametrize("name", ["stem", "res1", "res6", "layer1", ""])

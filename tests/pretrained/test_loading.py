@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torchvision.models.resnet import Bottleneck, ResNet
 
-from resnext_det import load_config
+from resnext_det import ResNeXt, load_config
 from resnext_det.errors import WeightsError
 from resnext_det.pretrained.convert import read_backbone, write_detectron2
 from resnext_det.pretrained.loading import check_same_model, load_weights
@@ -204,6 +204,93 @@ def test_a_checkpoint_of_another_model_is_not_resumed(
     other = build_model(small_config("", *words))
     with pytest.raises(WeightsError, match=rf"model_0000004\.pth is the checkpoint.*{said}"):
         check_same_model(other, file)
+
+
+def test_a_deeper_detector_is_not_taken_for_a_shallower_one(tmp_path: Path) -> None:
+    """Its blocks too many would be left out in silence."""
+    deeper = small_config("", "MODEL.RESNETS.DEPTH", "50")
+    file = tmp_path / "model_final.pth"
+    torch.save({"model": build_model(deeper).state_dict()}, file)
+    cfg = small_config(file)
+    for whole in (True, False):
+        with pytest.raises(WeightsError, match=r"blocks that the model lacks, 8 .* res2\.2"):
+            load_weights(build_model(cfg), cfg, whole_detector=whole)
+
+
+GN = ["MODEL.RESNETS.NUM_GROUPS", "32", "MODEL.RESNETS.NORM"]
+
+
+def backbone_file(file: Path, norm: str) -> Path:
+    torch.save(ResNeXt(26, "32x4d", norm=norm).state_dict(), file)
+    return file
+
+
+@pytest.mark.parametrize("norm", ["GN", "LN", ""])
+def test_norms_without_statistics_load_where_they_belong(norm: str, tmp_path: Path) -> None:
+    file = backbone_file(tmp_path / "backbone.pth", norm)
+    cfg = small_config(file, *GN, norm)
+    model = build_model(cfg)
+    line = load_weights(model, cfg)
+    count = 29 if norm == "" else 87
+    assert line.startswith(f"{count}/{count} backbone tensors")
+    raw = torch.load(file, weights_only=True)
+    state = model.backbone.bottom_up.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in raw.items())
+    with pytest.raises(WeightsError, match="without running statistics"):
+        write_detectron2(read_backbone(file), tmp_path / "converted.pkl")
+
+
+@pytest.mark.parametrize(
+    ("source", "target"), [("BN", "GN"), ("BN", ""), ("GN", ""), ("GN", "BN"), ("GN", "FrozenBN")]
+)
+def test_norms_of_another_kind_are_refused(source: str, target: str, tmp_path: Path) -> None:
+    file = backbone_file(tmp_path / "backbone.pth", source)
+    cfg = small_config(file, *GN, target)
+    with pytest.raises(WeightsError, match=r"of another kind|lacks 58 of 145"):
+        load_weights(build_model(cfg), cfg)
+    detector = tmp_path / "detector.pth"
+    torch.save(build_model(small_config("", *GN, source)).state_dict(), detector)
+    cfg = small_config(detector, *GN, target)
+    with pytest.raises(WeightsError, match=r"of another kind|without weights"):
+        load_weights(build_model(cfg), cfg, whole_detector=True)
+
+
+def test_a_detectron2_file_does_not_tell_its_pixels(tmp_path: Path) -> None:
+    """Such a file may take RGB, as those of Detectron2's own converter do."""
+    file = backbone_file(tmp_path / "backbone.pth", "BN")
+    cfg = small_config(file, *GN, "BN", "INPUT.FORMAT", "RGB")
+    assert "does not say what it takes for an image" in load_weights(build_model(cfg), cfg)
+
+
+def test_every_backbone_of_a_model_is_filled(weights_file: Path) -> None:
+    """A teacher and a student, one of them a C4 detector with its res5 in the head."""
+    c4 = ["MODEL.BACKBONE.NAME", "build_resnext_backbone", "MODEL.RESNETS.OUT_FEATURES", "['res4']"]
+    c4 += ["MODEL.RPN.IN_FEATURES", "['res4']", "MODEL.ROI_HEADS.IN_FEATURES", "['res4']"]
+    c4 += ["MODEL.ANCHOR_GENERATOR.SIZES", "[[32]]", "MODEL.ROI_HEADS.NAME", "ResNeXtRes5ROIHeads"]
+    cfg = small_config(weights_file)
+    both = torch.nn.ModuleDict(
+        {"teacher": build_model(cfg), "student": build_model(small_config(weights_file, *c4))}
+    )
+    load_weights(both, cfg)
+    expected = read_backbone(weights_file).tensors
+    state = both.state_dict()
+    for name, tensor in expected.items():
+        assert torch.equal(state[f"teacher.backbone.bottom_up.{name}"], tensor), name
+        part = "roi_heads" if name.startswith("res5") else "backbone"
+        assert torch.equal(state[f"student.{part}.{name}"], tensor), name
+
+
+def test_a_wrapped_model_resumes_from_its_own_checkpoint(tmp_path: Path) -> None:
+    wrapped = torch.nn.ModuleDict({"model": build_model(small_config(""))})
+    file = tmp_path / "model_0000004.pth"
+    torch.save({"model": wrapped.state_dict()}, file)
+    check_same_model(wrapped, file)
+
+
+def test_parameters_in_a_file_are_tensors_like_any_other(tmp_path: Path) -> None:
+    file = tmp_path / "backbone.pth"
+    torch.save(ResNeXt(26, "32x4d", norm="BN").state_dict(keep_vars=True), file)
+    write_detectron2(read_backbone(file), tmp_path / "converted.pkl")
 
 
 def test_a_backbone_is_no_detector_to_evaluate(weights_file: Path) -> None:
