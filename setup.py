@@ -29,6 +29,7 @@ setup(
         "pycocotools",
         "hotcoco>=1.3",
         "safetensors",
+        "filelock",
         "pillow",
         "matplotlib",
         "jinja2",

@@ -48,6 +48,9 @@ from resnext_det.modeling.pyramids import (  # noqa: E402
 from resnext_det.modeling.resnext import ResNeXt, build_resnext_backbone  # noqa: E402
 from resnext_det.modeling.roi_heads import ResNeXtRes5ROIHeads  # noqa: E402
 from resnext_det.modeling.template import Template  # noqa: E402
+from resnext_det.pretrained import scheme as scheme  # noqa: E402
+
+scheme.register()
 
 __all__ = [
     "ResNeXt",
