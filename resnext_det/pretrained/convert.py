@@ -117,7 +117,7 @@ def read_backbone(source: Path, pixels: Pixels | None = None) -> BackboneWeights
     counters = sum(name.endswith(_COUNTER) for name in found.tensors)
     return BackboneWeights(
         source=source,
-        layout=found.layout,
+        layout=checkpoint.kind or found.layout,
         tensors=kept,
         left_out=found.left_out,
         counters=counters,

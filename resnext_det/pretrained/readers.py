@@ -13,6 +13,8 @@ import safetensors.torch
 import torch
 
 from resnext_det.errors import WeightsError
+from resnext_det.pretrained.torch7 import looks_like_torch7, read_torch7
+from resnext_det.pretrained.torch7_layout import torch7_tensors
 
 # Where checkpoints keep their weights, beside optimizer states and the like: Detectron2,
 # open-mmlab and timm, fvcore's older files, Caffe2; a moving average where there is nothing else.
@@ -55,10 +57,12 @@ class Checkpoint:
     Attributes:
         tensors: on the CPU, by name.
         record: what a file of this package says about itself, as it stands there; else None.
+        kind: "Torch7" for a file of modules, which are named as torchvision does; else None.
     """
 
     tensors: dict[str, torch.Tensor]
     record: Any
+    kind: str | None = None
 
 
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:
@@ -69,9 +73,9 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
 def read_checkpoint(file: Path) -> Checkpoint:
     """Read a checkpoint.
 
-    Knows PyTorch's files (.pth and the like), pickles of arrays (.pkl) and safetensors, told
-    apart by what is in the file and not by its name. Wrappers ("model", "state_dict", "blobs"
-    and moving averages) and the prefix "module." of data-parallel training are taken off.
+    Knows PyTorch's files (.pth and the like), pickles of arrays (.pkl), safetensors and Torch7's
+    (.t7), told apart by what is in the file and not by its name. Wrappers ("model", "state_dict",
+    "blobs" and moving averages) and the prefix "module." of data-parallel training are taken off.
 
     Args:
         file: the checkpoint.
@@ -85,6 +89,8 @@ def read_checkpoint(file: Path) -> Checkpoint:
     if not file.is_file():
         raise WeightsError(f"there is no checkpoint {file}.")
     try:
+        if _is_torch7(file):
+            return Checkpoint(torch7_tensors(read_torch7(file)), None, "Torch7")
         content = _read(file)
     except WeightsError as error:
         raise WeightsError(f"{file} is refused: {error}.") from error
@@ -97,6 +103,11 @@ def read_checkpoint(file: Path) -> Checkpoint:
     if not tensors:
         raise WeightsError(f"{file} holds no tensors by name, so it is no checkpoint of a network.")
     return Checkpoint(tensors, content.get("resnext_det"))
+
+
+def _is_torch7(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return looks_like_torch7(stream.read(9))
 
 
 def _read(file: Path) -> Any:
