@@ -104,6 +104,13 @@ def settings(value: Any) -> Any:
     return type(value), settings(vars(value))
 
 
+def attributes(module: nn.Module) -> dict[str, Any]:
+    """Return a module's attributes; of its hooks, numbered as they come, the functions."""
+    found = {key: value for key, value in vars(module).items() if key != "_modules"}
+    hooks = found.pop("_load_state_dict_pre_hooks").values()
+    return {**found, "hooks": [hook.hook.__qualname__ for hook in hooks]}
+
+
 def differences(first: nn.Module, second: nn.Module) -> list[str]:
     """Return what differs between two models, module by module; weights by shape alone."""
     modules, others = dict(first.named_modules()), dict(second.named_modules())
@@ -113,7 +120,7 @@ def differences(first: nn.Module, second: nn.Module) -> list[str]:
         if type(one) is not type(other):
             found.append(f"{name}: {type(one)} and {type(other)}")
         held, held_too = (
-            {key: settings(value) for key, value in vars(each).items() if key != "_modules"}
+            {key: settings(value) for key, value in attributes(each).items()}
             for each in (one, other)
         )
         for key in held.keys() | held_too.keys():

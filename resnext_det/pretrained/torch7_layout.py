@@ -117,11 +117,11 @@ def torch7_tensors(root: Value) -> dict[str, torch.Tensor]:
     tail = [module.role for module in modules[8:]]
     present = [role for role in _TAIL if role in tail]  # a network cut for its features has less
     network.expect(modules, [*_STEM, *["Sequential"] * 4, *present])
-    parts.stem(modules[:4])
+    channels = parts.stem(modules[:4])
     for number, stage in enumerate(modules[4:8], start=1):
-        parts.stage(f"layer{number}", stage, stride=1 if number == 1 else 2)
+        channels = parts.stage(f"layer{number}", stage, channels, stride=1 if number == 1 else 2)
     if "Linear" in tail:
-        parts.classifier(modules[-1])
+        parts.classifier(modules[-1], channels)
     return parts.tensors
 
 
@@ -149,7 +149,10 @@ def _unwrapped(root: Value) -> _Module:
 
 
 class _Parts:
-    """Takes a network to parts, each once, and collects their tensors."""
+    """Takes a network to parts, each once, and collects their tensors.
+
+    What takes a layer is told how many channels come in, and tells how many go out.
+    """
 
     def __init__(self) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
@@ -179,49 +182,62 @@ class _Parts:
             return [module]
         return [step for child in self.children(module) for step in self.steps(child)]
 
-    def stem(self, modules: Sequence[_Module]) -> None:
-        self._pair("conv1", "bn1", modules[:2], kernel=7, stride=2)
+    def stem(self, modules: Sequence[_Module]) -> int:
+        channels = self._pair("conv1", "bn1", modules[:2], 3, kernel=7, stride=2)
         _check_window(modules[3], kernel=3, stride=2)
         if modules[3].content.fields.get("ceil_mode"):
             modules[3].refuse("rounds sizes up (ceil_mode); a ResNeXt rounds them down")
+        return channels
 
-    def classifier(self, module: _Module) -> None:
+    def classifier(self, module: _Module, channels: int) -> None:
         weight = module.tensor("weight")
-        if weight is None or len(weight.size) != 2:
-            module.refuse("has no weight of two dimensions")
-        self._put("fc.weight", module, weight, weight.size)
-        self._put("fc.bias", module, module.tensor("bias"), weight.size[:1])
+        classes = weight.size[0] if weight is not None else 0
+        self._put("fc.weight", module, weight, (classes, channels))
+        self._put("fc.bias", module, module.tensor("bias"), (classes,))
 
-    def stage(self, name: str, module: _Module, stride: int) -> None:
+    def stage(self, name: str, module: _Module, channels: int, stride: int) -> int:
         steps = self.steps(module)
         for start in range(0, len(steps), 3):
             block = steps[start : start + 3]
             _Module(block[0].place, module.content).expect(block, [*_SUM, _RELU])
-            self._block(f"{name}.{start // 3}", block[0], 1 if start else stride)
+            place = f"{name}.{start // 3}"
+            channels = self._block(place, block[0], channels, 1 if start else stride)
+        return channels
 
-    def _block(self, name: str, branches: _Module, stride: int) -> None:
+    def _block(self, name: str, branches: _Module, channels: int, stride: int) -> int:
         parts = self.children(branches)
         if len(parts) != 2:
             branches.refuse(f"has {len(parts)} branches, and a block has a path and a shortcut")
         path, shortcut = (self.steps(part) for part in parts)
         parts[0].expect(path, _PATH)
-        self._pair(f"{name}.conv1", f"{name}.bn1", path[0:2], kernel=1)
-        self._pair(f"{name}.conv2", f"{name}.bn2", path[3:5], kernel=3, stride=stride)
-        self._pair(f"{name}.conv3", f"{name}.bn3", path[6:8], kernel=1)
+        width = self._pair(f"{name}.conv1", f"{name}.bn1", path[0:2], channels, kernel=1)
+        width = self._pair(f"{name}.conv2", f"{name}.bn2", path[3:5], width, 3, stride)
+        out = self._pair(f"{name}.conv3", f"{name}.bn3", path[6:8], width, kernel=1)
         first = name.endswith(".0")
         parts[1].expect(shortcut, _PROJECTION if first else ["Identity"])
         if first:
             names = f"{name}.downsample.0", f"{name}.downsample.1"
-            self._pair(*names, shortcut, kernel=1, stride=stride)
+            channels = self._pair(*names, shortcut, channels, 1, stride)
+        if channels != out:
+            branches.refuse(f"adds {channels} channels to {out}, which cannot be")
+        return out
 
     def _pair(
-        self, name: str, norm: str, modules: Sequence[_Module], kernel: int, stride: int = 1
-    ) -> None:
+        self,
+        name: str,
+        norm: str,
+        modules: Sequence[_Module],
+        inputs: int,
+        kernel: int,
+        stride: int = 1,
+    ) -> int:
         """Take a convolution and the norm behind it."""
         module = modules[0]
         _check_window(module, kernel, stride)
+        claimed, outputs = module.whole("nInputPlane"), module.whole("nOutputPlane")
+        if claimed != inputs:
+            module.refuse(f"takes {claimed} channels, and the one ahead of it gives {inputs}")
         groups = module.whole("groups", 1)  # nn.SpatialConvolution and early cudnn have none
-        inputs, outputs = module.whole("nInputPlane"), module.whole("nOutputPlane")
         grouped = name.endswith(".conv2")
         if groups < 1 or inputs % groups or outputs % groups or (groups > 1 and not grouped):
             module.refuse(
@@ -234,6 +250,7 @@ class _Parts:
         if bias is not None and (bias.size != (outputs,) or bias.view().any()):
             module.refuse("has a bias that is not 0, and the convolutions of a ResNeXt have none")
         self._norm(norm, modules[1], (outputs,))
+        return outputs
 
     def _norm(self, name: str, module: _Module, shape: tuple[int]) -> None:
         epsilon = module.content.fields.get("eps")
