@@ -11,6 +11,7 @@ are summed and before the shortcut is added (footnote 6). `forms.py` maps weight
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -45,7 +46,7 @@ class BlockPath(nn.Module):
         return self.conv3(out) if self.conv3 is not None else out
 
 
-class _BlockOfPaths(CNNBlockBase):
+class _BlockOfPaths(CNNBlockBase, ABC):
     """What the two forms with explicit paths share; takes the arguments of `BottleneckBlock`."""
 
     def __init__(
@@ -100,13 +101,13 @@ class _BlockOfPaths(CNNBlockBase):
             for one, two in zip(first, second)
         ]
 
+    @abstractmethod
     def _keep(self, conv3: Conv2d) -> None:
         """Keep what comes after the paths."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _join(self, x: Tensor) -> Tensor:
         """Return what all paths make of the input, normalised: (N, out_channels, H', W')."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output, (N, out_channels, H / stride, W / stride)."""

@@ -17,7 +17,7 @@ from resnext_det.modeling.template import Template
 from resnext_det.pretrained.completeness import check_backbone, describe
 from resnext_det.pretrained.pixels import Pixels, fold
 from resnext_det.pretrained.readers import read_checkpoint, read_tensors
-from resnext_det.pretrained.record import Record, sha256
+from resnext_det.pretrained.record import Record, hexadecimal
 from resnext_det.pretrained.sources import CLASSIFIER, is_backbone, recognise
 
 _COUNTER = "num_batches_tracked"
@@ -145,7 +145,7 @@ def write_detectron2(weights: BackboneWeights, output: Path, form: str = "groupe
     # res5 is backbone.bottom_up.res5 under FPN and roi_heads.res5 in C4: Detectron2 finds it.
     record = Record(
         source=weights.source.name,
-        sha256=sha256(weights.source),
+        sha256=hexadecimal(weights.source),
         layout=weights.layout,
         network=str(weights),
         pixels=weights.pixels,

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from resnext_det.errors import WeightsError
 from resnext_det.pretrained.catalog_entry import Checksum
+from resnext_det.pretrained.record import hexadecimal
 
 logger = logging.getLogger(__name__)
 
@@ -81,15 +82,6 @@ def download(
         ) from error
     finally:
         partial.unlink(missing_ok=True)
-
-
-def hexadecimal(file: Path, algorithm: str) -> str:
-    """Return the checksum of a file."""
-    digest = hashlib.new(algorithm)
-    with file.open("rb") as stream:
-        while block := stream.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def check(file: Path, checksum: Checksum, url: str) -> None:

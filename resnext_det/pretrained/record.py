@@ -74,9 +74,9 @@ def _pixels(content: Any) -> Pixels | None:
     )
 
 
-def sha256(file: Path) -> str:
+def hexadecimal(file: Path, algorithm: str = "sha256") -> str:
     """Return the digest of a file, in hexadecimal."""
-    digest = hashlib.sha256()
+    digest = hashlib.new(algorithm)
     with file.open("rb") as stream:
         while part := stream.read(1 << 20):
             digest.update(part)

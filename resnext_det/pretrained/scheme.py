@@ -15,7 +15,8 @@ from resnext_det.errors import WeightsError
 from resnext_det.pretrained.catalog import ENTRIES, entry
 from resnext_det.pretrained.catalog_entry import Entry
 from resnext_det.pretrained.convert import BackboneWeights, read_backbone, write_detectron2
-from resnext_det.pretrained.download import Patience, check, download, hexadecimal
+from resnext_det.pretrained.download import Patience, check, download
+from resnext_det.pretrained.record import hexadecimal
 
 logger = logging.getLogger(__name__)
 

@@ -191,12 +191,15 @@ class _Reader:
 
     @property
     def left(self) -> int:
+        """How many bytes of the file are not yet read."""
         return len(self._content) - self.at
 
     def refuse(self, at: int, found: str, advice: str = _AGAIN) -> NoReturn:
+        """Raise what was found at which byte, and what to do."""
         raise WeightsError(f"at byte {at} {found}; {advice}")
 
     def value(self, depth: int = 0) -> Value:
+        """Read the next value, and all that it holds."""
         at = self.at
         self._values += 1
         if depth > _DEEPEST or self._values > _MOST_VALUES:

@@ -47,10 +47,12 @@ class _Module:
 
     @property
     def role(self) -> str:
+        """What the module does: its class without the package, one word for each kind."""
         package, _, name = self.content.class_name.partition(".")
         return _SAME_ROLE.get(name, name) if package in _PACKAGES else self.content.class_name
 
     def refuse(self, reason: str) -> NoReturn:
+        """Raise the reason with the module's place and class."""
         where = f"module {self.place}" if self.place else "the network"
         raise WeightsError(f"{where} ({self.content.class_name}) {reason}")
 
@@ -183,6 +185,7 @@ class _Parts:
         return [step for child in self.children(module) for step in self.steps(child)]
 
     def stem(self, modules: Sequence[_Module]) -> int:
+        """Take the first convolution, its norm and the pooling; return their channels."""
         channels = self._pair("conv1", "bn1", modules[:2], 3, kernel=7, stride=2)
         _check_window(modules[3], kernel=3, stride=2)
         if modules[3].content.fields.get("ceil_mode"):
@@ -190,12 +193,14 @@ class _Parts:
         return channels
 
     def classifier(self, module: _Module, channels: int) -> None:
+        """Take the classifier, which works on so many channels."""
         weight = module.tensor("weight")
         classes = weight.size[0] if weight is not None else 0
         self._put("fc.weight", module, weight, (classes, channels))
         self._put("fc.bias", module, module.tensor("bias"), (classes,))
 
     def stage(self, name: str, module: _Module, channels: int, stride: int) -> int:
+        """Take the blocks of a stage; return its output channels."""
         steps = self.steps(module)
         for start in range(0, len(steps), 3):
             block = steps[start : start + 3]
