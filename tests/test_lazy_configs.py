@@ -107,8 +107,10 @@ def settings(value: Any) -> Any:
 def attributes(module: nn.Module) -> dict[str, Any]:
     """Return a module's attributes; of its hooks, numbered as they come, the functions."""
     found = {key: value for key, value in vars(module).items() if key != "_modules"}
-    hooks = found.pop("_load_state_dict_pre_hooks").values()
-    return {**found, "hooks": [hook.hook.__qualname__ for hook in hooks]}
+    before = found.pop("_load_state_dict_pre_hooks").values()
+    after = found.pop("_load_state_dict_post_hooks").values()
+    hooks = [*(hook.hook for hook in before), *after]
+    return {**found, "hooks": [hook.__qualname__ for hook in hooks]}
 
 
 def differences(first: nn.Module, second: nn.Module) -> list[str]:

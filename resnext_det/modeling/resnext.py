@@ -14,6 +14,7 @@ from resnext_det.errors import ConfigError
 from resnext_det.modeling.arguments import check_types
 from resnext_det.modeling.blocks import Norm, block_class
 from resnext_det.modeling.checkpointing import CheckpointedStage
+from resnext_det.modeling.partial_loads import refuse_partial_loads
 from resnext_det.modeling.stages import (
     STAGES,
     check_checkpoint_stages,
@@ -139,6 +140,7 @@ class ResNeXt(ResNet):
         if num_classes is not None and features is not None:
             # Detectron2 drops the stages past the last one named, and with them the classifier's.
             self._out_features = features
+        refuse_partial_loads(self)
         self.depth = depth
         self.template = template
         self.form = form
@@ -199,7 +201,12 @@ def build_resnext_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNeXt:
 
     Raises:
         ConfigError: a setting that no ResNeXt has; the message says what is allowed.
+        WeightsError: MODEL.WEIGHTS is a resnext:// name, of weights that do not fit the config.
     """
+    # Only here does a program that is not of this package show its whole config.
+    from resnext_det.pretrained.fit import check_named_weights
+
+    check_named_weights(cfg)
     resnets, settings = cfg.MODEL.RESNETS, resnext_settings(cfg)
     template = template_of(cfg)
     refuse_stride_in_1x1(cfg, template)

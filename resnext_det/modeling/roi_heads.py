@@ -11,6 +11,7 @@ from torch import nn
 
 from resnext_det.config import resnext_settings
 from resnext_det.errors import ConfigError
+from resnext_det.modeling.partial_loads import refuse_partial_loads
 from resnext_det.modeling.resnext import refuse_stride_in_1x1, template_of
 from resnext_det.modeling.stages import (
     check_checkpoint_stages,
@@ -70,6 +71,7 @@ class ResNeXtRes5ROIHeads(Res5ROIHeads):
         )
         if cfg.MODEL.BACKBONE.FREEZE_AT >= 5:
             freeze(stage)
+        refuse_partial_loads(stage)
         return stage, out_channels
 
 

@@ -14,9 +14,10 @@ import torch
 from resnext_det.errors import WeightsError
 from resnext_det.modeling.forms import convert_form, in_form_of
 from resnext_det.modeling.template import Template
+from resnext_det.pretrained.catalog_entry import Entry
 from resnext_det.pretrained.completeness import check_backbone, describe
 from resnext_det.pretrained.pixels import Pixels, fold
-from resnext_det.pretrained.readers import read_checkpoint, read_tensors
+from resnext_det.pretrained.readers import Checkpoint, read_checkpoint, read_tensors
 from resnext_det.pretrained.record import Record, hexadecimal
 from resnext_det.pretrained.sources import CLASSIFIER, is_backbone, recognise
 
@@ -38,6 +39,7 @@ class BackboneWeights:
         pixels: what they take for an image, after folding; None where that is not known.
         fused: the source's batch norms were folded into weight and bias, which only FrozenBN takes.
         stride_in_1x1: where the source had its stride; None where that is not known.
+        record: what a file that was converted before says of where it came from; else None.
     """
 
     source: Path
@@ -50,6 +52,7 @@ class BackboneWeights:
     pixels: Pixels | None = None
     fused: bool = False
     stride_in_1x1: bool | None = None
+    record: Record | None = None
 
     def __str__(self) -> str:
         depth = "of unknown depth" if self.depth is None else str(self.depth)
@@ -94,7 +97,22 @@ def read_backbone(source: Path, pixels: Pixels | None = None) -> BackboneWeights
     Raises:
         WeightsError: another layout, tensors missing or unknown, or values that are not finite.
     """
-    checkpoint = read_checkpoint(source)
+    return backbone_of(source, read_checkpoint(source), pixels)
+
+
+def backbone_of(
+    source: Path, checkpoint: Checkpoint, pixels: Pixels | None = None
+) -> BackboneWeights:
+    """Do what `read_backbone` does, with a file that was read before.
+
+    Args:
+        source: the file, to be named.
+        checkpoint: what `read_checkpoint` gave.
+        pixels: as for `read_backbone`.
+
+    Raises:
+        WeightsError: as `read_backbone`.
+    """
     try:
         found = recognise(checkpoint.tensors)
         record = Record.of(checkpoint.record)
@@ -126,32 +144,28 @@ def read_backbone(source: Path, pixels: Pixels | None = None) -> BackboneWeights
         pixels=taken,
         fused=fused,
         stride_in_1x1=stride_in_1x1,
+        record=record,
     )
 
 
-def write_detectron2(weights: BackboneWeights, output: Path, form: str = "grouped") -> None:
+def write_detectron2(
+    weights: BackboneWeights,
+    output: Path,
+    form: str = "grouped",
+    published: Entry | None = None,
+) -> None:
     """Write a backbone as a .pkl that stock Detectron2 loads into FPN and C4 detectors.
 
     Args:
         weights: what `read_backbone` gave.
         output: the file to write; it is written beside and then renamed.
         form: of the blocks; stock Detectron2 has the grouped one.
+        published: the source's entry in the catalog, whose licence and accuracy are recorded.
 
     Raises:
         ConfigError: there is no such form.
         WeightsError: the name does not end in .pkl, or the file cannot be written.
     """
-    author = f"resnext_det, from {weights.source.name} ({weights.layout} layout)"
-    # res5 is backbone.bottom_up.res5 under FPN and roi_heads.res5 in C4: Detectron2 finds it.
-    record = Record(
-        source=weights.source.name,
-        sha256=hexadecimal(weights.source),
-        layout=weights.layout,
-        network=str(weights),
-        pixels=weights.pixels,
-        fused=weights.fused,
-        stride_in_1x1=weights.stride_in_1x1,
-    )
     if not any(name.endswith("running_mean") for name in weights.tensors):
         raise WeightsError(
             f"{weights.source} has norms without running statistics (GN, LN, or batch norms that "
@@ -164,7 +178,28 @@ def write_detectron2(weights: BackboneWeights, output: Path, form: str = "groupe
             f"{weights.source} holds a ResNeXt of no known depth, which no config can describe."
         )
     tensors = _converted(weights.source, weights.tensors, form)
+    record = weights.record or _record(weights, weights.depth, published)
+    author = f"resnext_det, from {record.source} ({record.layout} layout)"
+    # res5 is backbone.bottom_up.res5 under FPN and roi_heads.res5 in C4: Detectron2 finds it.
     _write(tensors, output, author, matching_heuristics=True, resnext_det=record.plain())
+
+
+def _record(weights: BackboneWeights, depth: int, published: Entry | None) -> Record:
+    accuracy = published.accuracy if published else None
+    return Record(
+        source=weights.source.name,
+        sha256=hexadecimal(weights.source),
+        layout=weights.layout,
+        depth=depth,
+        template=str(weights.template),
+        pixels=weights.pixels,
+        fused=weights.fused,
+        stride_in_1x1=weights.stride_in_1x1,
+        name=published.name if published else None,
+        licence=published.licence if published else None,
+        top1=accuracy.top1 if accuracy else None,
+        top5=accuracy.top5 if accuracy else None,
+    )
 
 
 def convert_detector(source: Path, output: Path, form: str) -> int:

@@ -17,17 +17,15 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from resnext_det.errors import WeightsError
-from resnext_det.modeling.resnext import template_of
-from resnext_det.pretrained.convert import BackboneWeights, in_form, read_backbone
-from resnext_det.pretrained.pixels import Pixels
-from resnext_det.pretrained.readers import read_tensors, without_prefix
+from resnext_det.pretrained.convert import BackboneWeights, backbone_of, in_form
+from resnext_det.pretrained.fit import Needs, check_config
+from resnext_det.pretrained.readers import read_checkpoint, read_tensors, without_prefix
 from resnext_det.pretrained.sources import GROUPED, is_backbone
 
 logger = logging.getLogger(__name__)
 
 _COUNTER = "num_batches_tracked"
 _BLOCK = re.compile(r"(?:^|\.)res([2-5])\.([0-9]{1,4})\.")
-_SAME_PIXEL = 0.01  # of 255: means are written with two or three decimals
 
 
 def load_weights(model: nn.Module, cfg: CfgNode, *, whole_detector: bool = False) -> str:
@@ -53,15 +51,15 @@ def load_weights(model: nn.Module, cfg: CfgNode, *, whole_detector: bool = False
         source = Path(PathManager.get_local_path(path))
     except Exception as error:  # each kind of address has errors of its own
         raise WeightsError(f"MODEL.WEIGHTS {path} cannot be fetched: {error}") from error
-    raw = read_tensors(source)
-    if not is_backbone(raw):
-        return _load_detector(model, raw, source, whole_detector)
+    checkpoint = read_checkpoint(source)
+    if not is_backbone(checkpoint.tensors):
+        return _load_detector(model, checkpoint.tensors, source, whole_detector)
     if whole_detector:
         raise WeightsError(
             f"MODEL.WEIGHTS {path} holds a backbone alone. To evaluate, name the weights of a "
             "whole detector, such as model_final.pth of a training's output folder."
         )
-    return load_backbone(model, read_backbone(source), cfg)
+    return load_backbone(model, backbone_of(source, checkpoint), cfg)
 
 
 def _without_weights(cfg: CfgNode, whole_detector: bool) -> str:
@@ -119,9 +117,7 @@ def load_backbone(model: nn.Module, weights: BackboneWeights, cfg: CfgNode) -> s
     Raises:
         WeightsError: another depth, template or norm, or tensors that are missing.
     """
-    _refuse_other_network(weights, cfg)
-    _refuse_other_stride(weights, cfg)
-    _refuse_other_pixels(weights, cfg)
+    check_config(Needs.of_weights(weights), cfg)
     targets = _backbone_tensors(model)
     tensors = in_form(weights.source, weights.tensors, targets)
     _refuse_other_norms(weights.source, tensors, targets)
@@ -148,24 +144,6 @@ def load_backbone(model: nn.Module, weights: BackboneWeights, cfg: CfgNode) -> s
     if weights.pixels is None:
         line += "; the file does not say what it takes for an image: compare PIXEL_MEAN, PIXEL_STD"
     return line
-
-
-def _refuse_other_network(weights: BackboneWeights, cfg: CfgNode) -> None:
-    wanted = cfg.MODEL.RESNETS.DEPTH, template_of(cfg)
-    if weights.depth is None:
-        raise WeightsError(
-            f"{weights.source} holds a ResNeXt of no known depth: its stages have blocks as none "
-            "of 26, 50, 101, 152 and 200 layers has."
-        )
-    if (weights.depth, weights.template) == wanted:
-        return
-    template = weights.template
-    raise WeightsError(
-        f"{weights.source} holds a {weights}, and the config describes a ResNeXt-{wanted[0]} "
-        f"{wanted[1]}. Name other weights, or set MODEL.RESNETS.DEPTH {weights.depth} "
-        f"MODEL.RESNETS.NUM_GROUPS {template.cardinality} "
-        f"MODEL.RESNETS.WIDTH_PER_GROUP {template.width}."
-    )
 
 
 def _refuse_other_norms(
@@ -201,44 +179,6 @@ def _refuse_unknown_blocks(
 def _blocks(names: Iterable[str]) -> set[tuple[int, int]]:
     matches = (_BLOCK.search(name) for name in names)
     return {(int(match[1]), int(match[2])) for match in matches if match is not None}
-
-
-def _refuse_other_stride(weights: BackboneWeights, cfg: CfgNode) -> None:
-    """Refuse a stride on the other side: such weights fit, load in silence, and detect worse."""
-    given = cfg.MODEL.RESNETS.STRIDE_IN_1X1
-    if weights.stride_in_1x1 is None or weights.stride_in_1x1 == given:
-        return
-    side = "1x1" if weights.stride_in_1x1 else "3x3"
-    raise WeightsError(
-        f"{weights.source} was trained with its stride in the {side} convolutions, and "
-        f"MODEL.RESNETS.STRIDE_IN_1X1 is {given}. Set MODEL.RESNETS.STRIDE_IN_1X1 "
-        f"{weights.stride_in_1x1}."
-    )
-
-
-def _refuse_other_pixels(weights: BackboneWeights, cfg: CfgNode) -> None:
-    """Refuse a config that feeds the network other pixels, or norms, than its weights take."""
-    wanted, model = weights.pixels, cfg.MODEL
-    if weights.fused and model.RESNETS.NORM != "FrozenBN":
-        raise WeightsError(
-            f"{weights.source} has its batch norms folded into weight and bias, and "
-            f"MODEL.RESNETS.NORM is {model.RESNETS.NORM}: there are no statistics to go on with. "
-            "Set MODEL.RESNETS.NORM FrozenBN, or take weights that kept theirs."
-        )
-    if wanted is None:
-        return
-    given = Pixels(cfg.INPUT.FORMAT, 255, tuple(model.PIXEL_MEAN), tuple(model.PIXEL_STD))
-    unlike = [
-        one
-        for one, two in zip((*wanted.mean, *wanted.std), (*given.mean, *given.std))
-        if abs(one - two) > _SAME_PIXEL
-    ]
-    if unlike or given.order != wanted.order:
-        raise WeightsError(
-            f"{weights.source} takes images as {wanted}, and the config gives {given}. Set "
-            f"INPUT.FORMAT {wanted.order} MODEL.PIXEL_MEAN {list(wanted.mean)} "
-            f"MODEL.PIXEL_STD {list(wanted.std)}."
-        )
 
 
 def _refuse_other_shapes(

@@ -106,8 +106,14 @@ def fold(stem: Tensor, source: Pixels) -> tuple[Tensor, Pixels]:
         # In double precision, and rounded once.
         scale = torch.tensor(factors, dtype=torch.float64).view(1, 3, 1, 1)
         ordered = (ordered.double() * scale).to(stem.dtype)
+    return ordered, folded(source)
+
+
+def folded(source: Pixels) -> Pixels:
+    """Return what a network takes whose first convolution was folded: `OURS`, or its own mean."""
+    given = source.of_255()
     mean = OURS.mean if _close(given.mean, OURS.mean, _SAME) else given.mean
-    return ordered, Pixels("BGR", 255, mean, OURS.std)
+    return Pixels("BGR", 255, mean, OURS.std)
 
 
 def _close(first: list[float] | Triple, second: list[float] | Triple, limit: float) -> bool:
