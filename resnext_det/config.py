@@ -38,6 +38,36 @@ def add_resnext_config(cfg: CfgNode) -> None:
     # MODEL.RESNETS.STRIDE_IN_1X1 True (Detectron2's default) above cardinality 1
     # unless this is set.
     cfg.MODEL.RESNEXT.ALLOW_STRIDE_IN_1X1 = False
+    _add_training_config(cfg)
+
+
+def _add_training_config(cfg: CfgNode) -> None:
+    """Add what Detectron2's trainer has no key for; read by this package's trainer alone."""
+    # On another number of processes than REFERENCE_WORLD_SIZE: "accumulate" gradients over
+    # micro-batches (the same images per update, the same learning rate, the same iterations),
+    # "linear" (Detectron2's rule: batch, learning rate, iterations and periods), or "none".
+    cfg.SOLVER.SCALING = "accumulate"
+    # Images of a micro-batch on one process, where memory asks for fewer; 0 leaves it to SCALING.
+    cfg.SOLVER.IMS_PER_MICRO_BATCH = 0
+    # The linear rule: learning rate per image of a batch. Twice this and more needs --force.
+    cfg.SOLVER.LR_PER_IMAGE = 0.02 / 16
+    # Of SOLVER.AMP.ENABLED: "float16" (GPU alone) or "bfloat16".
+    cfg.SOLVER.AMP.PRECISION = "float16"
+    # Updates with a loss that is not finite which are left out before the training stops.
+    cfg.SOLVER.SKIP_BAD_UPDATES = 0
+    # Checkpoints that are kept beside the best and the final one; 0 keeps all.
+    cfg.SOLVER.KEEP_LAST = 5
+    # A moving average of the weights, evaluated beside them and saved with them.
+    cfg.SOLVER.EMA = CfgNode({"ENABLED": False, "DECAY": 0.9998})
+    # An image that cannot be read: "stop", or "skip" it, counted and reported.
+    cfg.DATALOADER.BAD_IMAGES = "stop"
+    # What decides which checkpoint is the best, such as "bbox/AP" or "bbox/AP50" ("" for none),
+    # and after how many evaluations without a better one the training ends (0 for never).
+    cfg.TEST.BEST = CfgNode({"METRIC": "bbox/AP", "PATIENCE": 0})
+    # Losses on the first data set of DATASETS.TEST, computed with each evaluation.
+    cfg.TEST.VALIDATION_LOSS = False
+    # Weights & Biases, beside metrics.jsonl and TensorBoard; needs `pip install wandb`.
+    cfg.WANDB = CfgNode({"ENABLED": False, "PROJECT": "resnext_det"})
 
 
 def resnext_settings(cfg: CfgNode) -> CfgNode:
@@ -46,7 +76,7 @@ def resnext_settings(cfg: CfgNode) -> CfgNode:
     Args:
         cfg: any Detectron2 config, with or without the keys of `add_resnext_config`.
     """
-    defaults = CfgNode({"MODEL": {}})
+    defaults = get_cfg()
     add_resnext_config(defaults)
     settings: CfgNode = defaults.MODEL.RESNEXT
     settings.update(cfg.MODEL.get("RESNEXT", {}))
