@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, DatasetMapper, build_detection_train_loader
+from detectron2.data.samplers import TrainingSampler
+from PIL import Image
+
+from resnext_det import load_config
+from resnext_det.data.stream import (
+    Draw,
+    MicroBatches,
+    SeededDataset,
+    Share,
+    build_stream,
+    seeded,
+    seeds,
+)
+from resnext_det.errors import ConfigError, DatasetError
+
+SIZE = 23
+LYING = [index % 3 != 0 for index in range(SIZE)]
+
+
+def order() -> Iterator[int]:
+    return TrainingSampler(SIZE, seed=5)._infinite_indices()
+
+
+def updates(processes: int, micro_batches: int, count: int, **more: Any) -> list[list[list[Draw]]]:
+    """The micro-batches of all processes, by update; in the order of their streams."""
+    each = [
+        itertools.islice(
+            MicroBatches(order, Share(process, processes, micro_batches, 2), **more),
+            count * micro_batches,
+        )
+        for process in range(processes)
+    ]
+    taken = [list(batches) for batches in each]
+    return [
+        [batch for part in taken for batch in part[n * micro_batches : (n + 1) * micro_batches]]
+        for n in range(count)
+    ]
+
+
+@pytest.mark.parametrize("lying", [None, LYING], ids=["mixed", "grouped"])
+def test_processes_and_accumulation_see_the_same_images(lying: list[bool] | None) -> None:
+    expected = updates(8, 1, 12, lying=lying)
+    for processes in (1, 2, 4):
+        assert updates(processes, 8 // processes, 12, lying=lying) == expected
+
+
+@pytest.mark.parametrize("lying", [None, LYING], ids=["mixed", "grouped"])
+@pytest.mark.parametrize("start", [0, 1, 7])
+def test_a_stream_goes_on_where_it_was_left(start: int, lying: list[bool] | None) -> None:
+    whole = updates(2, 3, 12, lying=lying)
+    assert updates(2, 3, 12 - start, lying=lying, start=start) == whole[start:]
+
+
+def test_images_of_a_batch_lie_or_stand_together() -> None:
+    for update in updates(2, 2, 20, lying=LYING):
+        for batch in update:
+            assert len({LYING[draw.index] for draw in batch}) == 1
+
+
+def test_every_image_comes_once_in_a_round() -> None:
+    draws = [draw for update in updates(2, 2, 23, lying=None) for part in update for draw in part]
+    ordered = sorted(draws, key=lambda draw: draw.position)
+    assert [draw.position for draw in ordered] == list(range(len(draws)))
+    first = ordered[:SIZE]
+    assert sorted(draw.index for draw in first) == list(range(SIZE))
+
+
+def test_the_order_is_detectron2s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What two processes of stock Detectron2 would take, image by image."""
+    for process in range(2):
+        sampler = TrainingSampler(SIZE, seed=5)
+        sampler._rank, sampler._world_size = process, 2
+        stock = list(itertools.islice(iter(sampler), 20))
+        ours = itertools.islice(MicroBatches(order, Share(process, 2, 1, 2)), 10)
+        assert [draw.index for batch in ours for draw in batch] == stock
+
+
+def test_seeds_depend_on_every_word() -> None:
+    found = {seeds(*words) for words in itertools.product(range(4), repeat=3)}
+    assert len(found) == 4**3
+
+
+def test_random_numbers_are_as_before_afterwards() -> None:
+    def draw() -> tuple[float, float, float]:
+        return random.random(), np.random.rand(), float(torch.rand(()))
+
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    expected = [draw(), draw()]
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    found = [draw()]
+    with seeded(3, 4):
+        inside = draw()
+    found.append(draw())
+    assert found == expected
+    with seeded(3, 4):
+        assert draw() == inside
+    with seeded(3, 5):
+        assert all(one != two for one, two in zip(draw(), inside))
+
+
+def unreadable(record: dict[str, Any]) -> dict[str, Any]:
+    if record["id"] % 2:
+        raise DatasetError(f"the image {record['id']} cannot be read")
+    return record
+
+
+def test_images_that_cannot_be_read_stop_or_are_skipped_and_told() -> None:
+    records = [{"id": number} for number in range(6)]
+    with pytest.raises(DatasetError, match="the image 3 cannot be read"):
+        SeededDataset(records, unreadable, 0)[Draw(0, 3)]
+    found = SeededDataset(records, unreadable, 0, skip=True)[Draw(0, 3)]
+    assert found["id"] % 2 == 0 and "the image 3 cannot be read" in found["skipped"][0]
+    assert found == SeededDataset(records, unreadable, 0, skip=True)[Draw(0, 3)]
+    assert SeededDataset(records, unreadable, 0, skip=True)[Draw(0, 2)] == {"id": 2}
+
+
+def test_nothing_but_bad_images_is_an_error() -> None:
+    with pytest.raises(DatasetError, match="in a row are of no use, such as: the image"):
+        SeededDataset([{"id": 1}], unreadable, 0, skip=True)[Draw(0, 0)]
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A data set of six images of noise, in Detectron2's format."""
+    folder = tmp_path_factory.mktemp("images")
+    name = "stream_test"
+    records = [record(folder, number) for number in range(6)]
+    DatasetCatalog.register(name, lambda: records)
+    yield name
+    DatasetCatalog.remove(name)
+
+
+def record(folder: Path, number: int) -> dict[str, Any]:
+    width, height = (48, 32) if number % 2 else (32, 48)
+    pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), np.uint8)
+    file = folder / f"{number}.png"
+    Image.fromarray(pixels).save(file)
+    box = {"bbox": [4, 4, 20, 20], "bbox_mode": 0, "category_id": 0, "iscrowd": 0}
+    size = {"width": width, "height": height}
+    return {"file_name": str(file), "image_id": number, **size, "annotations": [box]}
+
+
+def config(name: str, *more: Any) -> CfgNode:
+    cfg = load_config("faster_rcnn_X_26_8x4d_FPN_toy").clone()
+    cfg.defrost()
+    cfg.DATASETS.TRAIN = (name,)
+    cfg.INPUT.MIN_SIZE_TRAIN = (24, 32, 40)
+    cfg.merge_from_list(list(more))
+    return cfg
+
+
+def test_workers_and_resumes_change_no_pixel(photographs: str) -> None:
+    def pixels(workers: int, start: int, count: int) -> list[tuple[str, torch.Tensor]]:
+        cfg = config(photographs, "DATALOADER.NUM_WORKERS", workers)
+        stream = build_stream(cfg, DatasetMapper(cfg, True), Share(0, 1, 2, 2), 9, start)
+        batches = itertools.islice(stream, 2 * count)
+        return [(each["file_name"], each["image"]) for batch in batches for each in batch]
+
+    whole = pixels(0, 0, 5)
+    assert len({tuple(image.shape) for _, image in whole}) > 2  # sizes are drawn
+    for found, expected in ((pixels(2, 0, 5), whole), (pixels(2, 3, 2), whole[12:])):
+        assert [name for name, _ in found] == [name for name, _ in expected]
+        assert all(torch.equal(one, two) for (_, one), (_, two) in zip(found, expected))
+
+
+def test_records_are_those_of_detectron2s_loader(photographs: str) -> None:
+    cfg = config(photographs)
+    stock = next(iter(build_detection_train_loader(cfg, mapper=DatasetMapper(cfg, False))))
+    ours = next(iter(build_stream(cfg, DatasetMapper(cfg, False), Share(0, 1, 1, 2), 1)))
+    assert {type(each) for each in ours} == {dict} and ours[0].keys() == stock[0].keys()
+
+
+def test_wrong_settings_are_refused(photographs: str) -> None:
+    share = Share(0, 1, 1, 2)
+    cfg = config(photographs, "DATALOADER.BAD_IMAGES", "ignore")
+    with pytest.raises(ConfigError, match="must be stop or skip"):
+        build_stream(cfg, lambda record: record, share, 1)
+    cfg = config(photographs, "DATALOADER.SAMPLER_TRAIN", "Mine")
+    with pytest.raises(ConfigError, match="must be TrainingSampler or Repeat"):
+        build_stream(cfg, lambda record: record, share, 1)
+
+
+def test_rare_classes_are_repeated_in_the_same_order(photographs: str) -> None:
+    words = ["DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"]
+    cfg = config(photographs, *words, "DATALOADER.REPEAT_THRESHOLD", 0.1)
+
+    def images(seed: int) -> list[str]:
+        stream = build_stream(cfg, lambda record: record, Share(0, 1, 1, 1), seed)
+        return [batch[0]["file_name"] for batch in itertools.islice(stream, 30)]
+
+    assert images(1) == images(1) != images(2)
