@@ -23,6 +23,10 @@ class WeightsError(ResNeXtError):
     """A checkpoint that cannot be read, or does not fit the model."""
 
 
+class TrainingError(ResNeXtError):
+    """A training that cannot go on."""
+
+
 @contextlib.contextmanager
 def reported() -> Iterator[None]:
     """Turn the errors of this package into one line on standard error and exit code 2."""
