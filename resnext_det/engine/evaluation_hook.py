@@ -14,7 +14,6 @@ from detectron2.utils import comm
 from torch import nn
 
 from resnext_det.engine.stopping import Stop
-from resnext_det.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -109,11 +108,14 @@ class Evaluation(HookBase):
 
     def _compare(self, flat: Mapping[str, float], iteration: int) -> None:
         value = flat.get(self._goal.metric)
-        if value is None:
-            raise ConfigError(
-                f"TEST.BEST.METRIC is {self._goal.metric!r}, and an evaluation gives "
-                f"{', '.join(sorted(flat))}. Name one of these, or '' for none."
+        if value is None:  # no reason to end a training, hours after it began
+            logger.warning(
+                "TEST.BEST.METRIC is %r, and an evaluation gives %s: there will be no best "
+                "checkpoint, and no early end. Name one of these, or '' for none.",
+                self._goal.metric,
+                ", ".join(sorted(flat)),
             )
+            return
         if not self._goal.better(value, self.best):
             self.waited += 1
             return
@@ -157,7 +159,7 @@ def validation_losses(model: nn.Module, batches: Any) -> dict[str, float]:
     Returns:
         The losses by name and "total_loss", averaged over the images of all processes.
     """
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.train()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -168,9 +170,12 @@ def validation_losses(model: nn.Module, batches: Any) -> dict[str, float]:
         for name, loss in model(batch).items():
             sums[name] = sums.get(name, 0.0) + float(loss) * len(batch)
         images += len(batch)
-    model.train(was_training)
+    for module, mode in modes.items():
+        module.training = mode
     shares = comm.all_gather((sums, images))
     total = sum(count for _, count in shares)
+    if total == 0:
+        return {}
     names = {name for part, _ in shares for name in part}
     means = {name: sum(part.get(name, 0.0) for part, _ in shares) / total for name in sorted(names)}
     return {**means, "total_loss": sum(means.values())}
