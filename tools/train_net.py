@@ -3,7 +3,8 @@
     python tools/train_net.py --config-file configs/faster_rcnn_X_50_32x4d_FPN_paper.yaml \
         MODEL.WEIGHTS resnext50_32x4d.pth OUTPUT_DIR output/run
 
-Flags and KEY VALUE overrides come in any order.
+Flags and KEY VALUE overrides come in any order. A training that SIGTERM or Ctrl-C ended has saved
+itself and exits with code 75: start it again with --resume.
 """
 
 from __future__ import annotations
@@ -11,14 +12,19 @@ from __future__ import annotations
 import argparse
 
 from detectron2.config import CfgNode
-from detectron2.engine import launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from resnext_det import load_config
+from resnext_det.data import custom
 from resnext_det.data.checks import check_datasets
-from resnext_det.engine.setup import set_up
-from resnext_det.engine.trainer import Trainer, evaluate, last_checkpoint
+from resnext_det.data.health import Document
+from resnext_det.engine import launching, processes
+from resnext_det.engine.evaluating import evaluate, last_checkpoint
+from resnext_det.engine.schedule import check_learning_rate, scale
+from resnext_det.engine.setup import check_folder, set_up
+from resnext_det.engine.trainer import Trainer
+from resnext_det.engine.writers import check_wandb
 from resnext_det.errors import reported
 
 
@@ -30,45 +36,62 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--config-file", required=True, metavar="FILE", help="or a shipped name")
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS")
     parser.add_argument("--resume", action="store_true", help="go on from OUTPUT_DIR's checkpoint")
-    parser.add_argument("--num-gpus", type=int, default=1, help="on this machine (default: 1)")
-    parser.add_argument("--num-machines", type=int, default=1)
-    parser.add_argument("--machine-rank", type=int, default=0)
-    parser.add_argument("--dist-url", default="auto", help="where the processes meet")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="begin anew where OUTPUT_DIR holds a training"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="train at a learning rate that is refused otherwise"
+    )
+    custom.add_arguments(parser)
+    processes.add_arguments(parser)
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     return parser.parse_intermixed_args()
 
 
+def check(
+    cfg: CfgNode, arguments: argparse.Namespace, documents: dict[str, Document], world_size: int
+) -> None:
+    """Look for what would end the run later, once for all processes."""
+    tested, trained = list(cfg.DATASETS.TEST), list(cfg.DATASETS.TRAIN)
+    names = tested if arguments.eval_only else [*trained, *tested]
+    check_datasets(cfg, names, documents=documents, ignore_health=arguments.ignore_health)
+    if arguments.eval_only:
+        if arguments.resume:
+            last_checkpoint(cfg)
+        return
+    check_wandb(cfg)
+    check_learning_rate(scale(cfg, world_size)[0], arguments.force)
+    check_folder(
+        cfg,
+        resume=arguments.resume,
+        overwrite=arguments.overwrite,
+        weights_given="MODEL.WEIGHTS" in arguments.opts[::2],
+    )
+
+
 def run(cfg: CfgNode, arguments: argparse.Namespace) -> None:
     """Train or evaluate, in one of the processes."""
-    with reported():
-        tested, trained = list(cfg.DATASETS.TEST), list(cfg.DATASETS.TRAIN)
-        check_datasets(cfg, tested if arguments.eval_only else [*trained, *tested])
-        if arguments.resume:
-            last_checkpoint(cfg)  # before anything is written
-        set_up(cfg, arguments)
-        if arguments.eval_only:
-            results = evaluate(cfg, resume=arguments.resume)
-            if comm.is_main_process():
-                verify_results(cfg, results)
-            return
-        trainer = Trainer(cfg)
-        trainer.resume_or_load(resume=arguments.resume)
-        trainer.train()
+    custom.register_arguments(arguments)
+    set_up(cfg, arguments)
+    if arguments.eval_only:
+        results = evaluate(cfg, resume=arguments.resume)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=arguments.resume)
+    trainer.train()
 
 
 def main() -> None:
     """Read the config and start as many processes as asked for."""
     arguments = parse()
     with reported():
+        where = processes.Where.of(arguments)
         cfg = load_config(arguments.config_file, arguments.opts)
-    launch(
-        run,
-        arguments.num_gpus,
-        num_machines=arguments.num_machines,
-        machine_rank=arguments.machine_rank,
-        dist_url=arguments.dist_url,
-        args=(cfg, arguments),
-    )
+        cfg, documents = custom.from_arguments(cfg, arguments)
+        check(cfg, arguments, documents, where.world_size)
+    launching.run_everywhere(run, where, (cfg, arguments))
 
 
 if __name__ == "__main__":

@@ -127,9 +127,7 @@ def decide(update: BadUpdate, folder: Path, skipped: int, allowed: int) -> None:
 
 def _plain(record: dict[str, Any]) -> dict[str, Any]:
     """Return a record of the model's input in tensors and numbers."""
-    plain = {
-        name: value for name, value in record.items() if isinstance(value, Tensor | str | int)
-    }
+    plain = {name: value for name, value in record.items() if isinstance(value, Tensor | str | int)}
     instances = record.get("instances")
     if isinstance(instances, Instances):
         plain["gt_boxes"] = instances.gt_boxes.tensor

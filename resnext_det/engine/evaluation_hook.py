@@ -93,11 +93,12 @@ class Evaluation(HookBase):
         return number == self.trainer.max_iter or (self._period > 0 and number % self._period == 0)
 
     def _evaluate_now(self, iteration: int) -> None:
-        training = self.trainer.model.training
+        model: nn.Module = self.trainer.model  # type: ignore[attr-defined]  # of every trainer
+        training = model.training
         try:
             self.results = self._evaluate()
         finally:
-            self.trainer.model.train(training)
+            model.train(training)
         # Shared, as the main process alone has results: all must stop at the same iteration.
         flat: dict[str, float] = comm.all_gather(flatten_results_dict(self.results))[0]
         self.trainer.storage.put_scalars(**flat, smoothing_hint=False)

@@ -14,6 +14,54 @@ from detectron2.utils.logger import setup_logger
 
 from resnext_det.errors import ConfigError
 
+logger = logging.getLogger(__name__)
+
+
+def check_folder(
+    cfg: CfgNode, *, resume: bool, overwrite: bool, weights_given: bool = False
+) -> None:
+    """Refuse to write a training over another one, or to leave open what is gone on from.
+
+    Called once, before there are several processes.
+
+    Args:
+        cfg: the run's config; OUTPUT_DIR and MODEL.WEIGHTS are read.
+        resume: the training goes on from the folder's last checkpoint.
+        overwrite: a training in the folder may be written over.
+        weights_given: the command line itself names MODEL.WEIGHTS.
+
+    Raises:
+        ConfigError: the folder holds a training that would be lost, or MODEL.WEIGHTS is not what
+            the training to be resumed was started with.
+    """
+    folder = Path(cfg.OUTPUT_DIR)
+    begun = (folder / "last_checkpoint").is_file()
+    if begun and not resume and not overwrite:
+        raise ConfigError(
+            f"OUTPUT_DIR {folder} holds a training. Add --resume to go on with it, --overwrite to "
+            "begin anew in its place, or name another folder: OUTPUT_DIR FOLDER."
+        )
+    if resume and not begun:
+        logger.warning("--resume: %s holds no training to go on with; a new one begins.", folder)
+    if resume and begun and weights_given:
+        _check_weights(cfg, folder)
+
+
+def _check_weights(cfg: CfgNode, folder: Path) -> None:
+    """Compare MODEL.WEIGHTS with what config.yaml, written when the training began, says."""
+    try:
+        began_with = CfgNode.load_yaml_with_base(str(folder / "config.yaml"))["MODEL"]["WEIGHTS"]
+    except (OSError, KeyError, TypeError, ValueError):
+        return
+    if began_with != cfg.MODEL.WEIGHTS:
+        raise ConfigError(
+            f"--resume goes on from the last checkpoint of {folder}, a training that began with "
+            f"MODEL.WEIGHTS {began_with or repr('')}; {cfg.MODEL.WEIGHTS} would not be read. Leave "
+            "MODEL.WEIGHTS out to go on; to train from those weights, leave --resume out and name "
+            "another OUTPUT_DIR."
+        )
+    logger.info("--resume: the last checkpoint is loaded, and MODEL.WEIGHTS is not read again")
+
 
 def set_up(cfg: CfgNode, arguments: argparse.Namespace) -> None:
     """Make the output folder, begin its log.txt, save config.yaml and seed the random numbers.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import threading
 from collections.abc import Callable
@@ -14,11 +13,10 @@ import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-logger = logging.getLogger(__name__)
+from resnext_det.engine.endings import STOPPED
+from resnext_det.engine.launching import is_started_by_another
 
-REQUEUE = os.EX_TEMPFAIL
-"""Exit code of a training that was ended by a signal and can go on with --resume (75, sysexits.h's
-EX_TEMPFAIL: "try again later")."""
+logger = logging.getLogger(__name__)
 
 
 class Stop(BaseException):
@@ -33,7 +31,9 @@ class StopOnSignal(HookBase):
     """On SIGTERM or SIGINT, finishes the iteration, saves, and ends the training.
 
     An evaluation is not waited for: it is done again when the training is resumed. A second signal
-    ends the program at once. The last of all hooks, so that the others see the iteration whole.
+    ends the program at once; one of several processes leaves that to its parent.
+
+    The last of all hooks, so that the others see the iteration whole.
     """
 
     def __init__(self, save: Callable[[], None]) -> None:
@@ -55,7 +55,10 @@ class StopOnSignal(HookBase):
             self._before[number] = signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._listen_no_more()  # the second signal does what it always did
+        if self._received and is_started_by_another():
+            return
+        if not is_started_by_another():
+            self._listen_no_more()  # the second signal does what it always did
         self._received = number
         if self.interruptible:
             self._end(number)
@@ -74,8 +77,8 @@ class StopOnSignal(HookBase):
         self._save()
         raise Stop(
             f"{signal.Signals(number).name} after iteration {self.trainer.iter}: the training was "
-            f"saved, and --resume goes on (exit code {REQUEUE})",
-            REQUEUE,
+            f"saved, and --resume goes on (exit code {STOPPED})",
+            STOPPED,
         )
 
     def _shared(self) -> int:

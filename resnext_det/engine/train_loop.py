@@ -96,7 +96,7 @@ class TrainLoop(SimpleTrainer):
         )
         self.ema: AveragedModel | None = None
         if arithmetic.ema_decay is not None:
-            average = get_ema_multi_avg_fn(arithmetic.ema_decay)
+            average = get_ema_multi_avg_fn(arithmetic.ema_decay)  # type: ignore[no-untyped-call]
             self.ema = AveragedModel(bare(model), multi_avg_fn=average)
 
     @property
@@ -133,8 +133,8 @@ class TrainLoop(SimpleTrainer):
                 if last and not self._all_finite(losses):
                     self._leave_out(losses, batches)
                     return
-                self._scaler.scale(total).backward()
-        self.after_backward()
+                self._scaler.scale(total).backward()  # type: ignore[no-untyped-call]
+        self.after_backward()  # type: ignore[no-untyped-call]
         mean = {name: torch.stack([part[name] for part in losses]).mean() for name in losses[0]}
         self._write_metrics(mean, data_time)
         self._apply()
@@ -191,7 +191,7 @@ class TrainLoop(SimpleTrainer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed training needs beside the weights, in plain containers."""
-        state: dict[str, Any] = super().state_dict()
+        state: dict[str, Any] = super().state_dict()  # type: ignore[no-untyped-call]
         state |= {
             "seed": self.seed,
             "streams": self.share.processes * self.share.micro_batches,
@@ -241,7 +241,7 @@ def shared_seed(seed: int) -> int:
 def _random_states() -> dict[str, Any]:
     """Return the states that code outside of the micro-batches draws from, such as hooks."""
     version, numbers, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "python": [version, list(numbers), gauss],
         "numpy": [name, torch.from_numpy(np.asarray(keys, np.int64)), position, has_gauss, cached],

@@ -1,38 +1,106 @@
-"""The trainer: Detectron2's, with proof of the weights, named bad images and a progress bar."""
+"""The trainer: Detectron2's, whose updates depend on nothing but the weights and the iteration."""
 
 from __future__ import annotations
 
+import functools
 import logging
+import weakref
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader, build_detection_train_loader
-from detectron2.engine import DefaultTrainer, HookBase
-from detectron2.modeling import build_model
+from detectron2.data import build_detection_test_loader
+from detectron2.data.detection_utils import build_augmentation
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
+from detectron2.engine.defaults import create_ddp_model
 from detectron2.utils import comm
-from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
+from detectron2.utils.events import EventWriter
+from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from resnext_det.data.checks import NamingDatasetMapper
-from resnext_det.engine.hooks import Progress
-from resnext_det.errors import ConfigError
+from resnext_det.data.custom import class_names
+from resnext_det.data.stream import Share, build_stream, training_records
+from resnext_det.engine.checkpoint_writing import export_weights
+from resnext_det.engine.checkpoints import Checkpointer, Checkpoints
+from resnext_det.engine.disk import checkpoint_bytes, free_bytes
+from resnext_det.engine.evaluation_hook import Evaluation, Goal, validation_losses
+from resnext_det.engine.hooks import Progress, Throughput
+from resnext_det.engine.schedule import scale
+from resnext_det.engine.stopping import Stop, StopOnSignal
+from resnext_det.engine.train_loop import Arithmetic, TrainLoop, bare, shared_seed
+from resnext_det.engine.writers import build_writers, forget_after, writing_period
 from resnext_det.evaluation.evaluator import BoxEvaluator
-from resnext_det.pretrained.loading import check_same_model, load_weights
+from resnext_det.pretrained.loading import load_weights
 
 logger = logging.getLogger(__name__)
 
-
-# Iterations up to which every single one is written to metrics.jsonl.
-_SHORT_TRAINING = 1000
+_GLOBAL_NORM = "global_norm"
+"""SOLVER.CLIP_GRADIENTS.CLIP_TYPE for the norm of all gradients together, beside Detectron2's."""
 
 
 class Trainer(DefaultTrainer):
-    """Trains a detector as its config says; otherwise Detectron2's `DefaultTrainer`."""
+    """Trains a detector as its config says.
+
+    A Detectron2 `DefaultTrainer` to those who use it or subclass it; its methods have the meaning
+    they have there.
+    """
+
+    _trainer: TrainLoop
+    checkpointer: Checkpointer
+
+    def __init__(self, cfg: CfgNode) -> None:
+        """Build model, optimizer, data and hooks.
+
+        Args:
+            cfg: the run's config; SOLVER.SCALING tells what it becomes on this many processes.
+
+        Raises:
+            ConfigError: a schedule that cannot be run.
+        """
+        # DefaultTrainer.__init__ builds a loop and a loader of its own, without a way to say
+        # otherwise, and its create_ddp_model cannot be told that there is no GPU.
+        TrainerBase.__init__(self)
+        cfg, self.plan = scale(cfg, comm.get_world_size())
+        model = self.build_model(cfg)  # type: ignore[no-untyped-call]
+        optimizer = self.build_optimizer(cfg, model)
+        share = Share(
+            comm.get_rank(),
+            comm.get_world_size(),
+            self.plan.micro_batches,
+            self.plan.images_per_micro_batch,
+        )
+        self._trainer = TrainLoop(
+            _distributed(model),
+            functools.partial(self.build_train_loader, cfg, share),
+            optimizer,
+            share,
+            shared_seed(cfg.SEED),
+            Path(cfg.OUTPUT_DIR),
+            _arithmetic(cfg),
+        )
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)  # type: ignore[no-untyped-call]
+        self.checkpointer = Checkpointer(
+            self._trainer.model,
+            cfg.OUTPUT_DIR,
+            config=cfg,
+            class_names=class_names(cfg),
+            provenance=self._provenance,
+            trainer=weakref.proxy(self),
+        )
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self._checkpoints = Checkpoints(
+            self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.KEEP_LAST
+        )
+        self._stop_on_signal = StopOnSignal(self._checkpoints.save_now)
+        self.register_hooks(list(self.build_hooks()))
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Go on with the last checkpoint of OUTPUT_DIR, or load MODEL.WEIGHTS.
+        """Go on with the last good checkpoint of OUTPUT_DIR, or load MODEL.WEIGHTS.
 
         Args:
             resume: go on with weights, optimizer, schedule and iteration of the last checkpoint,
@@ -41,50 +109,152 @@ class Trainer(DefaultTrainer):
         Raises:
             WeightsError: MODEL.WEIGHTS does not fill the backbone, or the checkpoint is of another
                 model.
+            TrainingError: there are checkpoints, and all of them are damaged.
         """
-        if not (resume and self.checkpointer.has_checkpoint()):
-            logger.info("%s", load_weights(self._bare_model(), self.cfg))
+        found = self.checkpointer.resume() if resume else None
+        if found is None:
+            logger.info("%s", load_weights(bare(self._trainer.model), self.cfg))
             return
-        check_same_model(self._bare_model(), last_checkpoint(self.cfg))
-        super().resume_or_load(resume=True)  # type: ignore[no-untyped-call]
+        self.start_iter = found.iteration + 1
+        if comm.is_main_process():
+            forget_after(found.iteration, Path(self.cfg.OUTPUT_DIR))
         logger.info(
-            "resumed from %s at iteration %d of %d",
-            self.checkpointer.get_checkpoint_file(),
-            self.start_iter,
-            self.max_iter,
+            "resumed from %s at iteration %d of %d", found.file, self.start_iter, self.max_iter
         )
 
-    def _bare_model(self) -> nn.Module:
-        model: nn.Module = self._trainer.model
-        return model.module if isinstance(model, DistributedDataParallel) else model
+    def train(self) -> dict[str, Any] | None:  # type: ignore[override]  # as DefaultTrainer's
+        """Train up to SOLVER.MAX_ITER, until patience is at its end, or until a signal.
+
+        Returns:
+            The last evaluation's results, where the config expects some, as in Detectron2.
+
+        Raises:
+            SystemExit: a signal ended the training; the code is `stopping.REQUEUE`.
+        """
+        self._tell_plan()
+        try:
+            results: dict[str, Any] | None = super().train()  # type: ignore[no-untyped-call]
+        except Stop as stop:
+            logger.info("the training ends: %s", stop)
+            if stop.code:
+                raise SystemExit(stop.code) from None
+            self._checkpoints.save_final()
+            results = None
+        self._export_average()
+        return results
+
+    def _provenance(self) -> dict[str, Any]:
+        """Return what a checkpoint says beside config, classes and versions."""
+        evaluation = next((each for each in self._hooks if isinstance(each, Evaluation)), None)
+        return {"best": None if evaluation is None else evaluation.best}
+
+    def _tell_plan(self) -> None:
+        if not comm.is_main_process():
+            return
+        images = len(training_records(self.cfg))
+        size = checkpoint_bytes(bare(self._trainer.model), self.cfg)
+        free = free_bytes(Path(self.cfg.OUTPUT_DIR))
+        logger.info("the plan:\n%s", self.plan.describe(images, size, free))
+        shortage = self.plan.shortage(size, free)
+        if shortage:
+            logger.warning("%s", shortage)
+
+    def _export_average(self) -> None:
+        ema = self._trainer.ema
+        if ema is not None and comm.is_main_process():
+            export_weights(
+                ema.module.state_dict(), Path(self.cfg.OUTPUT_DIR) / "model_final_ema.pth"
+            )
 
     def build_hooks(self) -> list[HookBase]:
-        """Return Detectron2's hooks and the progress display."""
-        hooks: list[HookBase] = super().build_hooks()  # type: ignore[no-untyped-call]
-        if not comm.is_main_process():
-            return hooks
-        # DefaultTrainer writes every 20 iterations, without a way to say otherwise, which leaves
-        # a short training with hardly a curve.
-        vars(hooks[-1])["_period"] = self._writing_period()
-        return [*hooks, Progress()]
+        """Return Detectron2's hooks where they serve, and this package's where they do more."""
+        cfg = self.cfg
+        goal = Goal(cfg.TEST.BEST.METRIC, cfg.TEST.BEST.PATIENCE)
+        found: list[HookBase] = [hooks.IterationTimer(), hooks.LRScheduler()]
+        if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self._trainer.model):
+            found.append(self._precise_bn())
+        # Before the evaluation: a crash in it loses nothing.
+        found.append(self._checkpoints)
+        found.append(Evaluation(self._evaluate, cfg.TEST.EVAL_PERIOD, goal, self._save_best))
+        found.append(Throughput(cfg.SOLVER.IMS_PER_BATCH))
+        if comm.is_main_process():
+            writers = hooks.PeriodicWriter(self.build_writers(), writing_period(self.max_iter))
+            found += [writers, Progress()]
+        return [*found, self._stop_on_signal]
 
-    def _writing_period(self) -> int:
-        return 1 if self.max_iter <= _SHORT_TRAINING else 20
+    def _precise_bn(self) -> HookBase:
+        share = Share(comm.get_rank(), comm.get_world_size(), 1, self._trainer.share.images)
+        # Images of their own, so that those of the training are not used up.
+        loader = self.build_train_loader(self.cfg, share, self._trainer.seed + 1)
+        period, batches = self.cfg.TEST.EVAL_PERIOD, self.cfg.TEST.PRECISE_BN.NUM_ITER
+        return hooks.PreciseBN(period, self._trainer.model, loader, batches)
+
+    def _evaluate(self) -> dict[str, Any]:
+        """Evaluate the weights, their moving average, and the losses, as far as is asked for."""
+        self._stop_on_signal.interruptible = True
+        try:
+            results = self._tested(self.cfg, self._trainer.model)
+            self._last_eval_results = results
+            if self._trainer.ema is not None:
+                average = self._tested(_in_folder(self.cfg, "ema"), self._trainer.ema.module)
+                results = {**results, "ema": average}
+            if self.cfg.TEST.VALIDATION_LOSS:
+                losses = validation_losses(bare(self._trainer.model), self._validation_batches())
+                results = {**results, "validation": losses}
+            return results
+        finally:
+            self._stop_on_signal.interruptible = False
+
+    def _tested(self, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
+        results: dict[str, Any] | None = self.test(cfg, model)  # type: ignore[no-untyped-call]
+        return results or {}  # the main process alone has some
+
+    def _validation_batches(self) -> Iterable[list[dict[str, Any]]]:
+        # With annotations, and without augmentation.
+        mapper = NamingDatasetMapper(self.cfg, True, augmentations=_test_augmentations(self.cfg))
+        loader: Iterable[list[dict[str, Any]]] = build_detection_test_loader(
+            self.cfg, self.cfg.DATASETS.TEST[0], mapper=mapper
+        )
+        return loader
+
+    def _save_best(self) -> None:
+        # It is the newest one as well, and named as such: a resume goes on from it.
+        self.checkpointer.save("model_best", iteration=self.iter)
 
     def build_writers(self) -> list[EventWriter]:
-        """Return writers of metrics.jsonl and TensorBoard's events."""
-        output = Path(self.cfg.OUTPUT_DIR)
-        output.mkdir(parents=True, exist_ok=True)
-        window = self._writing_period()
-        return [
-            JSONWriter(str(output / "metrics.jsonl"), window_size=window),
-            TensorboardXWriter(str(output), window_size=window),
-        ]
+        """Return writers of metrics.jsonl, TensorBoard's events and, where wanted, wandb's."""
+        return build_writers(self.cfg)
 
     @classmethod
-    def build_train_loader(cls, cfg: CfgNode) -> Any:
-        """Return Detectron2's loader, whose errors name the image."""
-        return build_detection_train_loader(cfg, mapper=NamingDatasetMapper(cfg, True))
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """Return Detectron2's optimizer; the loop itself clips by the norm of all gradients."""
+        if cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE == _GLOBAL_NORM:
+            cfg = cfg.clone()
+            cfg.defrost()
+            cfg.SOLVER.CLIP_GRADIENTS.ENABLED = False
+        optimizer: torch.optim.Optimizer = super().build_optimizer(cfg, model)  # type: ignore[no-untyped-call]
+        return optimizer
+
+    @classmethod
+    def build_train_loader(
+        cls, cfg: CfgNode, share: Share | None = None, seed: int = 0, start: int = 0
+    ) -> Any:
+        """Return the endless training data of a process, whose errors name the image.
+
+        Args:
+            cfg: the run's config.
+            share: of this process; None for the whole of Detectron2's batch, as `cfg` alone says.
+            seed: of order and augmentation.
+            start: updates that were done before.
+        """
+        if share is None:
+            share = Share(
+                comm.get_rank(),
+                comm.get_world_size(),
+                1,
+                cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
+            )
+        return build_stream(cfg, NamingDatasetMapper(cfg, True), share, seed, start)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
@@ -98,47 +268,34 @@ class Trainer(DefaultTrainer):
         return BoxEvaluator(dataset_name, Path(cfg.OUTPUT_DIR), {"weights": cfg.MODEL.WEIGHTS})
 
 
-def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
-    """Evaluate MODEL.WEIGHTS on every data set of DATASETS.TEST.
-
-    Args:
-        cfg: the config.
-        resume: evaluate the last checkpoint of OUTPUT_DIR instead of MODEL.WEIGHTS.
-
-    Returns:
-        {"bbox": {"AP": ...}} in percent, by data set where there are several.
-
-    Raises:
-        WeightsError: the weights do not fill the whole detector.
-        ConfigError: `resume`, and there is no checkpoint in OUTPUT_DIR.
-    """
-    if resume:
-        checkpoint = last_checkpoint(cfg)
-        cfg = cfg.clone()
-        cfg.defrost()
-        cfg.MODEL.WEIGHTS = str(checkpoint)
-        cfg.freeze()
-    model = build_model(cfg)
-    logger.info("%s", load_weights(model, cfg, whole_detector=True))
-    results: dict[str, Any] = Trainer.test(cfg, model)  # type: ignore[no-untyped-call]
-    return results
+def _distributed(model: nn.Module) -> nn.Module:
+    """Wrap a model for several processes; the buffers of each are its own, as in Detectron2."""
+    more = {} if torch.cuda.is_available() else {"device_ids": None}
+    wrapped: nn.Module = create_ddp_model(model, broadcast_buffers=False, **more)
+    return wrapped
 
 
-def last_checkpoint(cfg: CfgNode) -> Path:
-    """Return the last checkpoint of OUTPUT_DIR.
+def _arithmetic(cfg: CfgNode) -> Arithmetic:
+    solver = cfg.SOLVER
+    clip = solver.CLIP_GRADIENTS
+    clipped = clip.ENABLED and clip.CLIP_TYPE == _GLOBAL_NORM
+    return Arithmetic(
+        precision=getattr(torch, solver.AMP.PRECISION) if solver.AMP.ENABLED else None,
+        largest_norm=clip.CLIP_VALUE if clipped else None,
+        ema_decay=solver.EMA.DECAY if solver.EMA.ENABLED else None,
+        skipped=solver.SKIP_BAD_UPDATES,
+    )
 
-    Args:
-        cfg: the run's config; only OUTPUT_DIR is read.
 
-    Raises:
-        ConfigError: there is none.
-    """
-    folder = Path(cfg.OUTPUT_DIR)
-    pointer = folder / "last_checkpoint"
-    if not pointer.is_file():
-        raise ConfigError(
-            f"--resume: there is no checkpoint in {folder} to go on from. Leave --resume out to "
-            "start, or name the folder of the earlier run: OUTPUT_DIR FOLDER."
-        )
-    # The pointer names a file beside it; anything else in it is not followed.
-    return folder / Path(pointer.read_text().strip()).name
+def _in_folder(cfg: CfgNode, name: str) -> CfgNode:
+    """Return a config whose results go to a folder inside the run's."""
+    changed: CfgNode = cfg.clone()
+    changed.defrost()
+    changed.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR) / name)
+    changed.freeze()
+    return changed
+
+
+def _test_augmentations(cfg: CfgNode) -> list[Any]:
+    found: list[Any] = build_augmentation(cfg, is_train=False)
+    return found

@@ -76,7 +76,7 @@ class WandbWriter(EventWriter):
             window: iterations over which numbers are smoothed, as in the other writers.
         """
         check_wandb(cfg)
-        import wandb
+        import wandb  # type: ignore[import-not-found,unused-ignore]
 
         self._window = window
         folder = Path(cfg.OUTPUT_DIR)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
-from resnext_det.errors import ConfigError
+from resnext_det.errors import ConfigError, WeightsError
 from resnext_det.pretrained import catalog_others, catalog_timm
 from resnext_det.pretrained.catalog_entry import Entry
+from resnext_det.pretrained.record import hexadecimal
 
 ENTRIES: Mapping[str, Entry] = {
     known.name: known for known in (*catalog_timm.ENTRIES, *catalog_others.ENTRIES)
@@ -68,6 +70,35 @@ def entry(name: str, entries: Mapping[str, Entry] = ENTRIES) -> Entry:
         f"(nearest: {', '.join(_nearest(name, list(entries)))}). "
         "`python tools/list_weights.py` prints all of them."
     )
+
+
+def of_file(file: Path, entries: Mapping[str, Entry] = ENTRIES) -> Entry | None:
+    """Return the entry whose file this is, by its checksum and whatever it is called.
+
+    Args:
+        file: as it was published; what was made of it has another checksum.
+        entries: where to look.
+
+    Returns:
+        The entry; None where no checksum is this one, as of files that have none in the catalog.
+
+    Raises:
+        WeightsError: the file cannot be read.
+    """
+    checksums = {
+        name: known.checksum for name, known in entries.items() if known.checksum is not None
+    }
+    try:
+        digests = {
+            algorithm: hexadecimal(file, algorithm)
+            for algorithm in {checksum.algorithm for checksum in checksums.values()}
+        }
+    except OSError as error:
+        raise WeightsError(f"{file} cannot be read: {error.strerror or error}.") from error
+    for name, checksum in checksums.items():
+        if digests[checksum.algorithm].startswith(checksum.digits):
+            return entries[name]
+    return None
 
 
 def _nearest(name: str, known: list[str]) -> list[str]:

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import torch
 
-from resnext_det.errors import WeightsError
+from resnext_det.errors import ConfigError, WeightsError
 from resnext_det.modeling.template import BLOCKS_PER_STAGE, Template
 
 NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
+_STAGES = (2, 3, 4, 5)
+_REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_FIRST = "res2.0.conv2.weight"
 
 
 def describe(tensors: Mapping[str, torch.Tensor]) -> tuple[int | None, Template]:
@@ -25,19 +28,57 @@ def describe(tensors: Mapping[str, torch.Tensor]) -> tuple[int | None, Template]
     Raises:
         WeightsError: the blocks are not bottlenecks with a 3x3 convolution in the middle.
     """
-    weight = tensors["res2.0.conv2.weight"]
-    if weight.dim() != 4 or weight.shape[1] < 1 or weight.shape[0] % weight.shape[1]:
+    if _FIRST not in tensors:
+        raise WeightsError(f"{_FIRST} is missing: these are not the weights of a ResNeXt.")
+    shape = tuple(tensors[_FIRST].shape)
+    if len(shape) != 4 or min(shape) < 1 or shape[0] % shape[1]:
         raise WeightsError(
-            f"res2.0.conv2.weight has the shape {tuple(weight.shape)}, which is that of no grouped "
-            "3x3 convolution: these are not the weights of a ResNeXt."
+            f"{_FIRST} has the shape {shape}, which is that of no grouped 3x3 convolution: these "
+            "are not the weights of a ResNeXt."
         )
-    width = int(weight.shape[1])
-    counts = tuple(
-        len({name.split(".")[1] for name in tensors if name.startswith(f"res{stage}.")})
-        for stage in (2, 3, 4, 5)
-    )
-    depth = next((known for known, blocks in BLOCKS_PER_STAGE.items() if blocks == counts), None)
-    return depth, Template.of(int(weight.shape[0]) // width, width)
+    blocks = _blocks(tensors)
+    depth = next((known for known, counts in BLOCKS_PER_STAGE.items() if counts == blocks), None)
+    try:
+        return depth, Template.of(shape[0] // shape[1], shape[1])
+    except ConfigError as error:
+        raise WeightsError(f"{_FIRST} has the shape {shape}: {error}") from error
+
+
+def _blocks(tensors: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
+    """Return how many blocks each stage has."""
+    found: dict[str, set[str]] = {f"res{stage}": set() for stage in _STAGES}
+    for name in tensors:
+        stage, _, rest = name.partition(".")
+        if stage in found:
+            found[stage].add(rest.partition(".")[0])
+    return tuple(len(numbers) for numbers in found.values())
+
+
+def _convolutions(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of the convolutions that a backbone with these blocks has.
+
+    Template, blocks and the channels out of stem and res2 are read from the tensors, all else
+    follows from them (paper, Table 1 and section 3.1: channels double with each stage).
+    """
+    _, template = describe(tensors)
+    for name in ("stem.conv1.weight", "res2.0.conv3.weight"):
+        if name not in tensors or tensors[name].dim() != 4:
+            raise WeightsError(f"{name} is missing or has not four dimensions.")
+    inputs = int(tensors["stem.conv1.weight"].shape[0])
+    outputs = int(tensors["res2.0.conv3.weight"].shape[0])
+    shapes: dict[str, tuple[int, ...]] = {"stem.conv1": (inputs, 3, 7, 7)}
+    for stage, count in zip(_STAGES, _blocks(tensors)):
+        middle = template.bottleneck_channels(stage)
+        for number in range(max(count, 1)):
+            block = f"res{stage}.{number}"
+            if number == 0:
+                shapes[f"{block}.shortcut"] = (outputs, inputs, 1, 1)
+            shapes[f"{block}.conv1"] = (middle, inputs, 1, 1)
+            shapes[f"{block}.conv2"] = (middle, middle // template.cardinality, 3, 3)
+            shapes[f"{block}.conv3"] = (outputs, middle, 1, 1)
+            inputs = outputs
+        outputs = 2 * outputs
+    return shapes
 
 
 def _norm_tensors(tensors: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
@@ -48,37 +89,61 @@ def _norm_tensors(tensors: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
 
 
 def check_backbone(source: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Refuse a backbone that lacks tensors, has unknown ones, or values that are not finite.
+    """Refuse a backbone that lacks tensors, has unknown ones, or values that cannot be.
 
     Args:
         source: the file, to be named.
         tensors: by Detectron2's names, without classifier and counters.
 
     Raises:
-        WeightsError: what is wrong, and the first names.
+        WeightsError: what is wrong, and the first names: a tensor missing, unknown, of another
+            shape than the others ask for, of whole numbers, or with values that are not finite;
+            a variance below 0.
     """
-    convolutions = [name for name in tensors if name.endswith(".weight") and ".norm." not in name]
+    try:
+        convolutions = _convolutions(tensors)
+    except WeightsError as error:
+        raise WeightsError(f"{source}: {error}") from error
     # Detectron2's FrozenBN fills statistics that a file lacks with 0 and 1, without a word
     # (FrozenBatchNorm2d._load_from_state_dict), so they are counted here.
     kinds = _norm_tensors(tensors)
-    expected = [
-        f"{name.removesuffix('.weight')}.norm.{kind}" for name in convolutions for kind in kinds
-    ]
-    missing = [name for name in expected if name not in tensors]
+    shapes = {f"{name}.weight": shape for name, shape in convolutions.items()}
+    for name, shape in convolutions.items():
+        shapes.update({f"{name}.norm.{kind}": shape[:1] for kind in kinds})
+    missing = [name for name in shapes if name not in tensors]
     if missing:
         raise WeightsError(
-            f"{source} lacks {len(missing)} tensors of its norms, the first being "
-            f"{', '.join(missing[:5])}. Without them the backbone would run on made-up statistics."
+            f"{source} lacks {len(missing)} tensors of its convolutions and norms, the first being "
+            f"{', '.join(missing[:5])}. Without them the backbone would run on made-up numbers."
         )
-    known = {*convolutions, *expected}
-    unknown = [name for name in tensors if name not in known]
+    unknown = [name for name in tensors if name not in shapes]
     if unknown:
         raise WeightsError(
             f"{source} holds {len(unknown)} tensors that no ResNeXt has: {', '.join(unknown[:5])}"
         )
+    for name, shape in shapes.items():
+        if tensors[name].shape != shape:
+            raise WeightsError(
+                f"{source}: {name} is {tuple(tensors[name].shape)} in the file, and by the shapes "
+                f"of the others it must be {shape}: these are not the weights of a ResNeXt."
+            )
+    _check_values(source, tensors)
+
+
+def _check_values(source: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _REAL:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise WeightsError(f"{source}: {name} is of {kind}, and weights are of float.")
     wrong = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if wrong:
         raise WeightsError(
             f"{source} holds NaN or infinite values in {len(wrong)} tensors: "
             f"{', '.join(wrong[:5])}. Fetch or make the file again."
         )
+    for name, tensor in tensors.items():
+        if name.endswith("running_var") and bool((tensor < 0).any()):
+            raise WeightsError(
+                f"{source} holds negative values in {name}, and a variance has none. Fetch or make "
+                "the file again."
+            )

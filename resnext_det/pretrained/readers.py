@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import pickle
-from collections.abc import Mapping
+import re
+import struct
+import zipfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors.torch
 import torch
 
 from resnext_det.errors import WeightsError
+from resnext_det.pretrained.pickles import PickledArray, check_pickle, read_arrays
 from resnext_det.pretrained.torch7 import looks_like_torch7, read_torch7
 from resnext_det.pretrained.torch7_layout import torch7_tensors
 
@@ -22,32 +26,22 @@ _WRAPPERS = ("model", "state_dict", "model_state", "blobs")
 _AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "ema_state")
 # What data-parallel training, moving averages and training frameworks put before every name.
 _PREFIXES = ("module.", "model.", "_orig_mod.")
+_LONGEST_NAME = 300
 
-# All that a pickle of numpy arrays in plain containers needs; numpy 2 renamed numpy.core.
-_ALLOWED_GLOBALS = {
-    ("collections", "OrderedDict"),
-    ("numpy", "dtype"),
-    ("numpy", "ndarray"),
-    ("_codecs", "encode"),
-    *(
-        (f"numpy.{core}.multiarray", name)
-        for core in ("core", "_core")
-        for name in ("_reconstruct", "scalar")
-    ),
-    *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
-}
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Reads pickles of numpy arrays in plain containers, and refuses everything else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Return what builds an array; refuse any other global."""
-        if (module, name) in _ALLOWED_GLOBALS:
-            return super().find_class(module, name)
-        raise WeightsError(
-            f"it asks for {module}.{name}; a checkpoint may hold arrays in plain containers only"
-        )
+# How a file of torch.save begins: a zip, or the pickle of a number before there were zips.
+_ZIP = b"PK"
+_LEGACY = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")
+_LEGACY_PICKLES = 5  # that number, a version, the machine, the content, the names of storages
+# What a checkpoint in plain containers asks for. torch.load allows more: a bytearray or a
+# torch.FloatTensor of any size that nothing is read into, and tensors that are sparse, quantised or
+# without numbers.
+_TORCH_GLOBALS = re.compile(
+    r"collections\.(OrderedDict|Counter)|(builtins|__builtin__)\.(set|complex)|_codecs\.encode"
+    r"|torch\._utils\._rebuild_(tensor|tensor_v2|parameter|parameter_with_state)"
+    r"|torch\._tensor\._rebuild_from_type_v2|torch\.nn\.parameter\.Parameter"
+    r"|torch\.(cuda\.)?[A-Z][A-Za-z0-9]*Storage"
+    r"|torch\.(Size|device|b?float[0-9a-z_]*|double|half|u?int[0-9]+|long|short|bool)"
+)
 
 
 @dataclass(frozen=True)
@@ -76,52 +70,139 @@ def read_checkpoint(file: Path) -> Checkpoint:
     Knows PyTorch's files (.pth and the like), pickles of arrays (.pkl), safetensors and Torch7's
     (.t7), told apart by what is in the file and not by its name. Wrappers ("model", "state_dict",
     "blobs" and moving averages) and the prefix "module." of data-parallel training are taken off.
+    Reading takes memory in proportion to the file, whatever the file claims.
 
     Args:
         file: the checkpoint.
 
     Returns:
-        Its tensors, and its record.
+        Its tensors, dense and real, and its record.
 
     Raises:
         WeightsError: the file is missing, broken, of no known kind, or holds more than data.
     """
-    if not file.is_file():
-        raise WeightsError(f"there is no checkpoint {file}.")
+    _refuse_other_than_file(file)
     try:
-        if _is_torch7(file):
+        if looks_like_torch7(_start(file)):
             return Checkpoint(torch7_tensors(read_torch7(file)), None, "Torch7")
         content = _read(file)
+        tensors = _unwrap(content, file.stat().st_size)
+        record = content.get("resnext_det") if tensors else None
     except WeightsError as error:
         raise WeightsError(f"{file} is refused: {error}.") from error
+    except pickle.UnpicklingError as error:  # torch's own advice would be to trust the file
+        raise WeightsError(
+            f"{file} is refused: it is damaged, or holds more than arrays in plain containers."
+        ) from error
     except Exception as error:
+        first = "".join(letter for letter in str(error)[:200] if letter.isprintable())
         raise WeightsError(
             f"{file} cannot be read as a checkpoint; it may be truncated, or of another kind: "
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            f"{type(error).__name__}: {first}"
         ) from error
-    tensors = _unwrap(content)
     if not tensors:
         raise WeightsError(f"{file} holds no tensors by name, so it is no checkpoint of a network.")
-    return Checkpoint(tensors, content.get("resnext_det"))
+    return Checkpoint(tensors, record)
 
 
-def _is_torch7(file: Path) -> bool:
+def _refuse_other_than_file(file: Path) -> None:
+    """Refuse what cannot be read, or may be read without end: a folder, a pipe, a device."""
+    try:
+        found, there = file.is_file(), file.exists()
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{file} cannot be looked up: {error}") from error
+    if there and not found:
+        raise WeightsError(f"{file} is no checkpoint: it is a folder, a pipe or a device.")
+    if not found:
+        raise WeightsError(f"there is no checkpoint {file}.")
+
+
+def _start(file: Path) -> bytes:
     with file.open("rb") as stream:
-        return looks_like_torch7(stream.read(9))
+        return stream.read(len(_LEGACY))
 
 
 def _read(file: Path) -> Any:
-    with file.open("rb") as stream:
-        start = stream.read(9)
-    if start[8:9] == b"{" and start[:2] != b"PK":
-        return safetensors.torch.load_file(file)
-    if start[:2] == b"PK" or file.suffix != ".pkl":
+    start = _start(file)
+    if start[:2] == _ZIP:
+        _check_zip(file)
         return torch.load(file, map_location="cpu", weights_only=True)
+    if start[8:9] == b"{":
+        return safetensors.torch.load_file(file)
     with file.open("rb") as stream:
-        return _ArrayUnpickler(stream, encoding="latin1").load()
+        return _read_legacy(stream) if start == _LEGACY else read_arrays(stream)
 
 
-def _unwrap(content: Any) -> dict[str, torch.Tensor]:
+def _check_zip(file: Path) -> None:
+    """Refuse an archive that torch.save would not write, or whose bytes have changed since."""
+    _check_directory(file)
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        names = [entry.filename.partition("/")[2].lower() for entry in entries]
+        if "constants.pkl" in names:
+            raise WeightsError("it is a program (TorchScript); save its state_dict() alone")
+        if names.count("data.pkl") != 1 or len(set(names)) != len(names):
+            raise WeightsError("it is a zip archive, and none that torch.save wrote")
+        claimed = sum(entry.file_size for entry in entries)
+        packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+        if packed or claimed > file.stat().st_size:
+            raise WeightsError(
+                "it is a compressed archive, and may unpack to any size: save it with torch.save"
+            )
+        damaged = archive.testzip() if any(entry.CRC for entry in entries) else None
+        if damaged is not None:
+            raise WeightsError(
+                f"its part {damaged!a} has changed since it was written: fetch it again"
+            )
+        entry = entries[names.index("data.pkl")]
+        entry.CRC = entry.CRC or None  # type: ignore[assignment]  # 0: saved without checksums
+        check_pickle(io.BytesIO(archive.read(entry)), _TORCH_GLOBALS)
+
+
+def _check_directory(file: Path) -> None:
+    """Refuse an archive in which one reader of zips may find another directory than the next.
+
+    As torch.save writes it, the file ends in the directory, perhaps its end of 64 bit (56 bytes)
+    with the place of that (20), and its end (22), nothing between them or behind.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        stream.seek(max(0, size - 98))
+        end = stream.read(98).rjust(98, b"\0")
+    wide = end[56:60] == b"PK\x06\x07"
+    length, start = struct.unpack("<QQ", end[40:56]) if wide else struct.unpack("<LL", end[88:96])
+    behind = size - 98 if wide else size - 22
+    good = end[76:80] == b"PK\x05\x06" and end[96:] == b"\0\0" and length + start == behind
+    if wide:
+        good &= end[:4] == b"PK\x06\x06" and struct.unpack("<Q", end[64:72])[0] == behind
+    if not good:
+        raise WeightsError("it is a zip archive, and does not end as those of torch.save do")
+
+
+def _read_legacy(stream: io.BufferedReader) -> Any:
+    for _ in range(_LEGACY_PICKLES):
+        check_pickle(stream, _TORCH_GLOBALS)
+    start = stream.tell()
+    stream.seek(0)
+    content = torch.load(stream, map_location="cpu", weights_only=True)
+    # Storages that the file does not list would be memory that nothing was read into.
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in _tensors_in(content)}
+    listed = sum(8 + storage.nbytes() for storage in storages.values() if storage.nbytes())
+    if stream.read(1) or stream.tell() - start < listed:
+        raise WeightsError("it does not hold the numbers of its tensors: fetch or make it again")
+    return content
+
+
+def _tensors_in(content: Any) -> Iterator[torch.Tensor]:
+    """Give all tensors in nested containers; `check_pickle` has seen to their depth."""
+    if isinstance(content, torch.Tensor):
+        yield content
+    elif isinstance(content, (Mapping, list, tuple, set)):
+        for inner in content.values() if isinstance(content, Mapping) else content:
+            yield from _tensors_in(inner)
+
+
+def _unwrap(content: Any, size: int) -> dict[str, torch.Tensor]:
     for _ in range(3):
         keys = (*_WRAPPERS, *_AVERAGES)
         inner = next((content[key] for key in keys if _holds_mapping(content, key)), None)
@@ -130,15 +211,27 @@ def _unwrap(content: Any) -> dict[str, torch.Tensor]:
         content = inner
     if not isinstance(content, Mapping):
         return {}
-    tensors = {
-        str(name): value.detach()
-        if isinstance(value, torch.Tensor)
-        else torch.from_numpy(np.array(value))
-        for name, value in content.items()
-        if isinstance(value, (torch.Tensor, np.ndarray))
-        and not (isinstance(value, np.ndarray) and value.dtype.kind not in "fiub")
-    }
+    found = {n: v for n, v in content.items() if isinstance(v, (torch.Tensor, PickledArray))}
+    if sum(v.bytes for v in found.values() if isinstance(v, PickledArray)) > size:
+        raise WeightsError("its arrays share their numbers, and have more than the file has bytes")
+    tensors = {}
+    for name, value in found.items():
+        tensor = value.tensor() if isinstance(value, PickledArray) else value.detach()
+        if tensor is not None:
+            _refuse_odd(name, tensor)
+            tensors[name] = tensor
     return without_prefix(tensors)
+
+
+def _refuse_odd(name: Any, tensor: torch.Tensor) -> None:
+    """Refuse what has no name, or no real numbers, or shows a few of them as many."""
+    if not isinstance(name, str) or len(name) > _LONGEST_NAME or not name.isprintable():
+        raise WeightsError(f"it has a tensor under {ascii(name)[:80]}, which is no name")
+    if tensor.is_complex():
+        raise WeightsError(f"{name} is complex, and weights are real numbers")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        shape = tuple(tensor.shape)
+        raise WeightsError(f"{name} has the shape {shape}, and is a few numbers many times")
 
 
 def without_prefix(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -111,6 +112,40 @@ def local_weights(
         ready = _converted(found, folder)
         if ready is not None and ready.is_file():
             return ready
+    with _alone(found, folder):
+        return _prepare(found, folder, patience, force)
+
+
+def published_file(found: Entry, cache: Path, patience: Patience = Patience()) -> Path:
+    """Return a checkpoint of the catalog as it was published, fetching it where it is not there.
+
+    It is the file that `local_weights` keeps beside what it makes of it: classifier, layout and
+    convention of pixels are its publisher's.
+
+    Args:
+        found: the checkpoint.
+        cache: the folder to keep files in.
+        patience: with its server.
+
+    Raises:
+        WeightsError: the file cannot be had, is not what the catalog says, or cannot be written.
+    """
+    source = cache / found.name / found.file_name
+    if not source.is_file():
+        with _alone(found, source.parent):
+            if not source.is_file():  # another process may have fetched it in the meantime
+                _fetch(found, source, patience)
+                if found.checksum is None:
+                    _read(found, source, fetched=True)
+                return source
+    if found.checksum is not None:
+        check(source, found.checksum, found.url)
+    return source
+
+
+@contextlib.contextmanager
+def _alone(found: Entry, folder: Path) -> Iterator[None]:
+    """Make the folder, let one process at a time work in it, and clear what others left."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock")
@@ -120,7 +155,9 @@ def local_weights(
             logger.info("another process is fetching %s; waiting for it", found.name)
             lock.acquire()
         try:
-            return _prepare(found, folder, patience, force)
+            for left in folder.glob(".*.partial"):  # of a process that was killed
+                left.unlink()
+            yield
         finally:
             lock.release()
     except OSError as error:
@@ -144,34 +181,43 @@ def _converted(found: Entry, folder: Path) -> Path | None:
 
 def _prepare(found: Entry, folder: Path, patience: Patience, force: bool) -> Path:
     """Fetch and convert, as the only process that does."""
-    for left in folder.glob(".*.partial"):  # of a process that was killed
-        left.unlink()
     source = folder / found.file_name
     fetched = force or not source.is_file()
     if fetched:
-        logger.info("fetching %s from %s", found.name, found.url)
-        download(found.url, source, found.checksum, patience)
+        _fetch(found, source, patience)
     ready = _converted(found, folder)
     assert ready is not None, source
     if ready.is_file() and not force:  # made while this process waited
         return ready
     if found.checksum is not None and not fetched:
         check(source, found.checksum, found.url)
+    write_detectron2(_read(found, source, fetched), ready)
+    return ready
+
+
+def _fetch(found: Entry, source: Path, patience: Patience) -> None:
+    logger.info("fetching %s from %s", found.name, found.url)
+    download(found.url, source, found.checksum, patience)
+
+
+def _read(found: Entry, source: Path, fetched: bool) -> BackboneWeights:
+    """Read a published file, and throw away one that was fetched and is of no use.
+
+    Where there is no checksum, nothing but reading it tells whether it is the right file.
+    """
     try:
-        weights = _read(found, source)
+        return _expected(found, source)
     except WeightsError as error:
         if not fetched or found.checksum is not None:
             raise
-        source.unlink()  # nothing but reading it tells whether it is the right file
+        source.unlink()
         raise WeightsError(
             f"{found.url} sent a file that is of no use, and it was thrown away: {error} To go on "
             f"without this address, fetch the file by other means and put it here: {source}"
         ) from error
-    write_detectron2(weights, ready)
-    return ready
 
 
-def _read(found: Entry, source: Path) -> BackboneWeights:
+def _expected(found: Entry, source: Path) -> BackboneWeights:
     """Read a published file, and refuse one that is not what the catalog says."""
     weights = read_backbone(source, found.pixels)
     if weights.fused != (found.batch_norm == "fused"):

@@ -21,6 +21,7 @@ from resnext_det.errors import WeightsError
 from resnext_det.modeling.forms import in_form_of
 from resnext_det.pretrained.layouts import is_detectron2_backbone, is_torchvision, to_detectron2
 from resnext_det.pretrained.pixels import CAFFE2, IMAGENET, OURS, Pixels
+from resnext_det.pretrained.refusals import reason
 
 Tensors = Mapping[str, Tensor]
 CLASSIFIER = ("linear.", "stem.fc.")
@@ -57,8 +58,11 @@ def recognise(raw: Tensors) -> Source:
         raw: what `readers.read_tensors` gave.
 
     Raises:
-        WeightsError: no known layout, or names that no plain ResNeXt of that layout has.
+        WeightsError: another network than a ResNeXt, no known layout, or names that no plain
+            ResNeXt of that layout has.
     """
+    if (refused := reason(raw)) is not None:
+        raise WeightsError(f"{refused}.")
     for matches, read in _LAYOUTS:
         if matches(raw):
             return read(raw)
@@ -70,8 +74,11 @@ def recognise(raw: Tensors) -> Source:
 
 
 def is_backbone(raw: Tensors) -> bool:
-    """Tell whether a checkpoint is one of a backbone alone, of any known layout."""
-    return any(matches(raw) for matches, _ in _LAYOUTS)
+    """Tell whether a checkpoint is one of a backbone alone, of any known layout.
+
+    One of a backbone that is known to be another network is as well: `recognise` says what it is.
+    """
+    return any(matches(raw) for matches, _ in _LAYOUTS) or reason(raw) is not None
 
 
 # --- torchvision and timm ---
@@ -155,11 +162,12 @@ def _caffe2(raw: Tensors) -> Source:
     Fused batch norms hold s and b alone: y = s x + b. Detectron2's FrozenBN computes that with a
     mean of 0 and a variance of 1 - eps. Zero biases of convolutions are left out.
     """
-    plain = {_without_workspace(name): tensor for name, tensor in raw.items()}
-    left = [name for name in plain if name.endswith("_momentum") or name == "lr"]
-    old = [name for name in plain if name not in left]
-    names = [re.sub(r"^(fc1000|linear)\.", "linear.", new) for new in convert_basic_c2_names(old)]
-    renamed = {new: plain[name] for name, new in zip(old, names)}
+    left = [n for n in raw if n.endswith("_momentum") or n.removeprefix("gpu_0/") == "lr"]
+    old = [name for name in raw if name not in left]
+    plain = [_without_workspace(name) for name in old]
+    names = [re.sub(r"^(fc1000|linear)\.", "linear.", n) for n in convert_basic_c2_names(plain)]
+    _refuse_twice(old, names)
+    renamed = {new: raw[name] for name, new in zip(old, names)}
     for name in [n for n in renamed if n.endswith(".bias") and ".norm." not in n]:
         if not name.startswith(CLASSIFIER) and not renamed[name].any():
             left.append(old[names.index(name)])
@@ -176,6 +184,15 @@ def _caffe2(raw: Tensors) -> Source:
     resnet = _ungrouped(renamed)
     pixels = CAFFE2 if fused or resnet else OURS
     return Source("Caffe2", renamed, (*head, *left), pixels, fused, stride_in_1x1=resnet)
+
+
+def _refuse_twice(old: list[str], new: list[str]) -> None:
+    """Refuse two spellings of one name in a file: one tensor would hide the other."""
+    first: dict[str, str] = {}
+    for name, renamed in zip(old, new):
+        other = first.setdefault(renamed, name)
+        if other != name:
+            raise WeightsError(f"{other} and {name} are two tensors for one place, {renamed}.")
 
 
 def _ungrouped(tensors: Tensors) -> bool:

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,7 +38,7 @@ def test_missing_images_are_counted_and_named(registered: Path) -> None:
     gone = sorted((registered / "train2017").iterdir())[:7]
     for file in gone:
         file.unlink()
-    with pytest.raises(DatasetError, match=rf"7 of 12 images.*{gone[0].name}.*, \.\.\."):
+    with pytest.raises(DatasetError, match=rf"of 12 image files.*: 7 \({gone[0].name}.*; \.\.\."):
         check()
 
 
@@ -76,15 +79,79 @@ def test_an_unknown_data_set_suggests_another() -> None:
         check_datasets(load_config(TOY), [])
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "another size", "gone"])
-def test_a_broken_image_is_named(damage: str, registered: Path) -> None:
+def damage(toy: Path, split: str, change: Callable[[dict[str, Any]], object]) -> None:
+    file = toy / "annotations" / f"instances_{split}2017.json"
+    document = json.loads(file.read_text())
+    change(document)
+    file.write_text(json.dumps(document))
+
+
+def repeat_an_id(document: dict[str, Any]) -> None:
+    document["annotations"][1]["id"] = document["annotations"][0]["id"]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_annotations_that_are_not_sound_stop_a_run(
+    split: str, registered: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    damage(registered, split, repeat_an_id)
+    with pytest.raises(DatasetError, match=r"annotation ids that repeat: 1 .*--ignore-health"):
+        check()
+    cfg = load_config(TOY)
+    with caplog.at_level(logging.WARNING):
+        check_datasets(cfg, [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], ignore_health=True)
+    assert "annotation ids that repeat: 1" in caplog.text
+
+
+def test_warnings_are_logged_once(registered: Path, caplog: pytest.LogCaptureFixture) -> None:
+    damage(registered, "train", lambda document: document["annotations"][0].pop("area"))
+    cfg = load_config(TOY, ["DATASETS.TEST", "('toy_coco_train',)"])
+    with caplog.at_level(logging.WARNING):
+        check_datasets(cfg, [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
+    assert caplog.text.count("annotations without area") == 1
+
+
+def test_image_headers_are_read_for_a_training_alone(registered: Path) -> None:
+    def narrow(document: dict[str, Any]) -> None:
+        document["images"][0]["width"] += 1
+
+    damage(registered, "val", narrow)
+    check()
+    damage(registered, "train", narrow)
+    with pytest.raises(DatasetError, match="another size than their file"):
+        check()
+
+
+@pytest.mark.parametrize("leave", ["an empty list", "no list"])
+def test_a_test_set_without_annotations(leave: str, registered: Path) -> None:
+    """Such as COCO's image_info_test-dev2017.json, which has no list."""
+    change = {
+        "an empty list": lambda d: d["annotations"].clear(),
+        "no list": lambda d: d.pop("annotations"),
+    }
+    damage(registered, "val", change[leave])
+    with pytest.raises(DatasetError, match="has no annotations: nothing can be evaluated on it"):
+        check()
+    damage(registered, "train", change[leave])
+    with pytest.raises(DatasetError, match="has no annotations: nothing can be learnt from it"):
+        check()
+
+
+def test_what_the_evaluation_cannot_read_is_said_before_the_training(registered: Path) -> None:
+    damage(registered, "val", lambda document: document["info"].update(year="2022"))
+    with pytest.raises(DatasetError, match="which evaluates, cannot read"):
+        check()
+
+
+@pytest.mark.parametrize("harm", ["truncated", "empty", "another size", "gone"])
+def test_a_broken_image_is_named(harm: str, registered: Path) -> None:
     file = sorted((registered / "train2017").iterdir())[0]
     record = {"file_name": str(file), "height": 999, "width": 999, "image_id": 1}
-    if damage == "truncated":
+    if harm == "truncated":
         file.write_bytes(file.read_bytes()[:2000])
-    elif damage == "empty":
+    elif harm == "empty":
         file.write_bytes(b"")
-    elif damage == "gone":
+    elif harm == "gone":
         file.unlink()
     with pytest.raises(DatasetError, match=file.name):
         NamingDatasetMapper(load_config(TOY), False)(record)

@@ -6,7 +6,8 @@ import signal
 import pytest
 from detectron2.engine import HookBase, TrainerBase
 
-from resnext_det.engine.stopping import REQUEUE, Stop, StopOnSignal
+from resnext_det.engine.endings import STOPPED
+from resnext_det.engine.stopping import Stop, StopOnSignal
 
 
 class Signalled(TrainerBase):
@@ -35,7 +36,7 @@ def test_the_iteration_is_finished_and_saved(number: int) -> None:
     training = Signalled(number)
     with pytest.raises(Stop, match="--resume") as caught:
         training.train(0, 10)
-    assert (training.finished, training.saved, caught.value.code) == (2, [2], REQUEUE)
+    assert (training.finished, training.saved, caught.value.code) == (2, [2], STOPPED)
     assert signal.getsignal(number) is before
 
 

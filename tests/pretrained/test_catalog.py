@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import math
 import re
 import runpy
@@ -18,9 +20,9 @@ from timm.models import resnet as timm_resnet
 from torchvision.models import get_model_weights
 
 from resnext_det import ResNeXt
-from resnext_det.errors import ConfigError
+from resnext_det.errors import ConfigError, WeightsError
 from resnext_det.pretrained import catalog_others, catalog_timm
-from resnext_det.pretrained.catalog import ENTRIES, REFUSED, entry, names
+from resnext_det.pretrained.catalog import ENTRIES, REFUSED, entry, names, of_file
 from resnext_det.pretrained.catalog_entry import Checksum, Entry
 from resnext_det.pretrained.pixels import OURS, Pixels, fold
 
@@ -331,6 +333,37 @@ def test_an_entry_named_otherwise_is_an_error() -> None:
     )
     with pytest.raises(ValueError, match=r"'resnext50\.tag' is not written"):
         _ = known.depth
+
+
+def test_a_file_is_known_by_its_checksum(tmp_path: Path) -> None:
+    """Whatever it is called, by the first digits or by all, in each algorithm."""
+    contents = {"short": b"one", "whole": b"two", "md5": b"three", "none": b"four"}
+    sums = {
+        "short": Checksum(hashlib.sha256(b"one").hexdigest()[:8]),
+        "whole": Checksum(hashlib.sha256(b"two").hexdigest()),
+        "md5": Checksum(hashlib.md5(b"three").hexdigest(), "md5"),
+        "none": None,
+    }
+    like = entry("resnext50_32x4d.tv_in1k")
+    entries = {key: dataclasses.replace(like, checksum=checksum) for key, checksum in sums.items()}
+    for key, content in contents.items():
+        file = tmp_path / f"some-{key}"
+        file.write_bytes(content)
+        expected = None if key == "none" else entries[key]
+        assert of_file(file, entries) is expected
+        assert of_file(file) is None
+        file.write_bytes(content + b".")
+        assert of_file(file, entries) is None
+    # The digits of one algorithm are none of the other.
+    swapped = dataclasses.replace(like, checksum=Checksum(hashlib.md5(b"one").hexdigest()[:8]))
+    (tmp_path / "some-short").write_bytes(b"one")
+    assert of_file(tmp_path / "some-short", {"swapped": swapped}) is None
+
+
+def test_a_file_that_cannot_be_read_is_not_known(tmp_path: Path) -> None:
+    for file in (tmp_path / "none", tmp_path):
+        with pytest.raises(WeightsError, match=f"{file} cannot be read"):
+            of_file(file)
 
 
 def listed(monkeypatch: pytest.MonkeyPatch, capsys: Any, *arguments: str) -> str:

@@ -422,6 +422,64 @@ def test_the_scheme_can_be_opened_to_read(handler: Handler) -> None:
         known._open(f"{PREFIX}{NAME}", "wb")
 
 
+def published(handler: ResNeXtHandler, tmp_path: Path) -> Path:
+    """Ask for the file itself instead of what is made of it."""
+    return scheme.published_file(handler.entries[NAME], tmp_path / "cache", QUICK)
+
+
+@pytest.mark.parametrize("content", ["known", None], ids=["checksum", "no-checksum"])
+def test_the_published_file_is_fetched_once_and_not_converted(
+    content: str | None, handler: Handler, web: Web, checkpoint: bytes, tmp_path: Path
+) -> None:
+    known = handler(content and checkpoint)
+    placed(tmp_path).parent.mkdir(parents=True)
+    (placed(tmp_path).parent / ".weights.pth.partial").write_bytes(b"half, of a killed process")
+    for _ in range(2):
+        assert published(known, tmp_path) == placed(tmp_path)
+        assert placed(tmp_path).read_bytes() == checkpoint
+        assert left(tmp_path) == ["weights-0123.pth"]
+    ask(known)  # and is what a conversion starts from
+    assert web.requests == ["/weights-0123.pth"]
+    placed(tmp_path).unlink()
+    assert published(known, tmp_path).read_bytes() == checkpoint
+    assert len(web.requests) == 2
+
+
+@pytest.mark.parametrize("content", [b"another", None], ids=["checksum", "no-checksum"])
+def test_a_published_file_that_is_not_the_right_one_is_thrown_away(
+    content: bytes | None, handler: Handler, web: Web, checkpoint: bytes, tmp_path: Path
+) -> None:
+    web.serve("/weights-0123.pth", checkpoint[:1000])
+    with pytest.raises(WeightsError, match="thrown away"):
+        published(handler(content), tmp_path)
+    assert left(tmp_path) == []
+
+
+def test_another_file_than_the_published_one_is_refused_and_kept(
+    handler: Handler, web: Web, checkpoint: bytes, tmp_path: Path
+) -> None:
+    placed(tmp_path).parent.mkdir(parents=True)
+    placed(tmp_path).write_bytes(b"put there by hand")
+    with pytest.raises(WeightsError, match=r"its sha256 begins .*Remove it"):
+        published(handler(), tmp_path)
+    assert left(tmp_path) == ["weights-0123.pth"]
+    assert not web.requests
+
+
+def test_who_waits_for_the_published_file_does_not_fetch_it_again(
+    handler: Handler, web: Web, checkpoint: bytes, tmp_path: Path
+) -> None:
+    known = handler()
+    web.serve("/weights-0123.pth", web.sends(checkpoint, waits_after=1000))
+    with ThreadPoolExecutor(2) as threads:
+        asked = [threads.submit(published, known, tmp_path) for _ in range(2)]
+        wait_for(lambda: bool(web.requests))
+        time.sleep(0.1)  # the other one comes to the lock
+        web.gate.set()
+        assert {future.result(60) for future in asked} == {placed(tmp_path)}
+    assert web.requests == ["/weights-0123.pth"]
+
+
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [

@@ -1,0 +1,292 @@
+"""Data sets in COCO's format, named on the command line by file and folder.
+
+A data set's name follows from its paths, so that every process arrives at the same. Detectron2's
+catalog is one per process: `from_arguments` (or `use`) reads the files, once, and serves its own
+process; every other process that builds a data loader calls `register_arguments`, which reads
+nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+
+from resnext_det.data.categories import check_same_categories, read_categories
+from resnext_det.data.checks import (
+    CUSTOM,
+    check_not_empty,
+    check_registered,
+    configured_classes,
+    read_annotations,
+)
+from resnext_det.data.health import Document
+from resnext_det.data.image_files import missing_files
+from resnext_det.data.record_forms import is_name, leads_out
+from resnext_det.errors import ConfigError, DatasetError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CustomData:
+    """An annotation file and the folder of its images, both absolute.
+
+    Attributes:
+        split: "train" or "test".
+        file: the annotations.
+        images: the folder.
+    """
+
+    split: str
+    file: Path
+    images: Path
+
+    @property
+    def name(self) -> str:
+        """Return the name in Detectron2's catalog, fit to be part of a file name."""
+        stem = re.sub(r"\W+", "_", self.file.stem, flags=re.ASCII)[:40]
+        digest = hashlib.sha256(f"{self.file}\n{self.images}".encode(errors="replace")).hexdigest()
+        # Detectron2 warns of category ids that have holes, unless the name holds "coco".
+        return f"{CUSTOM}{stem}_{digest[:8]}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that name data sets, and --ignore-health.
+
+    Args:
+        parser: of a tool that trains or evaluates.
+    """
+    group = parser.add_argument_group("data of your own, in COCO's format")
+    group.add_argument("--train-json", metavar="J", help="annotations to train on")
+    group.add_argument("--train-images", metavar="D", help="their images (default: beside J)")
+    group.add_argument("--test-json", metavar="J", help="annotations to evaluate with")
+    group.add_argument("--test-images", metavar="D", help="their images (default: beside J)")
+    group.add_argument(
+        "--ignore-health", action="store_true", help="go on with annotations that have errors"
+    )
+
+
+def from_arguments(
+    cfg: CfgNode, arguments: argparse.Namespace
+) -> tuple[CfgNode, dict[str, Document]]:
+    """Do what `use` does, as the command line says.
+
+    Args:
+        cfg: the run's config.
+        arguments: the flags of `add_arguments`, "eval_only", and overrides in "opts".
+
+    Returns:
+        The config, and the annotations that were read, by data set, for `check_datasets`. Without
+        any of the flags the config is the given one.
+
+    Raises:
+        ConfigError: flags that contradict each other, the overrides, or the config.
+        DatasetError: see `use`.
+    """
+    located = _of_arguments(arguments)
+    if not located:
+        return cfg, {}
+    splits = [data.split for data in located]
+    if arguments.eval_only and "test" not in splits:
+        raise ConfigError("--eval-only evaluates on --test-json, which is not given.")
+    if not arguments.eval_only and "train" not in splits:
+        raise ConfigError(
+            "--test-json without --train-json: give both, or --eval-only. The classes of a "
+            "training come from its own data."
+        )
+    overridden = set(arguments.opts[::2])
+    for key in ("DATASETS.TRAIN", "DATASETS.TEST"):
+        if key in overridden:
+            raise ConfigError(
+                f"{key} beside --train-json or --test-json: both name data sets. {key} takes names "
+                "that are registered, the flags take files; leave one of them out."
+            )
+    made, documents = _use(cfg, located)
+    before, after = configured_classes(cfg), configured_classes(made)
+    if before and after and before != after and before[0] in overridden:
+        raise ConfigError(
+            f"{before[0]} is set to {before[1]}, and the annotations have {after[1]} categories. "
+            "Leave it out: it follows from them."
+        )
+    return made, documents
+
+
+def use(
+    cfg: CfgNode,
+    train_json: str | Path | None = None,
+    train_images: str | Path | None = None,
+    test_json: str | Path | None = None,
+    test_images: str | Path | None = None,
+) -> CfgNode:
+    """Register data sets in this process, and make a config that trains and evaluates on them.
+
+    Category ids may start at 0 or 1 and have holes: class i of the model is the category with the
+    i-th id. The test file must have the same categories as the training file, all of them: class i
+    of the evaluation is the i-th id of the test file.
+
+    Args:
+        cfg: the config; it is not changed.
+        train_json: the annotations to train on; None for an evaluation alone.
+        train_images: the folder of their images; None where they lie beside the annotations.
+        test_json: the annotations to evaluate with; None for a training without evaluations.
+        test_images: the folder of their images; None where they lie beside the annotations.
+
+    Returns:
+        A copy of the config with DATASETS.TRAIN, DATASETS.TEST and the number of classes.
+
+    Raises:
+        ConfigError: a file or folder that is not there, or a model that is no Faster R-CNN or
+            RetinaNet.
+        DatasetError: annotations that are not COCO's, categories that cannot be told apart or
+            differ, images outside of their folder, or nothing to learn from.
+    """
+    located = [
+        *_locate("train", train_json, train_images),
+        *_locate("test", test_json, test_images),
+    ]
+    return _use(cfg, located)[0]
+
+
+def register_arguments(arguments: argparse.Namespace) -> None:
+    """Register the data sets of the command line in this process; doing so again is harmless.
+
+    Args:
+        arguments: the flags of `add_arguments`, which another process gave to `from_arguments`.
+
+    Raises:
+        ConfigError: a file or folder that is not there.
+    """
+    for data in _of_arguments(arguments):
+        register(data)
+
+
+def register(data: CustomData, classes: Sequence[str] = ()) -> None:
+    """Register a data set in this process; doing so again is harmless.
+
+    Args:
+        data: the data set.
+        classes: in the order of their category ids, where they are known; Detectron2 adds them as
+            it loads the data. With them, an entry of the same name is replaced.
+    """
+    if data.name in DatasetCatalog.list():
+        if not classes:
+            return
+        DatasetCatalog.remove(data.name)
+        MetadataCatalog.remove(data.name)
+    metadata = {"thing_classes": list(classes)} if classes else {}
+    register_coco_instances(data.name, metadata, str(data.file), str(data.images))
+
+
+def class_names(cfg: CfgNode) -> list[str]:
+    """Return the names of the classes that a model learns, in the order of its outputs.
+
+    Args:
+        cfg: the config; the first of DATASETS.TRAIN is read, or of DATASETS.TEST where there is
+            nothing to train on.
+
+    Raises:
+        ConfigError: no data set, or one that is not registered or names no classes.
+        DatasetError: its annotations cannot be read.
+    """
+    names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
+    if not names:
+        raise ConfigError("no data set is named: set DATASETS.TRAIN.")
+    check_registered(names[0])
+    metadata = MetadataCatalog.get(names[0])
+    if hasattr(metadata, "thing_classes"):
+        return list(metadata.thing_classes)
+    if not hasattr(metadata, "json_file"):
+        raise ConfigError(f"data set {names[0]} has no names of classes (thing_classes).")
+    file = Path(metadata.json_file)
+    document = read_annotations(file, names[0])
+    return list(read_categories(document["categories"], file).values())
+
+
+def _use(cfg: CfgNode, located: list[CustomData]) -> tuple[CfgNode, dict[str, Document]]:
+    key = _check_model(cfg)
+    if not located:
+        raise ConfigError("no annotations are named: neither to train on nor to evaluate with.")
+    documents: dict[str, Document] = {}
+    categories = []
+    for data in located:
+        if data.name not in documents:
+            documents[data.name] = read_annotations(data.file, data.name)
+        document = documents[data.name]
+        check_not_empty(document, data.name, data.file, training=data.split == "train")
+        _check_file_names(document, data)
+        categories.append(read_categories(document["categories"], data.file))
+    if len(located) == 2:
+        check_same_categories(categories[0], categories[1], located[0].file, located[1].file)
+    if len(documents) < len(located):
+        logger.warning("the figures will be those of the images that are trained on")
+    for data in located:
+        register(data, list(categories[0].values()))
+    made = cfg.clone()
+    made.defrost()
+    made.DATASETS.TRAIN = tuple(data.name for data in located if data.split == "train")
+    made.DATASETS.TEST = tuple(data.name for data in located if data.split == "test")
+    made.merge_from_list([key, len(categories[0])])
+    if cfg.is_frozen():
+        made.freeze()
+    return made, documents
+
+
+def _check_model(cfg: CfgNode) -> str:
+    """Return the key that holds the number of classes."""
+    configured = configured_classes(cfg)
+    if configured is None:
+        raise ConfigError(
+            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}: data of your own is for "
+            "GeneralizedRCNN (such as Faster R-CNN) and RetinaNet."
+        )
+    for other in ("MASK_ON", "KEYPOINT_ON"):
+        if cfg.MODEL[other]:
+            raise ConfigError(f"data of your own is for boxes alone: set MODEL.{other} False.")
+    return configured[0]
+
+
+def _check_file_names(document: Document, data: CustomData) -> None:
+    records = [record for record in document["images"] if isinstance(record, dict)]
+    names = [record["file_name"] for record in records if is_name(record.get("file_name"))]
+    out = [name for name in names if leads_out(name)]
+    if out:
+        raise DatasetError(
+            f"{data.file}: {len(out)} of {len(names)} file names lead out of the image folder, "
+            f"such as {out[0]!r}. They must be relative to --{data.split}-images, without '..'."
+        )
+    if names and len(missing_files(names, data.images)) == len(names):
+        raise ConfigError(
+            f"none of the images that {data.file} names, such as {names[0]!r}, is in "
+            f"{data.images}: say where they are with --{data.split}-images."
+        )
+
+
+def _locate(split: str, json: str | Path | None, images: str | Path | None) -> list[CustomData]:
+    """Return the data set of a split, if it is named."""
+    if not json:
+        if images:
+            raise ConfigError(f"--{split}-images needs --{split}-json, the annotations.")
+        return []
+    file = Path(json).expanduser()
+    if not file.is_file():
+        raise ConfigError(f"--{split}-json: there is no file {json}.")
+    folder = Path(images).expanduser() if images else file.parent
+    if not folder.is_dir():
+        raise ConfigError(f"--{split}-images: there is no folder {images}.")
+    return [CustomData(split, file.resolve(), folder.resolve())]
+
+
+def _of_arguments(arguments: argparse.Namespace) -> list[CustomData]:
+    return [
+        *_locate("train", arguments.train_json, arguments.train_images),
+        *_locate("test", arguments.test_json, arguments.test_images),
+    ]

@@ -1,0 +1,281 @@
+"""Is a COCO annotation file, with its images, fit to train on and to evaluate with?
+
+An error makes a training or a figure wrong, or stops it later: an id that repeats, a box outside
+its image, an image of another size. A warning is what Detectron2 copes with by itself, such as the
+two boxes without height in COCO's own train2017 (cocodataset/cocoapi, issue 355).
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hotcoco
+import numpy as np
+from numpy.typing import NDArray
+
+from resnext_det.data.findings import Finding, Record, Severity, found, show_record
+from resnext_det.data.image_files import check_files
+from resnext_det.data.record_forms import (
+    check_annotations,
+    check_categories,
+    check_images,
+    is_area,
+    is_side,
+    is_whole,
+)
+
+Document = dict[str, Any]
+
+# Pixels that a box may reach beyond its image before it is worth a word: rounding does as much.
+_TOLERANCE = 1.0
+# Boxes from which on it is no chance that all of them would do as corners.
+_FEWEST_CORNERS = 20
+# What hotcoco finds, by its own names, and what kind of record the ids are of that it reports.
+_STRUCTURE: dict[str, tuple[Severity, str, str]] = {
+    "duplicate_image_id": ("error", "image ids that repeat", "images"),
+    "duplicate_category_id": ("error", "category ids that repeat", "categories"),
+    "duplicate_ann_id": ("error", "annotation ids that repeat", "annotations"),
+    "orphan_category_id": ("error", "annotations of a category that is not there", "annotations"),
+    "orphan_image_id": ("warning", "annotations of an image that is not there", "annotations"),
+    "zero_area": ("warning", "areas of 0, which an evaluation counts as small", "annotations"),
+}
+_QUALITY: dict[str, tuple[Severity, str, str]] = {
+    "near_duplicate": ("warning", "annotations that nearly repeat another", "annotations"),
+    "zero_instance_category": ("warning", "categories without annotations", "categories"),
+}
+_KEYS = {
+    "images": ("file_name",),
+    "categories": ("name",),
+    "annotations": ("image_id", "category_id", "bbox"),
+}
+
+
+@dataclass(frozen=True)
+class Health:
+    """What `examine` found.
+
+    Attributes:
+        images: listed.
+        empty_images: of these, without annotations.
+        annotations: listed.
+        categories: the name and the annotations of each, most annotated first.
+        findings: errors first.
+    """
+
+    images: int
+    empty_images: int
+    annotations: int
+    categories: tuple[tuple[str, int], ...]
+    findings: tuple[Finding, ...]
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        """The findings that are errors."""
+        return tuple(finding for finding in self.findings if finding.severity == "error")
+
+    @property
+    def warnings(self) -> tuple[Finding, ...]:
+        """The findings that are warnings."""
+        return tuple(finding for finding in self.findings if finding.severity == "warning")
+
+    def text(self) -> str:
+        """Return the report for a terminal: the counts, then a line for each finding."""
+        counts = (
+            f"{self.images:,} images, {self.empty_images:,} of them without annotations; "
+            f"{self.annotations:,} annotations; {len(self.categories):,} categories"
+        )
+        if self.annotations and self.categories:
+            (most, of_most), (least, of_least) = self.categories[0], self.categories[-1]
+            counts += f", from {most} ({of_most:,}) to {least} ({of_least:,})"
+        lines = [f"{finding.severity}: {finding}" for finding in self.findings]
+        return "\n".join([counts, *(lines or ["nothing is wrong"])])
+
+
+def examine(
+    document: Document,
+    images: Path | None = None,
+    *,
+    training: bool = True,
+    evaluation: bool = True,
+    file: Path | None = None,
+) -> Health:
+    """Examine annotations in COCO's format, and the images they name.
+
+    Args:
+        document: with lists under "images", "annotations" and "categories"; it is not changed.
+        images: an existing folder, in which the image files are looked for; for a training their
+            headers are read as well. None leaves the files alone.
+        training: look for what only a training minds.
+        evaluation: look for what only an evaluation minds.
+        file: where the document was read from. Where its path holds "minival", Detectron2 lets
+            the ids of annotations repeat, which those of the original files do. An evaluation
+            reads the file again, so it is tried whether it can.
+
+    Returns:
+        What was found.
+    """
+    findings: list[Finding] = []
+    listed, categories, annotations = (
+        _objects(document, key, findings) for key in ("images", "categories", "annotations")
+    )
+    findings += check_images(listed)
+    findings += check_categories(categories)
+    of_annotations, sound = check_annotations(annotations)
+    findings += of_annotations
+    if images is not None:
+        findings += check_files(listed, images, headers=training)
+    columns = _Columns.of(sound)
+    findings += _check_boxes(columns, _sizes(listed, columns.image_ids))
+    report = _hotcoco_report(listed, categories, columns)
+    records = {"images": listed, "categories": categories, "annotations": sound}
+    wanted = _STRUCTURE | (_QUALITY if training else {})
+    findings += _check_structure(report, records, wanted, "minival" in str(file))
+    if columns.crowds.all():
+        what = "no annotation that is no crowd: nothing to learn from, or to evaluate with"
+        findings.append(Finding("error", what, 0, ()))
+    if evaluation and file and not any(finding.severity == "error" for finding in findings):
+        findings += _check_readable(file)
+    return Health(
+        len(document["images"]),
+        report["summary"]["images_without_annotations"],
+        len(document["annotations"]),
+        tuple((str(name), int(count)) for name, count in report["summary"]["category_counts"]),
+        tuple(sorted(findings, key=lambda finding: finding.severity)),
+    )
+
+
+def _objects(document: Document, key: str, findings: list[Finding]) -> list[Record]:
+    bad = [record for record in document[key] if not isinstance(record, dict)]
+    findings += found("error", f"{key} that are no JSON objects", bad, reprlib.repr)
+    return [record for record in document[key] if isinstance(record, dict)]
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Annotations as arrays of N."""
+
+    records: list[Record]
+    ids: NDArray[np.int64]
+    image_ids: NDArray[np.int64]
+    category_ids: NDArray[np.int64]
+    boxes: NDArray[np.float64]  # (N, 4): x, y, width, height in pixels
+    areas: NDArray[np.float64]  # 1 where there is none
+    crowds: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, records: list[Record]) -> _Columns:
+        """Return the columns of annotations whose ids and boxes have the right form."""
+        areas = [each.get("area") for each in records]
+        return cls(
+            records,
+            np.array([each["id"] for each in records], np.int64),
+            np.array([each["image_id"] for each in records], np.int64),
+            np.array([each["category_id"] for each in records], np.int64),
+            np.array([each["bbox"] for each in records], np.float64).reshape(-1, 4),
+            np.array([area if is_area(area) else 1 for area in areas], np.float64),
+            np.array([each.get("iscrowd", 0) == 1 for each in records], np.bool_),
+        )
+
+
+def _sizes(images: list[Record], image_ids: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return width and height of the images, shape (N, 2), NaN where they are not known."""
+    known = [
+        (int(each["id"]), int(each["width"]), int(each["height"]))
+        for each in images
+        if is_whole(each.get("id")) and is_side(each.get("width")) and is_side(each.get("height"))
+    ]
+    # A last row without a size catches the ids behind all others.
+    table = np.array([*sorted(known), (2**62, 0, 0)], np.int64)
+    rows = table[np.searchsorted(table[:, 0], image_ids)]
+    return np.where((rows[:, 0] == image_ids)[:, None], rows[:, 1:], np.nan)
+
+
+def _check_boxes(columns: _Columns, sizes: NDArray[np.float64]) -> Iterator[Finding]:
+    """Yield what is wrong with boxes by geometry.
+
+    Args:
+        columns: N annotations.
+        sizes: of their images, shape (N, 2), NaN where they are not known.
+    """
+    corner, extent = columns.boxes[:, :2], columns.boxes[:, 2:]
+    end = corner + extent
+    negative = (extent < 0).any(axis=1)
+    empty = (extent == 0).any(axis=1) & ~negative
+    outside = ((corner >= sizes) | (end <= 0)).any(axis=1) & ~negative & ~empty
+    beyond = ((corner < -_TOLERANCE) | (end > sizes + _TOLERANCE)).any(axis=1)
+    beyond &= ~negative & ~outside
+    tiny = ((extent > 0) & (extent < 1)).any(axis=1) & ~negative
+    checks: tuple[tuple[Severity, str, NDArray[np.bool_]], ...] = (
+        ("error", "boxes of negative width or height", negative),
+        ("error", "boxes that lie outside of their image", outside),
+        ("warning", "boxes without width or height, which Detectron2 leaves out", empty),
+        ("warning", "boxes that reach out of their image, and are clipped to it", beyond),
+        ("warning", "boxes less than a pixel wide or high", tiny),
+    )
+    for severity, what, flags in checks:
+        bad = [columns.records[row] for row in np.flatnonzero(flags)]
+        yield from found(severity, what, bad, show_record("image_id", "bbox"))
+    if not len(columns.boxes):
+        return
+    if (np.abs(columns.boxes) <= 1).all():
+        what = "all boxes lie between 0 and 1: COCO's are in pixels, not in parts of the image"
+        yield Finding("error", what, 0, ())
+    corners = ((extent > corner) & ~(extent > sizes + _TOLERANCE)).all()
+    if corners and len(columns.boxes) >= _FEWEST_CORNERS and (beyond | outside).mean() > 0.1:
+        what = "all boxes would do as (x1, y1, x2, y2): COCO's are (x, y, width, height)"
+        yield Finding("error", what, 0, ())
+
+
+def _check_structure(
+    report: dict[str, Any],
+    records: dict[str, list[Record]],
+    wanted: dict[str, tuple[Severity, str, str]],
+    minival: bool,
+) -> Iterator[Finding]:
+    """Yield what hotcoco's report says, where it is wanted."""
+    for entry in (*report["errors"], *report["warnings"]):
+        if entry["code"] not in wanted:
+            continue
+        severity, what, kind = wanted[entry["code"]]
+        ids = entry["affected_ids"]
+        if entry["code"] == "duplicate_ann_id" and minival:
+            # Those of the original files are crowds, which hardly move a figure.
+            of_ids = [each for each in records[kind] if each["id"] in set(ids)]
+            severity = "warning" if all(each.get("iscrowd") == 1 for each in of_ids) else severity
+        yield from found(severity, what, ids, _by_id(records[kind], show_record(*_KEYS[kind])))
+
+
+def _by_id(records: list[Record], show: Callable[[Record], str]) -> Callable[[int], str]:
+    return lambda number: show(next(each for each in records if each.get("id") == number))
+
+
+def _hotcoco_report(
+    images: list[Record], categories: list[Record], columns: _Columns
+) -> dict[str, Any]:
+    """Return hotcoco's report on all that has the right form."""
+    names = [
+        {"id": int(each["id"]), "name": str(each.get("name"))}
+        for each in categories
+        if is_whole(each.get("id"))
+    ]
+    return hotcoco.COCO.from_arrays(
+        [{"id": int(each["id"])} for each in images if is_whole(each.get("id"))],
+        names,
+        columns.image_ids,
+        columns.category_ids,
+        columns.boxes,
+        ids=columns.ids,
+        area=columns.areas,
+        iscrowd=columns.crowds,
+    ).healthcheck()
+
+
+def _check_readable(file: Path) -> Iterator[Finding]:
+    try:
+        hotcoco.COCO(str(file))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        yield Finding("error", f"hotcoco, which evaluates, cannot read {file}: {error}", 0, ())

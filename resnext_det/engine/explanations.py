@@ -1,0 +1,115 @@
+"""Low-level errors of a training that have a known cause, in plain words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+_LONGEST_DETAIL = 300
+
+
+@dataclass(frozen=True)
+class _Known:
+    """An error that is known by its text.
+
+    Attributes:
+        pattern: a regular expression, found in "TypeName: message".
+        sentence: what it means and what to do, without the full stop.
+        lost_contact: it says that another process is gone, not why.
+    """
+
+    pattern: str
+    sentence: str
+    lost_contact: bool = False
+
+
+# The texts are those of PyTorch 2.14 and the gloo and NCCL in it. NCCL's and CUDA's were not seen
+# here, where there is no GPU: they are as PyTorch's sources and documentation have them.
+_KNOWN = (
+    _Known(
+        r"DataLoader worker \(pid.*(exited unexpectedly|is killed by signal)",
+        "a worker that loads images was killed, mostly by the kernel's out-of-memory killer (see "
+        "`dmesg`) or for want of shared memory: use fewer (DATALOADER.NUM_WORKERS N, or 0 for "
+        "none), close other programs, or give a container more (docker run --shm-size 8g)",
+    ),
+    _Known(
+        r"OutOfMemoryError|CUDA out of memory|CUDA error: out of memory",
+        "the GPU has no memory left: put fewer images on it at once (SOLVER.IMS_PER_MICRO_BATCH "
+        "N), make them smaller (INPUT.MAX_SIZE_TRAIN), set SOLVER.AMP.ENABLED True, or see with "
+        "`nvidia-smi` whether another program fills it",
+    ),
+    _Known(
+        r"DefaultCPUAllocator: (can't allocate|not enough) memory|MemoryError",
+        "this machine has no memory left: put fewer images into a micro-batch "
+        "(SOLVER.IMS_PER_MICRO_BATCH N), load with fewer workers (DATALOADER.NUM_WORKERS N) or "
+        "close other programs",
+    ),
+    _Known(
+        r"EADDRINUSE|[Aa]ddress already in use",
+        "the port where the processes meet is in use: take another, the same on every machine "
+        "(--dist-url tcp://HOST:PORT)",
+    ),
+    _Known(
+        r"client socket has timed out|waiting for clients\. \d+/\d+ clients joined",
+        "not all processes came to where they meet: start the job on every machine, and check the "
+        "address, the port and the firewall (--dist-url)",
+    ),
+    _Known(
+        r"Timed out waiting \d+ms for (send|recv) operation|collective operation timeout"
+        r"|Watchdog caught collective|timed out in \S*(all_?reduce|barrier|broadcast|gather)",
+        "the processes waited for one of them in vain: it hangs, or takes far longer than the "
+        "others; look at the output of every machine",
+        lost_contact=True,
+    ),
+    _Known(
+        r"gloo\S*\] .*(Connection closed by peer|Connection reset by peer|Broken pipe|"
+        r"Connection refused|pair closure)|remote process (has )?(exited|terminated)"
+        r"|NCCL communicator was aborted|ncclRemoteError|Connection was likely closed",
+        "another process of this job has ended, and this one cannot go on without it: the cause "
+        "is in the output of the machine where it ran",
+        lost_contact=True,
+    ),
+)
+
+
+def explain(error: BaseException) -> str | None:
+    """Say in one sentence what a low-level error means and what to do; None if it is not known.
+
+    Args:
+        error: as it was raised; what caused it is looked at, too.
+
+    Returns:
+        The sentence, followed by the first line of the error itself.
+    """
+    for cause in _causes(error):
+        if (known := _look_up(cause)) is not None:
+            return f"{known.sentence}. It said: {_detail(known, cause)}"
+    return None
+
+
+def says_lost_contact(error: BaseException) -> bool:
+    """Tell whether an error is only the echo of another process's end."""
+    return any((known := _look_up(cause)) and known.lost_contact for cause in _causes(error))
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Return an error and those it was raised from, in turn."""
+    seen: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in seen:
+        seen.append(current)
+        current = current.__cause__
+    return iter(seen)
+
+
+def _look_up(error: BaseException) -> _Known | None:
+    text = f"{type(error).__name__}: {error}"
+    return next((known for known in _KNOWN if re.search(known.pattern, text)), None)
+
+
+def _detail(known: _Known, error: BaseException) -> str:
+    """Return the line of a message that is known, or its first, not too long."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    line = next((line for line in lines if re.search(known.pattern, line)), lines[0])
+    return line if len(line) <= _LONGEST_DETAIL else f"{line[:_LONGEST_DETAIL]} ..."

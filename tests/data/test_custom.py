@@ -1,0 +1,326 @@
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
+
+from resnext_det import load_config
+from resnext_det.data.checks import check_datasets
+from resnext_det.data.custom import (
+    CustomData,
+    add_arguments,
+    class_names,
+    from_arguments,
+    register_arguments,
+    use,
+)
+from resnext_det.errors import ConfigError, DatasetError
+
+TOY = "faster_rcnn_X_26_8x4d_FPN_toy"
+NAMES = {7: "cat", 3: "dog", 40: "a horse"}
+
+
+def write(folder: Path, stem: str, names: dict[int, str], **changes: Any) -> Path:
+    """Write annotations with an object of each category, and their image beside them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (60, 50)).save(folder / f"{stem}.png")
+    box = {"image_id": 5, "bbox": [5, 5, 30, 20], "area": 600, "iscrowd": 0}
+    document = {
+        "images": [{"id": 5, "file_name": f"{stem}.png", "width": 60, "height": 50}],
+        "annotations": [
+            {**box, "id": 1 + number, "category_id": category}
+            for number, category in enumerate(names)
+        ],
+        "categories": [{"id": category, "name": name} for category, name in names.items()],
+    }
+    file = folder / f"{stem}.json"
+    file.write_text(json.dumps(document | changes))
+    return file
+
+
+@pytest.fixture(autouse=True)
+def catalog() -> Iterator[None]:
+    """Take out of Detectron2's catalog what a test registered."""
+    before = set(DatasetCatalog.list())
+    yield
+    for name in set(DatasetCatalog.list()) - before:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Path:
+    return write(tmp_path / "train", "train", NAMES)
+
+
+@pytest.fixture
+def test(tmp_path: Path) -> Path:
+    return write(tmp_path / "test", "test", NAMES)
+
+
+def parsed(*words: object) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    parser.add_argument("--eval-only", action="store_true")
+    parser.add_argument("opts", nargs="*")
+    return parser.parse_intermixed_args([str(word) for word in words])
+
+
+def from_words(*words: object) -> CfgNode:
+    arguments = parsed(*words)
+    return from_arguments(load_config(TOY, arguments.opts), arguments)[0]
+
+
+@pytest.mark.parametrize(
+    ("names", "classes"),
+    [
+        ({0: "b", 1: "a"}, ["b", "a"]),
+        ({1: "b", 2: "a", 3: "c"}, ["b", "a", "c"]),
+        (NAMES, ["dog", "cat", "a horse"]),
+        ({5: "only"}, ["only"]),
+    ],
+)
+def test_ids_from_0_or_1_or_with_holes(
+    names: dict[int, str],
+    classes: list[str],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    before = load_config(TOY)
+    file = write(tmp_path, "train", names)
+    with caplog.at_level(logging.WARNING):
+        cfg = use(before, file, None, file, None)
+        loaded = DatasetCatalog.get(cfg.DATASETS.TRAIN[0])
+    assert class_names(cfg) == classes
+    assert len(classes) == cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    check_datasets(cfg, [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
+    # Detectron2 numbers the classes in this order too.
+    categories = [entry["category_id"] for entry in loaded[0]["annotations"]]
+    assert [classes[category] for category in categories] == list(names.values())
+    assert not [record for record in caplog.records if "mapping" in record.message]
+    assert before.MODEL.ROI_HEADS.NUM_CLASSES == 6
+
+
+def test_retinanet_has_a_key_of_its_own(train: Path) -> None:
+    cfg = load_config(TOY, ["MODEL.META_ARCHITECTURE", "RetinaNet"])
+    made = use(cfg, train_json=train)
+    assert made.MODEL.RETINANET.NUM_CLASSES == 3
+    assert made.MODEL.ROI_HEADS.NUM_CLASSES == cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    assert made.DATASETS.TEST == ()
+    assert made.is_frozen()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("MODEL.META_ARCHITECTURE", "PanopticFPN"),
+        ("MODEL.MASK_ON", True),
+        ("MODEL.KEYPOINT_ON", True),
+    ],
+)
+def test_other_models_are_refused(key: str, value: object, train: Path) -> None:
+    cfg = load_config(TOY, [key, str(value)])
+    with pytest.raises(ConfigError, match=key):
+        use(cfg, train_json=train)
+
+
+def test_names_are_unique_by_path_and_registering_again_is_harmless(
+    train: Path, test: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = use(load_config(TOY), train, None, test, None)
+    again = use(load_config(TOY), f"{train.parent}/../train/train.json", train.parent, test)
+    assert again.DATASETS == cfg.DATASETS
+    monkeypatch.chdir(train.parent)
+    assert use(load_config(TOY), "train.json", ".").DATASETS.TRAIN == cfg.DATASETS.TRAIN
+    other = write(tmp_path / "other", "train", NAMES)
+    assert use(load_config(TOY), other).DATASETS.TRAIN != cfg.DATASETS.TRAIN
+    elsewhere = use(load_config(TOY), train, test.parent.parent / "train")
+    assert elsewhere.DATASETS.TRAIN == cfg.DATASETS.TRAIN
+    # A file that was changed since replaces what was known of it.
+    write(train.parent, "train", {1: "bird", 2: "fish"})
+    assert class_names(use(load_config(TOY), train)) == ["bird", "fish"]
+    DatasetCatalog.get(cfg.DATASETS.TRAIN[0])
+
+
+def test_names_are_fit_for_files(tmp_path: Path) -> None:
+    odd = CustomData("train", tmp_path / ("a b;c../é" + "x" * 300 + ".json"), tmp_path)
+    assert odd.name.replace("_", "").isalnum()
+    assert odd.name.isascii()
+    assert len(odd.name) < 70
+
+
+def test_another_process_registers_without_reading(train: Path, test: Path) -> None:
+    """A started process is handed the config and the command line; its catalog is new."""
+    arguments = parsed("--train-json", train, "--test-json", test)
+    cfg, _ = from_arguments(load_config(TOY), arguments)
+    names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    content = train.read_text()
+    train.write_text("not yet JSON")
+    for _ in range(2):
+        register_arguments(arguments)
+    train.write_text(content)
+    assert class_names(cfg) == ["dog", "cat", "a horse"]
+    assert [len(DatasetCatalog.get(name)) for name in names] == [1, 1]
+    register_arguments(arguments)
+    assert MetadataCatalog.get(names[0]).thing_classes == ["dog", "cat", "a horse"]
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ({3: "dog", 7: "cat"}, "only to train on: 40 'a horse'"),
+        ({**NAMES, 41: "cow"}, "only to evaluate with: 41 'cow'"),
+        ({**NAMES, 7: "Cat"}, "7 is 'cat' in the one and 'Cat' in the other"),
+        ({0: "dog", 1: "cat", 2: "a horse"}, "only to train on: 3 'dog', 7 'cat', 40 'a horse'"),
+    ],
+)
+def test_other_categories_to_evaluate_with(
+    names: dict[int, str], said: str, train: Path, tmp_path: Path
+) -> None:
+    test = write(tmp_path / "test", "test", names)
+    with pytest.raises(DatasetError, match=said):
+        use(load_config(TOY), train, None, test, None)
+
+
+def test_the_order_of_categories_in_the_file_does_not_matter(train: Path, tmp_path: Path) -> None:
+    reordered = dict(reversed(NAMES.items()))
+    test = write(tmp_path / "test", "test", reordered)
+    assert class_names(use(load_config(TOY), train, None, test)) == ["dog", "cat", "a horse"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"categories": []}, "has no categories"),
+        ({"images": []}, "has no images"),
+        ({"annotations": []}, "has no annotations: nothing can be learnt"),
+        ({"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}, "ids that repeat: 1"),
+        ({"categories": [{"id": 1, "name": "a"}, {"id": 1.0, "name": "b"}]}, "ids that repeat: 1"),
+        ({"categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "a"}]}, "several categories"),
+        ({"categories": [{"id": 1}]}, "without a name"),
+        ({"categories": [{"id": "1", "name": "a"}]}, "no whole number"),
+        ({"categories": [1]}, "no JSON objects"),
+        ({"images": {}}, "no list under 'images'"),
+    ],
+)
+def test_annotations_that_cannot_be_trained_on(
+    changes: dict[str, object], said: str, tmp_path: Path
+) -> None:
+    file = write(tmp_path, "train", NAMES, **changes)
+    with pytest.raises(DatasetError, match=said):
+        use(load_config(TOY), file)
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd.png", "../other/a.png", "a/../../b.png"])
+def test_images_outside_of_their_folder_are_refused(name: str, tmp_path: Path) -> None:
+    images = [{"id": 5, "file_name": name, "width": 60, "height": 50}]
+    file = write(tmp_path, "train", NAMES, images=images)
+    with pytest.raises(DatasetError, match="lead out of the image folder"):
+        use(load_config(TOY), file, tmp_path)
+
+
+def test_images_are_looked_for_beside_a_link(train: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link.json"
+    link.symlink_to(train)
+    shutil.move(train.parent / "train.png", tmp_path / "train.png")
+    cfg = use(load_config(TOY), link)
+    check_datasets(cfg, list(cfg.DATASETS.TRAIN))
+
+
+def test_images_are_beside_the_annotations_or_named(train: Path, tmp_path: Path) -> None:
+    images = tmp_path / "pictures" / "inner"
+    images.mkdir(parents=True)
+    shutil.move(train.parent / "train.png", images / "train.png")
+    with pytest.raises(ConfigError, match=r"'train\.png', is in .*--train-images"):
+        use(load_config(TOY), train)
+    with pytest.raises(ConfigError, match="--train-images: there is no folder nowhere"):
+        use(load_config(TOY), train, "nowhere")
+    document = json.loads(train.read_text())
+    document["images"][0]["file_name"] = "inner/train.png"
+    train.write_text(json.dumps(document))
+    cfg = use(load_config(TOY), train, tmp_path / "pictures")
+    check_datasets(cfg, list(cfg.DATASETS.TRAIN))
+    (record,) = DatasetCatalog.get(cfg.DATASETS.TRAIN[0])
+    assert Path(record["file_name"]) == images / "train.png"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--test-json", "{test}"], "--test-json without --train-json"),
+        (["--train-json", "{train}", "--eval-only"], "--eval-only evaluates on --test-json"),
+        (["--train-images", "{train}"], "--train-images needs --train-json"),
+        (["--train-json", "{train}", "--test-images", "x"], "--test-images needs --test-json"),
+        (["--train-json", "nowhere.json"], "--train-json: there is no file nowhere.json"),
+        (
+            ["--train-json", "{train}", "DATASETS.TEST", "('toy_coco_minival',)"],
+            "DATASETS.TEST beside --train-json",
+        ),
+        (
+            ["--train-json", "{train}", "MODEL.ROI_HEADS.NUM_CLASSES", "80"],
+            "NUM_CLASSES is set to 80, and the annotations have 3",
+        ),
+    ],
+)
+def test_flags_that_contradict_each_other(
+    words: list[str], said: str, train: Path, test: Path
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        from_words(*(word.format(train=train, test=test) for word in words))
+
+
+def test_the_command_line(train: Path, test: Path) -> None:
+    cfg = from_words("--eval-only", "--test-json", test)
+    assert cfg.DATASETS.TRAIN == ()
+    assert class_names(cfg) == ["dog", "cat", "a horse"]
+    number = ["MODEL.ROI_HEADS.NUM_CLASSES", 3]
+    arguments = parsed("--train-json", train, "--test-json", test, *number)
+    cfg, documents = from_arguments(load_config(TOY, arguments.opts), arguments)
+    assert set(documents) == {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST}
+    before = load_config(TOY)
+    assert from_arguments(before, parsed()) == (before, {})
+
+
+def test_what_was_read_is_not_read_again(train: Path) -> None:
+    arguments = parsed("--train-json", train)
+    cfg, documents = from_arguments(load_config(TOY), arguments)
+    train.write_text("no longer JSON")
+    check_datasets(cfg, list(cfg.DATASETS.TRAIN), documents=documents)
+    with pytest.raises(DatasetError, match="is not JSON"):
+        check_datasets(cfg, list(cfg.DATASETS.TRAIN))
+
+
+def test_training_and_evaluating_on_the_same_file(
+    train: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = use(load_config(TOY), train, None, train, None)
+    assert cfg.DATASETS.TRAIN == cfg.DATASETS.TEST
+    assert "images that are trained on" in caplog.text
+
+
+def test_class_names() -> None:
+    def names(**data_sets: str) -> list[str]:
+        overrides = [(f"DATASETS.{key}", f"({value})") for key, value in data_sets.items()]
+        return class_names(load_config(TOY, [word for pair in overrides for word in pair]))
+
+    assert names()[:2] == ["circle", "square"]
+    assert len(names(TRAIN="'coco_2017_train',")) == 80
+    assert names(TRAIN="")[0] == "circle"  # of the data to evaluate with
+    with pytest.raises(ConfigError, match="no data set 'nothing'"):
+        names(TRAIN="'nothing',")
+    with pytest.raises(ConfigError, match="no data set is named"):
+        names(TRAIN="", TEST="")
+    with pytest.raises(ConfigError, match="again with --train-json"):
+        names(TRAIN="'custom_coco_train_00000000',")
