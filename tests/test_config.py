@@ -17,6 +17,8 @@ SHAPES = {
     "faster_rcnn_X_101_32x4d_FPN_paper": (101, 32, 4),
     "faster_rcnn_X_101_64x4d_FPN_paper": (101, 64, 4),
     "faster_rcnn_X_101_32x8d_FPN_paper": (101, 32, 8),
+    **{f"faster_rcnn_X_50_32x4d_FPN_{schedule}": (50, 32, 4) for schedule in ("1x", "3x", "128")},
+    **{f"faster_rcnn_X_101_32x4d_FPN_{schedule}": (101, 32, 4) for schedule in ("1x", "3x")},
     "faster_rcnn_X_26_8x4d_FPN_toy": (26, 8, 4),
 }
 

@@ -17,7 +17,7 @@ Tool = Callable[..., "CompletedProcess[str]"]
 
 TOY = ["--config-file", "configs/faster_rcnn_X_26_8x4d_FPN_toy.yaml"]
 SHORT = ["SOLVER.MAX_ITER", 4, "SOLVER.STEPS", "(3,)", "SOLVER.IMS_PER_BATCH", 2]
-SHORT += ["TEST.EVAL_PERIOD", 0, "SOLVER.WARMUP_ITERS", 1]
+SHORT += ["SOLVER.BASE_LR", 0.01, "TEST.EVAL_PERIOD", 0, "SOLVER.WARMUP_ITERS", 1]
 
 
 @pytest.fixture(scope="module")

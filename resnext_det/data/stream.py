@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -225,6 +226,7 @@ def build_stream(
         batch_sampler=MicroBatches(order, share, start, lying),
         num_workers=loader.NUM_WORKERS,
         collate_fn=_as_it_is,
+        worker_init_fn=_leave_signals_to_the_training,
         generator=torch.Generator(),  # else each loader would take a number from everybody's
     )
 
@@ -257,6 +259,12 @@ def _order(cfg: CfgNode, records: list[Record], seed: int) -> Callable[[], Itera
         f"DATALOADER.SAMPLER_TRAIN is {name!r}; it must be TrainingSampler or "
         "RepeatFactorTrainingSampler."
     )
+
+
+def _leave_signals_to_the_training(worker: int) -> None:
+    """Let a worker live on when its whole group is told to stop: the iteration needs its images."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_it_is(batch: list[Record]) -> list[Record]:

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
+from detectron2.utils.file_io import PathManager
 
+from resnext_det.engine.checkpoint_run import read_run
 from resnext_det.engine.trainer import Trainer
-from resnext_det.errors import ConfigError
+from resnext_det.errors import ConfigError, DatasetError
 from resnext_det.pretrained.loading import load_weights
 
 logger = logging.getLogger(__name__)
@@ -38,6 +41,7 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
         cfg.freeze()
     model = build_model(cfg)
     logger.info("%s", load_weights(model, cfg, whole_detector=True))
+    _compare_classes(cfg)
     results: dict[str, Any] = Trainer.test(cfg, model)  # type: ignore[no-untyped-call]
     return results
 
@@ -60,3 +64,31 @@ def last_checkpoint(cfg: CfgNode) -> Path:
         )
     # The pointer names a file beside it; anything else in it is not followed.
     return folder / Path(pointer.read_text().strip()).name
+
+
+def _compare_classes(cfg: CfgNode) -> None:
+    """Refuse classes in another order than the weights learned them: AP would be near 0, no more.
+
+    Raises:
+        DatasetError: the same names in another order.
+    """
+    file = Path(PathManager.get_local_path(cfg.MODEL.WEIGHTS))
+    run = read_run(file)
+    if run is None or not run.class_names:
+        return
+    learned = list(run.class_names)
+    for name in cfg.DATASETS.TEST:
+        tested = list(MetadataCatalog.get(name).get("thing_classes", learned))
+        if tested == learned:
+            continue
+        differing = [f"{one!r} is {two!r}" for one, two in zip(learned, tested) if one != two][:3]
+        line = (
+            f"the classes that {file.name} learned are called otherwise in {name}: "
+            f"{', '.join(differing)}"
+        )
+        if sorted(tested) == sorted(learned):
+            raise DatasetError(
+                f"{line}. They are the same in another order: give the categories of the "
+                "annotations the ids that they had in training."
+            )
+        logger.warning("%s", line)

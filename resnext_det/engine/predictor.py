@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,9 +11,11 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.modeling import build_model
+from detectron2.utils.file_io import PathManager
 from numpy.typing import NDArray
 from PIL import Image
 
+from resnext_det.engine.checkpoint_run import read_run
 from resnext_det.pretrained.loading import load_weights
 
 
@@ -38,15 +41,15 @@ class Predictor:
         """Build the detector and load MODEL.WEIGHTS.
 
         Args:
-            cfg: the config it was trained with; class names come from DATASETS.TEST.
+            cfg: the config it was trained with; class names come from the checkpoint, or from
+                DATASETS.TEST where it holds none.
 
         Raises:
             WeightsError: the weights do not fill the whole detector.
         """
         self.model = build_model(cfg).eval()
         self.report = load_weights(self.model, cfg, whole_detector=True)
-        names = MetadataCatalog.get(cfg.DATASETS.TEST[0]).get("thing_classes", [])
-        self._names: list[str] = list(names)
+        self._names = _class_names(cfg)
         self._resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
         self._bgr = cfg.INPUT.FORMAT == "BGR"
 
@@ -76,3 +79,11 @@ class Predictor:
 
     def _name(self, label: int) -> str:
         return self._names[label] if label < len(self._names) else f"class {label}"
+
+
+def _class_names(cfg: CfgNode) -> list[str]:
+    run = read_run(Path(PathManager.get_local_path(cfg.MODEL.WEIGHTS)))
+    if run is not None and run.class_names:
+        return list(run.class_names)
+    tested = cfg.DATASETS.TEST
+    return list(MetadataCatalog.get(tested[0]).get("thing_classes", [])) if tested else []

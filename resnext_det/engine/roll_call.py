@@ -81,7 +81,8 @@ def _wait_for_all(
             return _missing(where, present)
         answer = _read_answer(line)
         if answer is None:
-            continue  # not one of ours
+            line.close()  # not one of ours
+            continue
         answered.append(line)
         if verdict := _refusal(where, answer, present):
             return verdict

@@ -22,7 +22,7 @@ from torch import nn
 
 from resnext_det.data.checks import NamingDatasetMapper
 from resnext_det.data.custom import class_names
-from resnext_det.data.stream import Share, build_stream, training_records
+from resnext_det.data.stream import Share, build_stream, seeded, training_records
 from resnext_det.engine.checkpoint_writing import export_weights
 from resnext_det.engine.checkpoints import Checkpointer, Checkpoints
 from resnext_det.engine.disk import checkpoint_bytes, free_bytes
@@ -141,6 +141,9 @@ class Trainer(DefaultTrainer):
             self._checkpoints.save_final()
             results = None
         self._export_average()
+        skipped = sum(comm.all_gather(self._trainer.skipped_images))
+        if skipped:
+            logger.warning("%d images could not be read, and were skipped", skipped)
         return results
 
     def _provenance(self) -> dict[str, Any]:
@@ -199,7 +202,10 @@ class Trainer(DefaultTrainer):
                 average = self._tested(_in_folder(self.cfg, "ema"), self._trainer.ema.module)
                 results = {**results, "ema": average}
             if self.cfg.TEST.VALIDATION_LOSS:
-                losses = validation_losses(bare(self._trainer.model), self._validation_batches())
+                with seeded(self._trainer.seed, 2, self.iter):  # proposals are sampled
+                    losses = validation_losses(
+                        bare(self._trainer.model), self._validation_batches()
+                    )
                 results = {**results, "validation": losses}
             return results
         finally:

@@ -71,7 +71,7 @@ def _convolutions(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, .
         middle = template.bottleneck_channels(stage)
         for number in range(max(count, 1)):
             block = f"res{stage}.{number}"
-            if number == 0:
+            if inputs != outputs:  # as Detectron2's and torchvision's blocks decide
                 shapes[f"{block}.shortcut"] = (outputs, inputs, 1, 1)
             shapes[f"{block}.conv1"] = (middle, inputs, 1, 1)
             shapes[f"{block}.conv2"] = (middle, middle // template.cardinality, 3, 3)

@@ -31,6 +31,7 @@ _LONGEST_NAME = 300
 # How a file of torch.save begins: a zip, or the pickle of a number before there were zips.
 _ZIP = b"PK"
 _LEGACY = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")
+_PICKLE = (b"\x80", b"(", b"c", b"}")  # a dict by protocol 2 and later, or by 0 and 1
 _LEGACY_PICKLES = 5  # that number, a version, the machine, the content, the names of storages
 # What a checkpoint in plain containers asks for. torch.load allows more: a bytearray or a
 # torch.FloatTensor of any size that nothing is read into, and tensors that are sparse, quantised or
@@ -129,6 +130,8 @@ def _read(file: Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
     if start[8:9] == b"{":
         return safetensors.torch.load_file(file)
+    if start[:1] not in _PICKLE:
+        raise ValueError(f"no kind of checkpoint begins with {start!r}")
     with file.open("rb") as stream:
         return _read_legacy(stream) if start == _LEGACY else read_arrays(stream)
 
@@ -226,7 +229,8 @@ def _unwrap(content: Any, size: int) -> dict[str, torch.Tensor]:
 def _refuse_odd(name: Any, tensor: torch.Tensor) -> None:
     """Refuse what has no name, or no real numbers, or shows a few of them as many."""
     if not isinstance(name, str) or len(name) > _LONGEST_NAME or not name.isprintable():
-        raise WeightsError(f"it has a tensor under {ascii(name)[:80]}, which is no name")
+        key = ascii(name)[:80] if isinstance(name, str) else f"a key of {type(name).__name__}"
+        raise WeightsError(f"it has a tensor under {key}, which is no name")
     if tensor.is_complex():
         raise WeightsError(f"{name} is complex, and weights are real numbers")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():

@@ -322,4 +322,4 @@ def _variance(module: _Module, inverse: torch.Tensor, epsilon: float) -> torch.T
     variance = inverse.double().pow(-2) - epsilon
     if float(variance.min()) < -1e-5 * epsilon:
         module.refuse(f"has a running_std above 1 / sqrt({epsilon}), and so a negative variance")
-    return variance.to(inverse.dtype)
+    return variance.clamp(min=0).to(inverse.dtype)

@@ -119,6 +119,7 @@ def twenty(*box: float) -> Damage:
         (first("bbox", [10, 10, 10**400, 5]), "error: boxes that are not 4 finite numbers: 1"),
         (first("bbox", [1, 2, 3]), "error: boxes that are not 4 finite numbers: 1"),
         (first("bbox", [1, 2, 3, "4"]), "error: boxes that are not 4 finite numbers: 1"),
+        (first("bbox", [True, 2, 3, 4]), "error: boxes that are not 4 finite numbers: 1"),
         (first("bbox", None), "error: boxes that are not 4 finite numbers: 1"),
         (without("annotations", "bbox"), "error: boxes that are not 4 finite numbers: 1 (id 11)"),
         (twenty(60, 50, 95, 75), "error: all boxes would do as (x1, y1, x2, y2)"),
@@ -183,7 +184,6 @@ def test_each_damage_is_found(damage: Damage, found: str) -> None:
         first("segmentation", {"size": [80, 100], "counts": [8000]}),
         of_image("file_name", "folder/1.png"),
         lambda document: document["annotations"].reverse(),
-        lambda document: document["images"].reverse(),
         # Twenty large objects in the corner, within their images.
         twenty(1, 1, 95, 75.5),
     ],
@@ -193,6 +193,50 @@ def test_what_is_sound_passes(change: Damage) -> None:
     change(document)
     said = lines(examine(document))
     assert said == [line for line in said if "nearly repeat" in line]
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"bbox": [120, 10, -5, 5]}, "error: boxes of negative width or height"),
+        ({"bbox": [120, 10, 0, 5]}, "warning: boxes without width or height"),
+        ({"bbox": [-9, 10, 5, 5]}, "error: boxes that lie outside of their image"),
+        ({"bbox": [-9, 10, -5, 0.5]}, "error: boxes of negative width or height"),
+        ({"bbox": [99.5, 10, 9, 5]}, "warning: boxes that reach out of their image"),
+        # Nothing is known of the size of an image that is not there.
+        ({"bbox": [500, 10, 5, 5], "image_id": 0}, "warning: annotations of an image that is not"),
+        ({"bbox": [500, 10, 5, 5], "image_id": 9}, "warning: annotations of an image that is not"),
+    ],
+)
+def test_a_box_is_reported_once(changes: dict[str, object], found: str) -> None:
+    document = sound()
+    document["annotations"][0].update(changes)
+    (said,) = lines(examine(document))
+    assert said.startswith(found)
+
+
+def test_a_few_boxes_that_reach_out_are_not_taken_for_corners() -> None:
+    document = sound()
+    for entry in document["annotations"]:
+        entry["bbox"] = [60, 50, 95, 75 + entry["id"] % 10]
+    assert not examine(document).errors
+
+
+def test_sizes_are_those_of_the_annotation_s_own_image() -> None:
+    document = sound()
+    document["images"][0]["width"] = 300
+    document["annotations"][0]["bbox"] = [250, 10, 15, 12.5]
+    document["images"].reverse()
+    assert not examine(document).findings
+    document["annotations"][3]["bbox"] = [250, 10, 15, 12.5]
+    assert [finding.count for finding in examine(document).errors] == [1]
+
+
+def test_errors_come_first() -> None:
+    document = sound()
+    document["annotations"][0].update(image_id=9)
+    document["annotations"][1].update(iscrowd=7)
+    assert [finding.severity for finding in examine(document).findings] == ["error", "warning"]
 
 
 def test_counts_and_text() -> None:
@@ -269,7 +313,7 @@ def test_objects_that_detectron2_leaves_out_are_counted(
     on_disk: Callable[[Document], Path],
 ) -> None:
     document = sound()
-    polygons = [[[]], [[1, 1, 2, 2]], [[1, 1, 2, 2, 3]], [[0, 0, 9, 0, 9, 9]], [], None]
+    polygons = [[[]], [[1, 1, 2, 2]], [[1, 1, 2, 2, 3, 3, 4]], [[0, 0, 9, 0, 9, 9]], [], None]
     for entry, polygon in zip(document["annotations"], polygons):
         entry["segmentation"] = polygon
     file = on_disk(document)

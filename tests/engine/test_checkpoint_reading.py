@@ -117,10 +117,7 @@ class Hostile:
 
 
 def hide(file: Path, mark: Path) -> None:
-    """Put a pickle into a file of torch.save that names what it calls in an operation of its own.
-
-    What torch lists as asked for leaves that out.
-    """
+    """Put a pickle into a file of torch.save that makes what it calls of words on its stack."""
     with zipfile.ZipFile(file) as source:
         parts = {name: source.read(name) for name in source.namelist()}
     with zipfile.ZipFile(file, "w") as target:

@@ -160,7 +160,7 @@ def test_only_half_files_are_removed(tmp_path: Path) -> None:
 
 
 def start(work: Callable[..., None], *arguments: Any) -> multiprocessing.process.BaseProcess:
-    process = fork.Process(target=work, args=arguments)
+    process = fork.Process(target=work, args=arguments, daemon=True)
     process.start()
     return process
 

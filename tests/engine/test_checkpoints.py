@@ -122,8 +122,17 @@ def test_a_damaged_last_one_costs_the_iterations_since_the_one_before(
     assert "model_final.pth" in caplog.text and "model_0000005.pth instead" in caplog.text
     assert (folder / "last_checkpoint").read_text() == "model_0000005.pth"
     assert not list(folder.glob(".*"))
-    training.run(6, 8)
+    training.run(6, 8, Checkpoints(training.checkpointer, 2))
     assert training.state() == Training(folder).run(0, 8).state()
+    assert "earlier training" not in caplog.text
+
+
+def test_another_file_can_be_loaded_after_a_resume(folder: Path) -> None:
+    training = Training(folder, seed=7)
+    assert training.checkpointer.resume() is not None
+    assert training.checkpointer.load(str(folder / "model_0000001.pth"))["iteration"] == 1
+    expected = torch.load(folder / "model_0000001.pth")["model"]["weight"]
+    assert torch.equal(training.model.weight, expected)
 
 
 def test_nothing_to_resume_changes_nothing(tmp_path: Path) -> None:
@@ -302,7 +311,8 @@ def test_all_processes_go_on_from_the_same_checkpoint(folder: Path) -> None:
     (meeting / "damaged" / "model_0000001.pth").write_bytes(b"damaged")
     answers = fork.Queue()
     processes = [
-        fork.Process(target=resume_together, args=(rank, meeting, answers)) for rank in (0, 1)
+        fork.Process(target=resume_together, args=(rank, meeting, answers), daemon=True)
+        for rank in (0, 1)
     ]
     for process in processes:
         process.start()

@@ -42,6 +42,7 @@ def train(folder, *more):
     from resnext_det.engine.setup import set_up
     from resnext_det.engine.trainer import Trainer
 
+    os.setsid()  # a group of its own, with its workers
     cfg = config(folder, *more)
     set_up(cfg, argparse.Namespace())
     trainer = Trainer(cfg)
@@ -73,7 +74,8 @@ def kill_at(context, number, moment, folder, *more):
     while process.is_alive() and began(folder) < moment:
         time.sleep(0.005)
     time.sleep(random.random() * 0.3)
-    os.kill(process.pid, number)
+    # As a terminal or a scheduler does: all of the group, workers included.
+    os.killpg(process.pid, number)
     process.join()
     return process.exitcode
 
@@ -109,7 +111,7 @@ def main(folder, kills):
         ] + [["end", finish(context, run, *more)]]
         found[f"unequal{workers}"] = unequal(folder / "whole", run)
     stopped = folder / "stopped"
-    found["stopped"] = kill_at(context, signal.SIGTERM, 4, stopped)
+    found["stopped"] = kill_at(context, signal.SIGTERM, 4, stopped, "DATALOADER.NUM_WORKERS", 2)
     found["pointer"] = (stopped / "last_checkpoint").read_text()
     found["went on"] = finish(context, stopped)
     found["unequal stopped"] = unequal(folder / "whole", stopped)

@@ -100,9 +100,12 @@ def test_two_machines_with_one_rank(rank: int, url: str) -> None:
 
 
 def test_strangers_and_machines_that_come_again(url: str) -> None:
-    nearly = {"machine_rank": 1, "machines": 2, "processes": 1}
+    nearly = {"machine_rank": 1, "machines": 3, "processes": 1}
+    lines = []
 
     def before_the_others() -> None:
+        lines.append(connected(url))  # and stays
+        lines[0].sendall(b" " * 5000 + json.dumps(nearly).encode() + b"\n")
         for said in (
             b"GET / HTTP/1.1\n",
             b"[" * 4000 + b"\n",
@@ -125,3 +128,4 @@ def test_strangers_and_machines_that_come_again(url: str) -> None:
         others = call(*(Where(1, 3, rank, url, patience=60) for rank in (1, 2)))
         assert first.result() == [""]
     assert others == ["", ""]
+    lines[0].close()

@@ -277,6 +277,7 @@ def bad(state: dict[str, Tensor], **changes: Any) -> dict[str, Tensor]:
         (lambda: bad(narrow(), weight=torch.zeros(4, 64)), r"must be \(classes, 128\)"),
         (lambda: bad(narrow(), weight=torch.zeros(4)), r"of the shapes \(4,\)"),
         (lambda: bad(narrow(), bias=torch.full((4,), math.nan)), "NaN .* in its classifier"),
+        (lambda: bad(narrow(), weight=torch.full((4, 128), math.inf)), "NaN .* in its classifier"),
         (lambda: narrow(norm="LN"), "norms without running statistics"),
         (
             lambda: {**narrow(), "res5.1.conv2.weight": torch.ones(16, 16, 3, 3)},
@@ -376,6 +377,14 @@ def test_a_limit_is_spread_over_all_classes(folder: Path) -> None:
         validation_images(folder, CLASSES, SMALL, 0)
 
 
+def test_images_have_the_class_of_their_folder(tmp_path: Path) -> None:
+    for number in range(11):
+        (tmp_path / str(number)).mkdir()
+        Image.new("L", (80, 80), number).save(tmp_path / str(number) / "a.png")
+    images: Any = validation_images(tmp_path, 11, SMALL)
+    assert all(int(images[n][0][0, 0, 0]) == images[n][1] for n in range(11))
+
+
 def test_folders_that_are_none(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="none is not a folder with images"):
         validation_images(tmp_path / "none", CLASSES, SMALL)
@@ -416,7 +425,7 @@ def test_folders_become_classes() -> None:
         (["0", "00"], 2, "from 0 to 0"),
         (["n01440764", "n99999999"], 1000, "1 of 2 folders are no classes .* n99999999"),
         ([*SYNSETS[:999], "n99999999"], 1000, "1 of 1000 folders"),
-        (["n01440764", "other"], 1000, "2 folders"),
+        (["n01440764", "other"], 1000, "there are 2 folders"),
     ],
 )
 def test_folders_that_are_not_the_classes(folders: list[str], classes: int, said: str) -> None:

@@ -439,8 +439,13 @@ def test_a_file_of_the_catalog_is_read_as_the_catalog_says(
     known = entry("resnext101_32x8d.open_mmlab_d2_in1k")
     monkeypatch.setattr(catalog, "of_file", lambda file: known)
     output = tmp_path / "out.pkl"
-    run(monkeypatch, source, output, "--verify")
-    assert f"made from {known.name} of the catalog" in capsys.readouterr().out
+    Image.fromarray(default_image(40, 72)).save(tmp_path / "own.png")
+    run(monkeypatch, source, output, "--verify", "--image", tmp_path / "own.png")
+    printed = capsys.readouterr().out
+    assert f"made from {known.name} of the catalog" in printed
+    assert "own.png (72 x 40) in torchvision" in printed
+    record = read_backbone(output).record
+    assert record is not None and record.name == known.name
     stem = torch.load(source, weights_only=True)["conv1.weight"]
     assert torch.equal(read_backbone(output).tensors["stem.conv1.weight"], stem)
 
