@@ -207,7 +207,7 @@ def _check_boxes(columns: _Columns, sizes: NDArray[np.float64]) -> Iterator[Find
     empty = (extent == 0).any(axis=1) & ~negative
     outside = ((corner >= sizes) | (end <= 0)).any(axis=1) & ~negative & ~empty
     beyond = ((corner < -_TOLERANCE) | (end > sizes + _TOLERANCE)).any(axis=1)
-    beyond &= ~negative & ~outside
+    beyond &= ~negative & ~empty & ~outside
     tiny = ((extent > 0) & (extent < 1)).any(axis=1) & ~negative
     checks: tuple[tuple[Severity, str, NDArray[np.bool_]], ...] = (
         ("error", "boxes of negative width or height", negative),

@@ -14,6 +14,7 @@ import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -226,7 +227,7 @@ def build_stream(
         batch_sampler=MicroBatches(order, share, start, lying),
         num_workers=loader.NUM_WORKERS,
         collate_fn=_as_it_is,
-        worker_init_fn=_leave_signals_to_the_training,
+        worker_init_fn=_outlive_signals,
         generator=torch.Generator(),  # else each loader would take a number from everybody's
     )
 
@@ -261,10 +262,17 @@ def _order(cfg: CfgNode, records: list[Record], seed: int) -> Callable[[], Itera
     )
 
 
-def _leave_signals_to_the_training(worker: int) -> None:
-    """Let a worker live on when its whole group is told to stop: the iteration needs its images."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def _outlive_signals(worker: int) -> None:
+    """Let a worker live on when its whole group is told to stop: the iteration needs its images.
+
+    A second SIGTERM ends it: without one, Python would wait for it for ever at its own end.
+    """
+
+    def only_once(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, only_once)
 
 
 def _as_it_is(batch: list[Record]) -> list[Record]:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import pickle
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -150,12 +151,12 @@ def _write(content: Mapping[str, Any], file: Path) -> None:
         digested = _save(content, stream)
         stream.flush()
         os.fsync(stream.fileno())  # a rename may survive a power cut that its content does not
-    asked = torch.serialization.get_unsafe_globals_in_checkpoint(str(partial(file)))
+    asked = _more_than_data(partial(file))
     if asked:
         raise TrainingError(
-            f"{file} is not written: what is to be saved holds {', '.join(sorted(asked))}, and a "
-            "checkpoint may hold tensors in plain containers only, to be read again as data. "
-            "Change the state_dict() that gives it."
+            f"{file} is not written: what is to be saved holds {asked}, and a checkpoint may hold "
+            "tensors in plain containers only, to be read again as data. Change the state_dict() "
+            "that gives it."
         )
     _write_synced(f"{digested.digest.hexdigest()}  {file.name}\n", partial(checksum))
     # In this order no file ever stands beside the checksum of another one, wherever it stops.
@@ -163,6 +164,14 @@ def _write(content: Mapping[str, Any], file: Path) -> None:
     partial(file).replace(file)
     partial(checksum).replace(checksum)
     _sync_folder(file.parent)
+
+
+def _more_than_data(file: Path) -> str:
+    """Return what a file holds that torch.load refuses to read as data; "" for nothing."""
+    try:
+        return ", ".join(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(file))))
+    except pickle.UnpicklingError as error:  # a whole number of a thousand digits, for one
+        return f"what torch.load does not know ({error})"
 
 
 def _save(content: Mapping[str, Any], stream: BinaryIO) -> _Digested:

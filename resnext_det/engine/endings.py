@@ -25,7 +25,7 @@ from resnext_det.errors import ResNeXtError, TrainingError, reported
 STOPPED = 75
 
 # Seconds that a process which lost contact leaves to the one that ended to be found first.
-_TIME_FOR_THE_CAUSE = 2.0
+_TIME_FOR_THE_CAUSE = 3.0
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,10 @@ class TrainLoop(SimpleTrainer):
         found: Iterator[Batch] = self._data_loader_iter_obj
         return found
 
+    def close(self) -> None:
+        """Let the workers of the data loader end."""
+        self._data_loader_iter_obj = None
+
     def run_step(self) -> None:
         """Compute and apply one update.
 

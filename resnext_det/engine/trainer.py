@@ -140,6 +140,8 @@ class Trainer(DefaultTrainer):
                 raise SystemExit(stop.code) from None
             self._checkpoints.save_final()
             results = None
+        finally:
+            self._trainer.close()
         self._export_average()
         skipped = sum(comm.all_gather(self._trainer.skipped_images))
         if skipped:

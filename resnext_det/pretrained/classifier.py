@@ -78,7 +78,8 @@ def load_classifier(
     weights = backbone_of(source, checkpoint, known.pixels if known is not None else None)
     if weights.pixels is None and like is not None:
         weights = backbone_of(source, checkpoint, like.pixels)
-    if weights.pixels is None:
+    pixels = weights.pixels
+    if pixels is None:
         raise WeightsError(
             f"{source} ({weights.layout} layout) does not say what it takes for an image. Name an "
             "entry of the catalog that takes the same."
@@ -95,9 +96,7 @@ def load_classifier(
         )
     tensors = {**weights.tensors, "linear.weight": weight, "linear.bias": bias}
     classes = weight.shape[0]
-    return Classifier(
-        weights, network_of(weights, tensors, classes=classes), weights.pixels, classes
-    )
+    return Classifier(weights, network_of(weights, tensors, classes=classes), pixels, classes)
 
 
 def _classifier_tensors(source: Path, raw: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

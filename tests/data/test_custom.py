@@ -143,8 +143,8 @@ def test_names_are_unique_by_path_and_registering_again_is_harmless(
     assert use(load_config(TOY), "train.json", ".").DATASETS.TRAIN == cfg.DATASETS.TRAIN
     other = write(tmp_path / "other", "train", NAMES)
     assert use(load_config(TOY), other).DATASETS.TRAIN != cfg.DATASETS.TRAIN
-    elsewhere = use(load_config(TOY), train, test.parent.parent / "train")
-    assert elsewhere.DATASETS.TRAIN == cfg.DATASETS.TRAIN
+    shutil.copy(train.with_suffix(".png"), tmp_path)
+    assert use(load_config(TOY), train, tmp_path).DATASETS.TRAIN != cfg.DATASETS.TRAIN
     # A file that was changed since replaces what was known of it.
     write(train.parent, "train", {1: "bird", 2: "fish"})
     assert class_names(use(load_config(TOY), train)) == ["bird", "fish"]

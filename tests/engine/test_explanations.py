@@ -95,7 +95,9 @@ def test_what_an_error_was_raised_from() -> None:
     error = ValueError("in the middle of it")
     error.__cause__ = MemoryError()
     explained(error, "this machine has no memory left")
-    error.__cause__.__cause__ = error  # a circle ends
+    error.__cause__ = other = KeyError()
+    other.__cause__ = error  # a circle ends
+    assert explain(error) is None
 
 
 @pytest.mark.parametrize(

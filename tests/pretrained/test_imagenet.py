@@ -516,6 +516,13 @@ def test_scores_that_are_not_finite_are_no_scores(folder: Path, tmp_path: Path) 
         measure(load_classifier(tmp_path / "a.pth", like=RGB), images, device="cpu")
 
 
+def test_fewer_than_five_classes_are_all_among_the_five(folder: Path, tmp_path: Path) -> None:
+    torch.save(narrow(), tmp_path / "a.pth")
+    classifier = load_classifier(tmp_path / "a.pth", like=RGB)
+    got = measure(classifier, validation_images(folder, CLASSES, SMALL), device="cpu")
+    assert got.right_of_five == sum(label < 4 for _, label in files(folder))
+
+
 @pytest.fixture
 def known(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Entry:
     """An entry of the catalog for the checkpoint, which is in the cache already."""
@@ -657,6 +664,12 @@ def test_another_way_to_cut_images_is_said(
     run(monkeypatch, "--weights", f"resnext://{NAME}", "--data", folder, *options)
     said = "Those images were cut otherwise: shorter side 72, crop 64, bilinear."
     assert said in capsys.readouterr().out
+    options = ["--workers", 0, "--resize", 72, "--crop", 64, "--limit", 2]
+    like = ["--like", "resnext50_32x4d.a1_in1k"]
+    run(monkeypatch, "--weights", NAME, "--data", folder, *options, *like)
+    printed = capsys.readouterr().out
+    assert "2 images, shorter side 72, crop 64, bicubic\n" in printed
+    assert said in printed
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ from resnext_det.pretrained.verify import (
 
 STAGES = ("res2", "res3", "res4", "res5")
 TOOL = Path(__file__).parents[2] / "tools" / "convert_weights.py"
+IMAGE = default_image(96, 128)  # a small one, where the values are not looked at
 Convert = Callable[..., tuple[Path, Path]]
 
 
@@ -125,7 +126,7 @@ LAYOUTS: dict[str, Callable[[ResNet], dict[str, Any]]] = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_is_right_passes(layout: str, network: ResNet, converted: Convert) -> None:
     source, output = converted(LAYOUTS[layout](network))
-    found = verify(source, output)
+    found = verify(source, output, IMAGE)
     assert found.agrees
     found.check()
     assert not found.renamed
@@ -154,11 +155,11 @@ def test_every_form_is_run_as_it_is_in_the_file(form: str, converted: Convert) -
     source, output = converted(form=form)
     written = read_tensors(output)
     assert network_of(read_backbone(output), written).form == form_of(written) == form
-    assert verify(source, output).agrees
+    assert verify(source, output, IMAGE).agrees
     content = pickle.loads(output.read_bytes())
     content["model"]["res4.1.paths.3.conv2.weight"] *= 1.1
     output.write_bytes(pickle.dumps(content))
-    assert [each.relative < TOLERANCE for each in verify(source, output).stages] == [
+    assert [each.relative < TOLERANCE for each in verify(source, output, IMAGE).stages] == [
         *(True, True, False, False)
     ]
 
@@ -219,7 +220,7 @@ def test_what_is_wrong_does_not_pass(mistake: str, converted: Convert) -> None:
     content = pickle.loads(output.read_bytes())
     change(content)
     output.write_bytes(pickle.dumps(content))
-    found = verify(source, output)
+    found = verify(source, output, IMAGE)
     assert not found.agrees
     with pytest.raises(
         WeightsError, match=rf"converted\.pkl does not .*source\.pth .* after {stage} "
@@ -234,7 +235,7 @@ def test_the_file_of_another_network_does_not_pass(
     other, output = tmp_path / "other.pth", tmp_path / "converted.pkl"
     torch.save(to_torchvision(narrow.state_dict()), other)
     write_detectron2(read_backbone(other), output)
-    found = verify(original[0], output)
+    found = verify(original[0], output, IMAGE)
     assert not found.agrees
     with pytest.raises(WeightsError, match="after res2 the largest difference is inf"):
         found.check()
@@ -263,14 +264,14 @@ def test_a_network_that_gives_zeros_alone_proves_nothing(
     network: ResNet, converted: Convert
 ) -> None:
     zeros = {name: torch.zeros_like(t) for name, t in network.state_dict().items()}
-    assert not verify(*converted(zeros)).agrees
+    assert not verify(*converted(zeros), IMAGE).agrees
 
 
 def test_pixels_that_the_layout_does_not_tell(converted: Convert) -> None:
     """Torchvision's names, but BGR: such a file is in the catalog."""
-    assert verify(*converted(pixels=OURS), pixels=OURS).agrees
-    assert not verify(*converted(pixels=OURS)).agrees
-    assert not verify(*converted(), pixels=OURS).agrees
+    assert verify(*converted(pixels=OURS), IMAGE, pixels=OURS).agrees
+    assert not verify(*converted(pixels=OURS), IMAGE).agrees
+    assert not verify(*converted(), IMAGE, pixels=OURS).agrees
 
 
 def torch7_writer() -> ModuleType:
@@ -291,7 +292,7 @@ def test_torch7_is_run_under_the_names_it_was_given(network: ResNet, tmp_path: P
     source, output = tmp_path / "source.t7", tmp_path / "converted.pkl"
     source.write_bytes(writer.written(root))
     write_detectron2(read_backbone(source), output)
-    found = verify(source, output)
+    found = verify(source, output, IMAGE)
     assert found.agrees
     assert found.renamed
 
@@ -304,17 +305,17 @@ def test_what_no_network_takes_is_said(network: ResNet, converted: Convert) -> N
     with pytest.raises(
         WeightsError, match=r"source\.pth is no network that torchvision has.*conv1"
     ):
-        verify(source, output)
+        verify(source, output, IMAGE)
     torch.save(without(network, "layer4.1.bn3.running_var"), source)
     with pytest.raises(WeightsError, match=r"Missing key.*layer4\.1\.bn3\.running_var"):
-        verify(source, output)
+        verify(source, output, IMAGE)
     for name in ("bn1.bias", "layer1.0.conv2.weight"):
         torch.save({**network.state_dict(), name: torch.ones(32)}, source)
         with pytest.raises(WeightsError, match=r"source\.pth"):
-            verify(source, output)
+            verify(source, output, IMAGE)
     torch.save({"weight": torch.ones(1)}, source)
     with pytest.raises(WeightsError, match=r"source\.pth: it has the layout of no backbone"):
-        verify(source, output)
+        verify(source, output, IMAGE)
     with pytest.raises(WeightsError, match=r"Detectron2's layout, .* have no network"):
         verify(output, output)
 
@@ -325,7 +326,7 @@ def test_a_file_without_a_record_is_no_converted_one(converted: Convert) -> None
     del content["resnext_det"]
     output.write_bytes(pickle.dumps(content))
     with pytest.raises(WeightsError, match=r"converted\.pkl does not say what it takes"):
-        verify(source, output)
+        verify(source, output, IMAGE)
 
 
 def test_a_program_that_is_not_there(converted: Convert, monkeypatch: pytest.MonkeyPatch) -> None:
