@@ -241,7 +241,7 @@ def _check_structure(
         if entry["code"] not in wanted:
             continue
         severity, what, kind = wanted[entry["code"]]
-        ids = entry["affected_ids"]
+        ids = sorted(entry["affected_ids"])
         if entry["code"] == "duplicate_ann_id" and minival:
             # Those of the original files are crowds, which hardly move a figure.
             of_ids = [each for each in records[kind] if each["id"] in set(ids)]

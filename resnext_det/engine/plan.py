@@ -103,7 +103,7 @@ class Plan:
     @property
     def checkpoints_written(self) -> int:
         """How many checkpoints are written: every so often, and the final one; without the best."""
-        return self.max_iter // self.checkpoint_period + 1
+        return (self.max_iter - 1) // self.checkpoint_period + 1
 
     @property
     def checkpoints_kept(self) -> int:

@@ -26,6 +26,11 @@ from resnext_det.engine.bad_numbers import BadUpdate, decide
 
 logger = logging.getLogger(__name__)
 
+# Detectron2's RetinaNet and FCOS keep a moving average of positive anchors in this attribute, and
+# in no state dict (DenseDetector._ema_update), so that a resumed training would begin it anew.
+# It is also why their updates depend on the number of processes: each averages its own images.
+_NORMALIZER = "loss_normalizer"
+
 Batch = list[dict[str, Any]]
 Data = Callable[[int, int], Iterable[Batch]]
 """Gives the micro-batches of a process: (seed, updates done before) -> an endless iterable."""
@@ -203,6 +208,7 @@ class TrainLoop(SimpleTrainer):
             "skipped_updates": self.skipped_updates,
             "skipped_images": self.skipped_images,
             "random_states": _random_states(),
+            "loss_normalizer": getattr(bare(self.model), _NORMALIZER, None),
         }
         if self.ema is not None:
             state["ema"] = self.ema.state_dict()
@@ -223,6 +229,8 @@ class TrainLoop(SimpleTrainer):
                 state["streams"],
                 streams,
             )
+        if state.get("loss_normalizer") is not None:
+            setattr(bare(self.model), _NORMALIZER, state["loss_normalizer"])
         if "random_states" in state:
             _restore(state["random_states"])
         if self.ema is not None and "ema" in state:

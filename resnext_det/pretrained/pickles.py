@@ -145,11 +145,6 @@ class PickledArray:
             raise WeightsError("it has an array whose shape and bytes do not fit one another")
         self._shape, self._kind, self._order, self._content = shape, kind.code, order, content
 
-    @property
-    def bytes(self) -> int:
-        """How many bytes its numbers have."""
-        return len(self._content)
-
     def tensor(self) -> torch.Tensor | None:
         """Return a tensor with memory of its own; None where there are no numbers."""
         if self._kind is None:

@@ -87,13 +87,14 @@ def read_checkpoint(file: Path) -> Checkpoint:
         if looks_like_torch7(_start(file)):
             return Checkpoint(torch7_tensors(read_torch7(file)), None, "Torch7")
         content = _read(file)
-        tensors = _unwrap(content, file.stat().st_size)
+        tensors = _unwrap(content)
         record = content.get("resnext_det") if tensors else None
     except WeightsError as error:
         raise WeightsError(f"{file} is refused: {error}.") from error
     except pickle.UnpicklingError as error:  # torch's own advice would be to trust the file
         raise WeightsError(
-            f"{file} is refused: it is damaged, or holds more than arrays in plain containers."
+            f"{file} is refused: it is damaged, or holds more than arrays in plain containers, or "
+            "was saved with another pickle_protocol than torch.save's own."
         ) from error
     except Exception as error:
         first = "".join(letter for letter in str(error)[:200] if letter.isprintable())
@@ -175,7 +176,7 @@ def _check_directory(file: Path) -> None:
     wide = end[56:60] == b"PK\x06\x07"
     length, start = struct.unpack("<QQ", end[40:56]) if wide else struct.unpack("<LL", end[88:96])
     behind = size - 98 if wide else size - 22
-    good = end[76:80] == b"PK\x05\x06" and end[96:] == b"\0\0" and length + start == behind
+    good = end[76:80] == b"PK\x05\x06" and length + start == behind
     if wide:
         good &= end[:4] == b"PK\x06\x06" and struct.unpack("<Q", end[64:72])[0] == behind
     if not good:
@@ -191,7 +192,7 @@ def _read_legacy(stream: io.BufferedReader) -> Any:
     # Storages that the file does not list would be memory that nothing was read into.
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in _tensors_in(content)}
     listed = sum(8 + storage.nbytes() for storage in storages.values() if storage.nbytes())
-    if stream.read(1) or stream.tell() - start < listed:
+    if stream.tell() - start < listed:
         raise WeightsError("it does not hold the numbers of its tensors: fetch or make it again")
     return content
 
@@ -205,7 +206,7 @@ def _tensors_in(content: Any) -> Iterator[torch.Tensor]:
             yield from _tensors_in(inner)
 
 
-def _unwrap(content: Any, size: int) -> dict[str, torch.Tensor]:
+def _unwrap(content: Any) -> dict[str, torch.Tensor]:
     for _ in range(3):
         keys = (*_WRAPPERS, *_AVERAGES)
         inner = next((content[key] for key in keys if _holds_mapping(content, key)), None)
@@ -215,8 +216,6 @@ def _unwrap(content: Any, size: int) -> dict[str, torch.Tensor]:
     if not isinstance(content, Mapping):
         return {}
     found = {n: v for n, v in content.items() if isinstance(v, (torch.Tensor, PickledArray))}
-    if sum(v.bytes for v in found.values() if isinstance(v, PickledArray)) > size:
-        raise WeightsError("its arrays share their numbers, and have more than the file has bytes")
     tensors = {}
     for name, value in found.items():
         tensor = value.tensor() if isinstance(value, PickledArray) else value.detach()

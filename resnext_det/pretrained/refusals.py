@@ -120,7 +120,7 @@ def reason(raw: Mapping[str, Tensor]) -> str | None:
                 found.append(f"{trait.what} ({name})")
                 break
     second = next((name for name in tensors if _SECOND.fullmatch(name)), None)
-    if second and not found and not any(_THIRD.fullmatch(name) for name in tensors):
+    if second and not any(_THIRD.fullmatch(name) for name in tensors):
         found.append(f"blocks of two convolutions, as ResNet-18 and 34 ({second}, and no third)")
     if not found:
         return None

@@ -21,9 +21,9 @@ from resnext_det.pretrained.record import hexadecimal
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
-"""Part of a converted file's name. Raise it when a conversion gives other tensors than before, so
-that none of the old ones is served."""
+FORMAT = 2
+"""Part of a converted file's name. Raise it when a conversion gives other tensors or another record
+than before, so that none of the old ones is served."""
 
 
 class ResNeXtHandler(PathHandler):

@@ -19,8 +19,8 @@ from resnext_det.engine.processes import Where
 from resnext_det.errors import ConfigError
 
 # A script, as the processes that it starts must be able to import what they run.
-JOB = '''
-import os, signal, sys, time
+JOB = """
+import atexit, os, signal, sys, time
 from pathlib import Path
 
 import torch
@@ -32,49 +32,66 @@ from resnext_det.engine.processes import Where
 from resnext_det.errors import ConfigError
 
 
-def refused(folder):
+def go_on_when_asked_to_stop():
+    # As a training does, until its processes have agreed on it.
+    signals = []
+    signal.signal(signal.SIGTERM, lambda number, frame: signals.append(number))
+    return signals
+
+
+def one_after_the_other(error):
+    go_on_when_asked_to_stop()
     comm.synchronize()
-    raise ConfigError("the same on every process")
+    time.sleep(0.7 * (1 - comm.get_rank()))
+    raise error(f"rank {comm.get_rank()} fails")
+
+
+def refused(folder):
+    one_after_the_other(ConfigError)
 
 
 def killed(folder):
-    signal.signal(signal.SIGTERM, lambda number, frame: None)  # as a training that goes on
+    go_on_when_asked_to_stop()
     if comm.get_rank() == 1:
+        dist.destroy_process_group()  # rank 0 notices before this one is dead
+        time.sleep(1)
         os.kill(os.getpid(), signal.SIGKILL)
     comm.synchronize()
 
 
-def unexpected(folder):
+def joined(folder):
     total = torch.ones(1)
     dist.all_reduce(total)
     (folder / f"joined-{comm.get_rank()}").write_text(
         f"{total.item():g} {comm.get_local_rank()} {is_started_by_another()}"
     )
-    comm.synchronize()
-    if comm.get_rank() == 1:
-        raise ZeroDivisionError("nobody expects this")
-    comm.synchronize()
+    one_after_the_other(ZeroDivisionError)
 
 
 def until_signalled(folder, threads):
-    """Go on until any process is asked to stop, then save for a while, as a training does."""
-    signals = []
-    signal.signal(signal.SIGTERM, lambda number, frame: signals.append(number))
+    signals, rank = go_on_when_asked_to_stop(), comm.get_rank()
+    of = f"{comm.get_local_rank()} of {comm.get_local_size()}"
+
+    def leave():
+        saved = (folder / "saved").exists()
+        time.sleep(1 - rank % 2)  # some take longer than others
+        shared = torch.get_num_threads() <= max(1, threads // 2)
+        said = f"{of}, {len(signals)} signals, threads {shared}, saved {saved}"
+        (folder / f"left-{rank}").write_text(said)
+
+    atexit.register(leave)
     stop = torch.zeros(1)
     while not stop:
         stop = torch.tensor([float(len(signals))])
         dist.all_reduce(stop)
-        if comm.get_rank() == 0:
+        if rank == 0:
             (folder / "ready").touch()
         time.sleep(0.05)
-    if comm.get_rank() == 0:
+    if rank == 0:
         time.sleep(1)
         (folder / "saved").touch()
-    text = f"{comm.get_local_rank()} of {comm.get_local_size()}, {len(signals)} signals, "
-    text += f"{torch.get_num_threads() <= max(1, threads // 2)} threads"
-    (folder / f"stopped-{comm.get_rank()}").write_text(text)
     sys.exit(75)
-'''
+"""
 
 ENDS = """
 from job import *
@@ -125,12 +142,10 @@ def stderr_of(process: subprocess.Popen[str]) -> str:
     return process.communicate(timeout=300)[1]
 
 
-def test_an_end_is_told_once(scripts: Path) -> None:
+def test_the_first_to_fail_says_why(scripts: Path) -> None:
     told = stderr_of(start(scripts / "ends.py", scripts))
-    ends = [part.splitlines() for part in told.split("-- ")[1:]]
-    refused, killed = ends
-    assert refused == ["refused", "error: the same on every process", "code 2"]
-    # Which of the others notice is not said, but for the one that was killed.
+    refused, killed = (part.splitlines() for part in told.split("-- ")[1:])
+    assert refused == ["refused", "error: rank 1 fails", "code 2"]
     assert killed[0] == "killed"
     assert killed[1].startswith("error: a training process was killed (signal 9); this is mostly")
     assert killed[2:] == ["code 137"]
@@ -138,12 +153,11 @@ def test_an_end_is_told_once(scripts: Path) -> None:
 
 def test_under_torchrun(scripts: Path) -> None:
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
-    process = start(*words, scripts / "parsed.py", "unexpected", scripts, "--num-gpus", 2)
+    process = start(*words, scripts / "parsed.py", "joined", scripts, "--num-gpus", 2)
     told = stderr_of(process)
     assert process.returncode == 1  # torchrun's own
-    assert told.count("ZeroDivisionError: nobody expects this") == 1
-    assert "error: " not in told
-    assert "Connection closed" not in told
+    assert told.count("ZeroDivisionError: rank") == 1
+    assert "ZeroDivisionError: rank 1 fails" in told
     for rank in (0, 1):
         assert (scripts / f"joined-{rank}").read_text() == f"2 {rank} True"
 
@@ -161,11 +175,10 @@ def test_two_machines_stop_together(scripts: Path) -> None:
     machines[1].send_signal(signal.SIGTERM)
     assert [stderr_of(machine) for machine in machines] == ["", ""]
     assert [machine.returncode for machine in machines] == [75, 75]
-    assert (scripts / "saved").exists()
     for rank in range(4):
         signals = rank // 2  # the second machine was signalled
-        said = f"{rank % 2} of 2, {signals} signals, True threads"
-        assert (scripts / f"stopped-{rank}").read_text() == said
+        said = f"{rank % 2} of 2, {signals} signals, threads True, saved True"
+        assert (scripts / f"left-{rank}").read_text() == said
 
 
 def test_a_second_signal_waits_no_longer() -> None:

@@ -1,4 +1,4 @@
-"""The plan's numbers, against what Detectron2's and fvcore's own hooks do."""
+"""The plan's numbers, against what the hooks do."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import HookBase, TrainerBase, hooks
-from fvcore.common.checkpoint import Checkpointer, PeriodicCheckpointer
+from detectron2.engine import TrainerBase, hooks
 
 from resnext_det import load_config
+from resnext_det.engine.checkpoints import Checkpointer, Checkpoints
 from resnext_det.engine.disk import checkpoint_bytes, free_bytes, size_text
 from resnext_det.engine.plan import Plan
 from resnext_det.engine.schedule import scale
@@ -30,16 +30,8 @@ class Idle(TrainerBase):  # type: ignore[misc]
         pass
 
 
-class Writer(HookBase):  # type: ignore[misc]
-    def __init__(self, checkpointer: PeriodicCheckpointer) -> None:
-        self.checkpointer = checkpointer
-
-    def after_step(self) -> None:
-        self.checkpointer.step(self.trainer.iter)
-
-
 def test_evaluations_and_checkpoints_are_those_that_come(tmp_path: Path) -> None:
-    """Detectron2's EvalHook and fvcore's PeriodicCheckpointer, run to the end."""
+    """Detectron2's EvalHook and the hook that writes checkpoints, run to the end."""
     for case, (end, period, keep) in enumerate(
         itertools.product((1, 6, 7), (1, 2, 3, 6, 10), (0, 1, 3))
     ):
@@ -52,13 +44,12 @@ def test_evaluations_and_checkpoints_are_those_that_come(tmp_path: Path) -> None
         folder.mkdir()
         evaluated: list[int] = []
         saved: list[int] = []
-        files = Checkpointer(torch.nn.Linear(1, 1), str(folder))
-        files.add_checkpointable("count", Counter(saved))
+        files = Checkpointer(torch.nn.Linear(1, 1), folder, count=Counter(saved))
         trainer = Idle()
         trainer.register_hooks(
             [
                 hooks.EvalHook(period, functools.partial(evaluated.append, 1)),
-                Writer(PeriodicCheckpointer(files, period, end, max_to_keep=keep or None)),
+                Checkpoints(files, period, keep),
             ]
         )
         trainer.train(0, end)
@@ -91,7 +82,7 @@ def test_evaluation_at_the_end_alone_or_never() -> None:
 def test_the_best_checkpoint_is_one_more() -> None:
     assert planned("TEST.BEST.METRIC", "''").checkpoints_kept == 5 + 1
     assert planned().checkpoints_kept == 5 + 2
-    assert planned("SOLVER.KEEP_LAST", 0).checkpoints_kept == 36 + 2
+    assert planned("SOLVER.KEEP_LAST", 0).checkpoints_kept == 35 + 2
 
 
 def test_epochs_of_the_paper() -> None:

@@ -225,6 +225,15 @@ def test_another_number_of_micro_batches_is_warned_of(caplog: pytest.LogCaptureF
     assert "started with 2 micro-batches an update and goes on with 1" in caplog.text
 
 
+def test_retinanets_normaliser_is_resumed() -> None:
+    first, second = loop(), loop()
+    run(first, range(1))
+    assert first.state_dict()["loss_normalizer"] is None
+    first.model.loss_normalizer = 87.5  # as DenseDetector._ema_update does
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert second.model.loss_normalizer == 87.5
+
+
 def test_seeds_that_nobody_chose() -> None:
     assert shared_seed(7) == 7
     assert shared_seed(-1) >= 0

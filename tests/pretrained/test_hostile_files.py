@@ -106,14 +106,17 @@ class Call:
         return self.call
 
 
-def zipped(data: bytes, file: Path, method: int = zipfile.ZIP_STORED) -> None:
+def zipped(
+    data: bytes, file: Path, method: int = zipfile.ZIP_STORED, order: bytes = b"little"
+) -> None:
     """Write torch.save's archive with other content, its sums in order."""
     buffer = io.BytesIO()
     torch.save(TENSORS, buffer)
     with zipfile.ZipFile(buffer) as source, zipfile.ZipFile(file, "w", method) as target:
         for entry in source.infolist():
-            own = entry.filename.endswith("data.pkl")
-            target.writestr(entry.filename, data if own else source.read(entry))
+            part = entry.filename.partition("/")[2]
+            own = {"data.pkl": data, "byteorder": order}
+            target.writestr(entry.filename, own.get(part) or source.read(entry))
 
 
 def unlisted(file: Path, behind: bytes = b"") -> None:
@@ -244,16 +247,43 @@ def test_memory_is_that_of_the_file(tmp_path: Path) -> None:
 # --- archives ---
 
 
-def test_an_archive_that_is_not_compressed_is_read(tmp_path: Path) -> None:
-    """So that the tests below refuse what they say, not the way the archive is written here."""
+def content() -> bytes:
+    """Return the pickle that torch.save writes."""
     buffer = io.BytesIO()
     torch.save(TENSORS, buffer)
-    data = zipfile.ZipFile(buffer).read("archive/data.pkl")
-    zipped(data, tmp_path / "a.pth")
+    return zipfile.ZipFile(buffer).read("archive/data.pkl")
+
+
+def test_an_archive_that_is_not_compressed_is_read(tmp_path: Path) -> None:
+    """So that the tests below refuse what they say, not the way the archive is written here."""
+    zipped(content(), tmp_path / "a.pth")
     assert read_tensors(tmp_path / "a.pth").keys() == TENSORS.keys()
-    zipped(data, tmp_path / "b.pth", zipfile.ZIP_DEFLATED)
+    zipped(content(), tmp_path / "b.pth", zipfile.ZIP_DEFLATED)
     with pytest.raises(WeightsError, match="compressed archive"):
         read_tensors(tmp_path / "b.pth")
+
+
+def test_a_part_that_claims_more_than_the_file_has(tmp_path: Path) -> None:
+    file = tmp_path / "a.pth"
+    zipped(content(), file)
+    archive = bytearray(file.read_bytes())
+    place = archive.rindex(b"archive/data/0") - 46
+    assert archive[place : place + 4] == b"PK\x01\x02"
+    archive[place + 20 : place + 28] = 2 * (2**31).to_bytes(4, "little")
+    file.write_bytes(archive)
+    with pytest.raises(WeightsError, match="may unpack to any size"):
+        read_tensors(file)
+
+
+def test_what_a_file_says_is_not_printed_as_it_stands(tmp_path: Path) -> None:
+    """PyTorch's messages hold words of the file, and its advice is to trust it."""
+    zipped(content(), tmp_path / "a.pth", order=b"\x1b[2J\n")
+    torch.save(TENSORS, tmp_path / "b.pth", pickle_protocol=4)
+    for name in ("a.pth", "b.pth"):
+        with pytest.raises(WeightsError, match=name) as caught:
+            read_tensors(tmp_path / name)
+        assert str(caught.value).isprintable()
+        assert "trust" not in str(caught.value)
 
 
 def twice(entry: str) -> Callable[[zipfile.ZipFile], None]:
@@ -281,12 +311,12 @@ def test_archives_that_may_be_read_in_two_ways_are_refused(case: str, tmp_path: 
         read_tensors(file)
 
 
+@pytest.mark.parametrize("save", [torch.save, lambda _, file: zipped(content(), file)])
 @pytest.mark.parametrize("ahead", [b"", b"PK\x03\x04 and more"])
-def test_bytes_around_an_archive_are_refused(ahead: bytes, tmp_path: Path) -> None:
-    buffer = io.BytesIO()
-    torch.save(TENSORS, buffer)
+def test_bytes_around_an_archive_are_refused(ahead: bytes, save: Save, tmp_path: Path) -> None:
     file = tmp_path / "a.pth"
-    file.write_bytes(ahead + buffer.getvalue() + (b"" if ahead else b"behind"))
+    save(TENSORS, file)
+    file.write_bytes(ahead + file.read_bytes() + (b"" if ahead else b"behind"))
     with pytest.raises(WeightsError, match="does not end as those of torch"):
         read_tensors(file)
 

@@ -72,6 +72,12 @@ def test_what_is_no_real_number_is_nothing(array: np.ndarray[Any, Any]) -> None:
     assert read["b"].tensor() is None
 
 
+def test_a_pickle_may_stand_anywhere_in_a_stream() -> None:
+    stream = io.BytesIO(b"ahead" + pickle.dumps([3]) + pickle.dumps([4]))
+    stream.seek(5)
+    assert [read_arrays(stream), read_arrays(stream)] == [[3], [4]]
+
+
 def test_a_network_is_far_from_every_limit() -> None:
     """A detector of 64 paths in the aggregated form, and its optimizer."""
     arrays = {

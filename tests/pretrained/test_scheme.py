@@ -99,10 +99,11 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def test_a_name_becomes_what_a_direct_conversion_gives(
     handler: Handler, web: Web, checkpoint: bytes, tmp_path: Path
 ) -> None:
-    got = ask(handler())
+    asked = handler()
+    got = ask(asked)
     source = tmp_path / "weights-0123.pth"
     source.write_bytes(checkpoint)
-    write_detectron2(read_backbone(source), tmp_path / "direct.pkl")
+    write_detectron2(read_backbone(source), tmp_path / "direct.pkl", published=asked.entries[NAME])
     assert got.read_bytes() == (tmp_path / "direct.pkl").read_bytes()
     assert placed(tmp_path).read_bytes() == checkpoint
     digits = hashlib.sha256(checkpoint).hexdigest()[:8]

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -201,6 +202,34 @@ def test_names_that_no_cadene_file_has_are_refused(
     file = save(tmp_path / "a.pth", {**cadene(small_network()), **change})
     with pytest.raises(WeightsError, match=said):
         read_backbone(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("gpu_0/res3_1_branch2b_w", r"res3\.1\.conv2\.weight"),
+        ("res3_1_branch2b_w_0", r"res3\.1\.conv2\.weight"),
+        ("res_conv1_bn_gamma", r"stem\.conv1\.norm\.weight"),
+        ("fc1000_w", r"linear\.weight"),
+    ],
+)
+def test_two_spellings_of_one_name_are_refused(name: str, place: str, tmp_path: Path) -> None:
+    """One would hide the other."""
+    content = caffe2(small_network(), fused=True)
+    content["blobs"][name] = np.ones(3, np.float32)
+    file = save(tmp_path / "X-26.pkl", content)
+    with pytest.raises(WeightsError, match=rf" and {name} are two tensors for one place, {place}"):
+        read_backbone(file)
+
+
+@pytest.mark.parametrize("form", ["gpu_0/{}", "{}_0"])
+def test_what_caffe2s_workspace_adds_to_names(form: str, tmp_path: Path) -> None:
+    content = caffe2(small_network(), fused=True)
+    plain = read_backbone(save(tmp_path / "a.pkl", content))
+    ends = ("_w", "_b", "_s")
+    renamed = {form.format(n) if n.endswith(ends) else n: t for n, t in content["blobs"].items()}
+    assert renamed.keys() != content["blobs"].keys()
+    assert_same_bits(read_backbone(save(tmp_path / "b.pkl", {"blobs": renamed})), plain)
 
 
 def test_a_bias_of_a_convolution_that_is_not_zero_is_refused(tmp_path: Path) -> None:
