@@ -8,7 +8,8 @@ Without a counterpart here, as that tool has none:
   dataloader.train.total_batch_size, optimizer.lr and train.max_iter yourself. The warm-up and the
   step move with train.max_iter.
 - MODEL.WEIGHTS with its proof: train.init_checkpoint is read by Detectron2 alone, so give it what
-  tools/convert_weights.py wrote, and look for missing tensors in its log.
+  tools/convert_weights.py wrote. The backbone refuses a file that fills it only in part; whether
+  pixels and stride are those of the weights, nobody compares.
 """
 
 import torch

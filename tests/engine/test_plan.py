@@ -96,7 +96,7 @@ def test_epochs_of_the_paper() -> None:
     assert told["Warm-up"] == "1,000 iterations (0.14 epochs), from 2e-05"
     assert told["Decay"] == "to 0.002 at iteration 120,000 (16.23 epochs)"
     assert told["End"] == "iteration 180,000 (24.35 epochs)"
-    assert told["Checkpoints"].startswith("37, every 5,000 iterations and at the end; 7 kept")
+    assert told["Checkpoints"].startswith("36, every 5,000 iterations and at the end; 7 kept")
     assert told["Evaluations"] == "1, at the end"
     assert "Disk" not in told
     assert "epochs" not in planned().describe()
