@@ -100,7 +100,7 @@ def load_config(file: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
     """
     cfg = get_cfg()
     add_resnext_config(cfg)
-    path = _locate(file)
+    path = locate_config(file)
     if len(overrides) % 2:
         raise ConfigError(
             f"overrides come in pairs, KEY VALUE, and these are {len(overrides)} words: "
@@ -152,7 +152,15 @@ def _value(cfg: CfgNode, key: str) -> object:
     return node
 
 
-def _locate(file: str | Path) -> Path:
+def locate_config(file: str | Path) -> Path:
+    """Return the path of a config.
+
+    Args:
+        file: a path, or the name of a shipped config (see `resnext_det.model_zoo.names`).
+
+    Raises:
+        ConfigError: there is neither.
+    """
     from resnext_det import model_zoo
 
     if Path(file).is_file():

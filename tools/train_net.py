@@ -15,7 +15,7 @@ from detectron2.config import CfgNode
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
-from resnext_det import load_config
+from resnext_det.config import load_config, locate_config
 from resnext_det.data import custom
 from resnext_det.data.checks import check_datasets
 from resnext_det.data.health import Document
@@ -39,9 +39,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--overwrite", action="store_true", help="begin anew where OUTPUT_DIR holds a training"
     )
-    parser.add_argument(
-        "--force", action="store_true", help="train at a learning rate that is refused otherwise"
-    )
+    parser.add_argument("--force", action="store_true", help="at any learning rate")
     custom.add_arguments(parser)
     processes.add_arguments(parser)
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
@@ -88,9 +86,12 @@ def main() -> None:
     arguments = parse()
     with reported():
         where = processes.Where.of(arguments)
+        # A path, also for a shipped name: Detectron2 copies the file into the log.
+        arguments.config_file = str(locate_config(arguments.config_file))
         cfg = load_config(arguments.config_file, arguments.opts)
         cfg, documents = custom.from_arguments(cfg, arguments)
         check(cfg, arguments, documents, where.world_size)
+        del documents  # gigabytes, of the whole of COCO
     launching.run_everywhere(run, where, (cfg, arguments))
 
 

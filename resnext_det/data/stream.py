@@ -29,6 +29,7 @@ from resnext_det.errors import ConfigError, DatasetError
 Record = dict[str, Any]
 Mapper = Callable[[Record], Record | None]
 _TRIES = 100
+_TIME_FOR_AN_ITERATION = 60  # seconds
 
 
 @dataclass(frozen=True)
@@ -265,11 +266,13 @@ def _order(cfg: CfgNode, records: list[Record], seed: int) -> Callable[[], Itera
 def _outlive_signals(worker: int) -> None:
     """Let a worker live on when its whole group is told to stop: the iteration needs its images.
 
-    A second SIGTERM ends it: without one, Python would wait for it for ever at its own end.
+    A second SIGTERM ends it, or a minute: else Python, which ends with a SIGTERM to its workers,
+    would wait for those of a loader that nobody closed for ever.
     """
 
     def only_once(number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
+        signal.alarm(_TIME_FOR_AN_ITERATION)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, only_once)

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,9 +22,6 @@ from resnext_det.errors import ResNeXtError, TrainingError, reported
 # The exit code of a training that was asked to stop and can go on later, EX_TEMPFAIL of sysexits.h.
 # The processes of a job leave with it together.
 STOPPED = 75
-
-# Seconds that a process which lost contact leaves to the one that ended to be found first.
-_TIME_FOR_THE_CAUSE = 3.0
 
 
 @dataclass(frozen=True)
@@ -95,8 +91,6 @@ def run_to_the_end(function: Callable[..., None], arguments: tuple[Any, ...]) ->
         return End(128 + signal.SIGINT)
     except Exception as error:
         is_echo = says_lost_contact(error)
-        if is_echo:
-            _wait_for_the_cause()
         if isinstance(error, ResNeXtError):
             return End(2, str(error), is_echo=is_echo)
         if sentence := explain(error):
@@ -115,13 +109,6 @@ def _call(function: Callable[..., None], arguments: tuple[Any, ...]) -> int:
     return 0
 
 
-def _wait_for_the_cause() -> None:
-    """Let the process that ended be found before those that merely miss it."""
-    # A parent that has found it ends this one; a training would take that for a wish to stop.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(_TIME_FOR_THE_CAUSE)
-
-
 def first_end(error: ProcessException, file: Path, signals: list[int]) -> End:
     """Say how the first process of this machine ended that did not end in order.
 
@@ -132,6 +119,7 @@ def first_end(error: ProcessException, file: Path, signals: list[int]) -> End:
     """
     end = End.found_at(file)
     killed = isinstance(error, ProcessExitedException) and error.exit_code < 0
+    # One that was killed leaves no word, while those that miss it do.
     if end is None or (end.is_echo and killed):
         return _end_without_words(error, signals)
     return end

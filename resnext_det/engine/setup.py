@@ -7,6 +7,7 @@ import logging
 import tempfile
 from pathlib import Path
 
+import yaml
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 from detectron2.utils import comm
@@ -51,7 +52,7 @@ def _check_weights(cfg: CfgNode, folder: Path) -> None:
     """Compare MODEL.WEIGHTS with what config.yaml, written when the training began, says."""
     try:
         began_with = CfgNode.load_yaml_with_base(str(folder / "config.yaml"))["MODEL"]["WEIGHTS"]
-    except (OSError, KeyError, TypeError, ValueError):
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, yaml.YAMLError):
         return
     if began_with != cfg.MODEL.WEIGHTS:
         raise ConfigError(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from resnext_det.data.stream import Share, seed_all
 from resnext_det.engine.bad_numbers import BadUpdate, decide
@@ -112,8 +113,10 @@ class TrainLoop(SimpleTrainer):
         return found
 
     def close(self) -> None:
-        """Let the workers of the data loader end."""
-        self._data_loader_iter_obj = None
+        """Let the workers of the data loader end, also where an error still refers to it."""
+        iterator, self._data_loader_iter_obj = self._data_loader_iter_obj, None
+        if isinstance(iterator, _MultiProcessingDataLoaderIter):
+            iterator._shutdown_workers()  # what its __del__ does; there is no public way
 
     def run_step(self) -> None:
         """Compute and apply one update.

@@ -25,9 +25,11 @@ from resnext_det.errors import WeightsError
 _MOST_OPERATIONS = 20_000_000
 _DEEPEST = 100
 _ADDS = {"APPEND", "APPENDS", "ADDITEMS", "SETITEM", "SETITEMS", "BUILD"}  # to what is there
-# What these are given may be copied, so the same must not be given again and again.
+# The first copy what they are given, what the others make is walked through when it is hashed: the
+# same must not be in it again and again, at most so many times the bytes that were read.
 _COPIES = {"REDUCE", "BUILD", "NEWOBJ", "NEWOBJ_EX", "OBJ", "INST"}
-_COPIES_PER_BYTE = 16
+_HASHED = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "FROZENSET"}
+_TIMES = 16
 
 _NUMBERS = re.compile(r"[<>=|]?(b1|[iu][1248]|f[248])")
 _ARRAY = object()  # in the place of numpy.ndarray, which would allocate what it is told to
@@ -53,7 +55,7 @@ def check_pickle(stream: IO[bytes], allowed: re.Pattern[str] | None = None) -> N
             The message leaves the name of the file and the full stop to the caller.
         Exception: of any kind, if it is damaged.
     """
-    start, copied, many = stream.tell(), 0, False
+    start, copied = stream.tell(), 0
     stack: list[_Value | None] = []  # None is a mark
     memo: dict[int, _Value] = {}
     for count, (operation, argument, place) in enumerate(pickletools.genops(stream)):
@@ -70,10 +72,10 @@ def check_pickle(stream: IO[bytes], allowed: re.Pattern[str] | None = None) -> N
         else:
             taken = _taken(operation, stack)
             result = _result(operation, argument, taken)
-            if name in _COPIES:
-                copied += sum(value.size for value in taken)
-                many = copied > _COPIES_PER_BYTE * (stream.tell() - start)
-            if many or result.depth > _DEEPEST or count > _MOST_OPERATIONS:
+            copied += sum(value.size for value in taken) if name in _COPIES else 0
+            size = result.size if name in _HASHED else copied
+            long = count > _MOST_OPERATIONS or size > _TIMES * (1 + (place or 0) - start)
+            if long or result.depth > _DEEPEST:
                 raise WeightsError(f"at byte {place} it is deeper or longer than any network")
             for each in operation.stack_after:
                 stack.append(None if each is pickletools.markobject else result)
@@ -95,7 +97,9 @@ def _taken(operation: pickletools.OpcodeInfo, stack: list[_Value | None]) -> lis
 def _result(operation: pickletools.OpcodeInfo, argument: Any, taken: list[_Value]) -> _Value:
     """Tell how deep and large what an operation puts on the stack is; containers grow in place."""
     if not taken:
-        return _Value(1, 1 + (len(argument) if isinstance(argument, (str, bytes)) else 0))
+        return _Value(
+            1, 1 + (len(argument) if isinstance(argument, (str, bytes, bytearray)) else 0)
+        )
     grows = operation.name in _ADDS
     result, items = (taken[0], taken[1:]) if grows else (_Value(), taken)
     for item in items:

@@ -7,7 +7,7 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,13 +197,19 @@ def _read_legacy(stream: io.BufferedReader) -> Any:
     return content
 
 
-def _tensors_in(content: Any) -> Iterator[torch.Tensor]:
-    """Give all tensors in nested containers; `check_pickle` has seen to their depth."""
-    if isinstance(content, torch.Tensor):
-        yield content
-    elif isinstance(content, (Mapping, list, tuple, set)):
-        for inner in content.values() if isinstance(content, Mapping) else content:
-            yield from _tensors_in(inner)
+def _tensors_in(content: Any) -> list[torch.Tensor]:
+    """Return all tensors in containers, each looked into once: they may hold one another."""
+    found, todo, seen = [], [content], set()
+    while todo:
+        value = todo.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (dict, list, tuple, set)):
+            todo += dict.values(value) if isinstance(value, dict) else value
+    return found
 
 
 def _unwrap(content: Any) -> dict[str, torch.Tensor]:

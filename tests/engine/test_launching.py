@@ -53,9 +53,8 @@ def refused(folder):
 def killed(folder):
     go_on_when_asked_to_stop()
     if comm.get_rank() == 1:
-        dist.destroy_process_group()  # rank 0 notices before this one is dead
-        time.sleep(1)
         os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(1)  # until the parent has ended this one, too, which is as a wish to stop
     comm.synchronize()
 
 
@@ -74,7 +73,7 @@ def until_signalled(folder, threads):
 
     def leave():
         saved = (folder / "saved").exists()
-        time.sleep(1 - rank % 2)  # some take longer than others
+        time.sleep(3 * (1 - rank % 2))  # some take longer than others
         shared = torch.get_num_threads() <= max(1, threads // 2)
         said = f"{of}, {len(signals)} signals, threads {shared}, saved {saved}"
         (folder / f"left-{rank}").write_text(said)

@@ -69,6 +69,14 @@ def test_rubbish_is_refused_by_name(suffix: str, content: bytes, tmp_path: Path)
         read_tensors(file)
 
 
+@pytest.mark.parametrize("content", [b"rubbish", b"<html>", b"\x93NUMPY\x01\x00", b"\x89HDF\r\n"])
+def test_other_kinds_of_files_are_told_as_such(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "weights.pth"
+    file.write_bytes(content)
+    with pytest.raises(WeightsError, match=r"cannot be read as a .* no kind of checkpoint begins"):
+        read_tensors(file)
+
+
 def test_a_missing_file_and_one_without_tensors(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="there is no checkpoint"):
         read_tensors(tmp_path / "none.pth")

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+from detectron2.config import CfgNode
+
+from resnext_det import load_config
+from resnext_det.engine.setup import check_folder
+from resnext_det.errors import ConfigError
+
+
+def begun(folder: Path, weights: str = "a.pth") -> CfgNode:
+    """The config of a training that has written a checkpoint into a folder."""
+    cfg = config(folder, weights)
+    (folder / "config.yaml").write_text(cfg.dump())
+    (folder / "last_checkpoint").write_text("model_0000004.pth")
+    return cfg
+
+
+def config(folder: Path, weights: str = "a.pth") -> CfgNode:
+    words = ["OUTPUT_DIR", str(folder), "MODEL.WEIGHTS", weights]
+    return load_config("faster_rcnn_X_26_8x4d_FPN_toy", words)
+
+
+def test_a_training_is_not_written_over(tmp_path: Path) -> None:
+    cfg = begun(tmp_path)
+    with pytest.raises(ConfigError, match="--resume to go on with it, --overwrite to"):
+        check_folder(cfg, resume=False, overwrite=False)
+    check_folder(cfg, resume=True, overwrite=False)
+    check_folder(cfg, resume=False, overwrite=True)
+    check_folder(config(tmp_path / "other"), resume=False, overwrite=False)
+
+
+def test_a_resume_without_a_training_begins_one_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """So that a job which is queued again may always have the same command."""
+    with caplog.at_level(logging.WARNING):
+        check_folder(config(tmp_path / "new"), resume=True, overwrite=False)
+    assert "holds no training to go on with; a new one begins" in caplog.text
+
+
+def test_other_weights_are_not_resumed_in_silence(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    begun(tmp_path, "a.pth")
+    other = config(tmp_path, "b.pth")
+    with pytest.raises(ConfigError, match=r"began with MODEL.WEIGHTS a\.pth; b\.pth would not be"):
+        check_folder(other, resume=True, overwrite=False, weights_given=True)
+    # Of the config file, and not of the command line: nobody asked for it.
+    check_folder(other, resume=True, overwrite=False, weights_given=False)
+    with caplog.at_level(logging.INFO):
+        check_folder(config(tmp_path), resume=True, overwrite=False, weights_given=True)
+    assert "MODEL.WEIGHTS is not read again" in caplog.text
+
+
+@pytest.mark.parametrize("content", [None, "", "MODEL: 3", ": : :", "[1"])
+def test_a_folder_without_a_readable_config_is_resumed(content: str | None, tmp_path: Path) -> None:
+    cfg = begun(tmp_path)
+    (tmp_path / "config.yaml").unlink()
+    if content is not None:
+        (tmp_path / "config.yaml").write_text(content)
+    check_folder(cfg, resume=True, overwrite=False, weights_given=True)
