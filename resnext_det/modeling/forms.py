@@ -158,6 +158,8 @@ def _to_grouped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise WeightsError(
                 f"{name} is there for the paths {_few(sorted(each))} only, of {cardinality}."
             )
+        if name in grouped:
+            raise WeightsError(f"{name} is there twice: for all paths together, and for each.")
         grouped[name] = _join(name, [each[number] for number in range(cardinality)])
     return _ordered(grouped)
 

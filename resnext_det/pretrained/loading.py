@@ -154,11 +154,21 @@ def _refuse_other_norms(
     for name in tensors:
         conv, found, kind = name.partition(".norm.")
         if found and kind != _COUNTER and name not in wanted and f"{conv}.weight" in wanted:
-            raise WeightsError(
-                f"{source} has {name}, and the norm there is of another kind in the model. Set "
-                "MODEL.RESNETS.NORM to the kind that the weights were trained with: FrozenBN, BN "
-                "and SyncBN have running statistics, GN and LN have none."
-            )
+            raise _other_norm(source, f"has {name}")
+    lacking = [name for name in wanted if name.endswith(".norm.running_mean")]
+    if any(name in tensors for name in lacking):
+        return
+    for name in sorted(lacking):
+        if name.replace("running_mean", "weight") in tensors:
+            raise _other_norm(source, f"lacks {name}")
+
+
+def _other_norm(source: Path, what: str) -> WeightsError:
+    return WeightsError(
+        f"{source} {what}, and the norm there is of another kind in the model. Set "
+        "MODEL.RESNETS.NORM to the kind that the weights were trained with: FrozenBN, BN "
+        "and SyncBN have running statistics, GN and LN have none."
+    )
 
 
 def _refuse_unknown_blocks(

@@ -73,7 +73,7 @@ class Record:
                 top1=_unless_none(float, fields["top1"]),
                 top5=_unless_none(float, fields["top5"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise WeightsError(
                 f"its record of where it came from cannot be read ({error}); convert it again."
             ) from error

@@ -225,6 +225,32 @@ def test_another_number_of_micro_batches_is_warned_of(caplog: pytest.LogCaptureF
     assert "started with 2 micro-batches an update and goes on with 1" in caplog.text
 
 
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+def test_precision_is_that_of_the_products(precision: torch.dtype | None) -> None:
+    """Autocast on a CPU: products in bfloat16, weights, their gradients and updates in float32."""
+    kinds = []
+
+    class Single(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, batch: Batch) -> Tensor:
+            found = self.layer(torch.stack([IMAGES[each["number"]].float() for each in batch]))
+            kinds.append(found.dtype)
+            return found.float().square().mean()
+
+    model, share = Single(), Share(0, 1, 2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trained = TrainLoop(
+        *(model, lambda _, start: numbers(share, start), optimizer, share, 0, Path()),
+        Arithmetic(precision=precision),
+    )
+    run(trained, range(1))
+    assert kinds == [precision or torch.float32] * 2
+    assert model.layer.weight.dtype == model.layer.weight.grad.dtype == torch.float32
+
+
 def test_retinanets_normaliser_is_resumed() -> None:
     first, second = loop(), loop()
     run(first, range(1))

@@ -177,6 +177,16 @@ def test_a_file_that_lacks_a_path_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "out.pkl").exists()
 
 
+def test_a_file_that_has_a_convolution_twice_is_refused(tmp_path: Path) -> None:
+    """For each path and for all together: one of the two would be lost in silence."""
+    state = convert_form(backbone_state(), "aggregated")
+    state["res3.1.conv2.weight"] = backbone_state()["res3.1.conv2.weight"]
+    file = tmp_path / "twice.pth"
+    torch.save(state, file)
+    with pytest.raises(WeightsError, match=r"res3\.1: conv2\.weight is there twice"):
+        read_backbone(file)
+
+
 def test_half_floats_that_numpy_lacks_are_widened(tmp_path: Path) -> None:
     halves = {
         name: t.bfloat16() if t.is_floating_point() else t for name, t in backbone_state().items()

@@ -246,7 +246,7 @@ def test_norms_without_statistics_load_where_they_belong(norm: str, tmp_path: Pa
 def test_norms_of_another_kind_are_refused(source: str, target: str, tmp_path: Path) -> None:
     file = backbone_file(tmp_path / "backbone.pth", source)
     cfg = small_config(file, *GN, target)
-    with pytest.raises(WeightsError, match=r"of another kind|lacks 58 of 145"):
+    with pytest.raises(WeightsError, match=r"of another kind"):
         load_weights(build_model(cfg), cfg)
     detector = tmp_path / "detector.pth"
     torch.save(build_model(small_config("", *GN, source)).state_dict(), detector)

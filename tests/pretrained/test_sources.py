@@ -240,6 +240,16 @@ def test_a_bias_of_a_convolution_that_is_not_zero_is_refused(tmp_path: Path) -> 
         read_backbone(file)
 
 
+def test_a_record_with_a_number_beyond_all_is_refused(tmp_path: Path) -> None:
+    weights = read_backbone(save(tmp_path / "a.pth", small_network().state_dict()))
+    write_detectron2(weights, tmp_path / "b.pkl")
+    content = pickle.loads((tmp_path / "b.pkl").read_bytes())
+    content["resnext_det"]["pixels"]["range"] = 10**400
+    (tmp_path / "b.pkl").write_bytes(pickle.dumps(content))
+    with pytest.raises(WeightsError, match=r"b\.pkl: its record"):
+        read_backbone(tmp_path / "b.pkl")
+
+
 @pytest.mark.parametrize("record", [{}, {"pixels": 3}, [1], "text", {"pixels": {"order": "RGB"}}])
 def test_a_record_that_is_none_is_refused(record: Any, tmp_path: Path) -> None:
     weights = read_backbone(save(tmp_path / "a.pth", small_network().state_dict()))
