@@ -48,11 +48,15 @@ class StopOnSignal(HookBase):
         self.interruptible = False  # whether nothing is lost by stopping this very moment
 
     def before_train(self) -> None:
-        """Begin to listen; only a main thread can."""
+        """Begin to listen; only a main thread can.
+
+        What is ignored stays so, as Ctrl-C is by what a shell starts in the background.
+        """
         if threading.current_thread() is not threading.main_thread():
             return
         for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._receive)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._received and is_started_by_another():

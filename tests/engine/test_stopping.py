@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 from detectron2.engine import HookBase, TrainerBase
@@ -28,6 +29,21 @@ class Signalled(TrainerBase):
             for number in self._signals:
                 os.kill(os.getpid(), number)
         self.finished = self.iter
+
+
+@pytest.fixture(autouse=True)
+def usual_interrupts() -> Iterator[None]:
+    """Ctrl-C as Python has it, also where these tests run in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    training = Signalled(signal.SIGINT)
+    training.train(0, 4)
+    assert (training.finished, training.saved) == (3, [])
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

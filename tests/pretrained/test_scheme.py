@@ -31,7 +31,7 @@ from resnext_det.pretrained.catalog_entry import Checksum, Entry
 from resnext_det.pretrained.convert import read_backbone, write_detectron2
 from resnext_det.pretrained.download import Patience
 from resnext_det.pretrained.layouts import to_torchvision
-from resnext_det.pretrained.readers import read_tensors
+from resnext_det.pretrained.readers import read_checkpoint, read_tensors
 from resnext_det.pretrained.scheme import ResNeXtHandler
 
 Web = Any  # the class is in conftest.py, which tests cannot import
@@ -103,8 +103,11 @@ def test_a_name_becomes_what_a_direct_conversion_gives(
     got = ask(asked)
     source = tmp_path / "weights-0123.pth"
     source.write_bytes(checkpoint)
-    write_detectron2(read_backbone(source), tmp_path / "direct.pkl", published=asked.entries[NAME])
-    assert got.read_bytes() == (tmp_path / "direct.pkl").read_bytes()
+    direct = tmp_path / "direct.pkl"
+    write_detectron2(read_backbone(source), direct, published=asked.entries[NAME])
+    assert equal(read_tensors(got), read_tensors(direct))
+    assert read_checkpoint(got).record == read_checkpoint(direct).record
+    assert read_checkpoint(got).record["licence"] == asked.entries[NAME].licence
     assert placed(tmp_path).read_bytes() == checkpoint
     digits = hashlib.sha256(checkpoint).hexdigest()[:8]
     assert left(tmp_path) == [f"{NAME}-{digits}-format{scheme.FORMAT}.pkl", "weights-0123.pth"]
