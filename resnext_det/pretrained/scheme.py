@@ -191,7 +191,7 @@ def _prepare(found: Entry, folder: Path, patience: Patience, force: bool) -> Pat
         return ready
     if found.checksum is not None and not fetched:
         check(source, found.checksum, found.url)
-    write_detectron2(_read(found, source, fetched), ready)
+    write_detectron2(_read(found, source, fetched), ready, published=found)
     return ready
 
 

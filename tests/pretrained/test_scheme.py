@@ -224,7 +224,7 @@ def test_a_full_disk_is_said_so(handler: Handler, processes: Any, tmp_path: Path
 def test_a_disk_that_is_full_when_converting_costs_no_file(
     handler: Handler, checkpoint: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def full(*arguments: object) -> None:
+    def full(*_: object, **more: object) -> None:
         raise WeightsError("cannot write: No space left on device")
 
     monkeypatch.setattr(scheme, "write_detectron2", full)
