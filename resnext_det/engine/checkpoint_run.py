@@ -66,6 +66,8 @@ def read_run(file: Path) -> Run | None:
     Raises:
         WeightsError: the file is missing or damaged, holds more than data, or says what cannot be.
     """
+    if file.is_file() and not _is_archive(file):
+        return None  # such as Detectron2's .pkl: checkpoints of this package are archives
     content = read_outline(file)
     record = content.get(RUN)
     if record is None:
@@ -88,6 +90,13 @@ def read_run(file: Path) -> Run | None:
         raise WeightsError(
             f"{file}: what it says about its run cannot be read ({type(error).__name__}: {error})."
         ) from error
+
+
+def _is_archive(file: Path) -> bool:
+    """Tell by the first bytes, as those of an archive that was cut short are still there."""
+    with file.open("rb") as stream:
+        start = stream.read(2)
+    return start in (b"PK", b"")  # an empty file is a damaged one, of whatever kind
 
 
 def _mapping(value: object) -> Mapping[str, Any]:

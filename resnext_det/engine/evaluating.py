@@ -41,7 +41,7 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
         cfg.freeze()
     model = build_model(cfg)
     logger.info("%s", load_weights(model, cfg, whole_detector=True))
-    _compare_classes(cfg)
+    check_classes(cfg)
     results: dict[str, Any] = Trainer.test(cfg, model)  # type: ignore[no-untyped-call]
     return results
 
@@ -66,8 +66,11 @@ def last_checkpoint(cfg: CfgNode) -> Path:
     return folder / Path(pointer.read_text().strip()).name
 
 
-def _compare_classes(cfg: CfgNode) -> None:
+def check_classes(cfg: CfgNode) -> None:
     """Refuse classes in another order than the weights learned them: AP would be near 0, no more.
+
+    Args:
+        cfg: MODEL.WEIGHTS, a local file or an address, and DATASETS.TEST are read.
 
     Raises:
         DatasetError: the same names in another order.

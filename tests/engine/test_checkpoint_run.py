@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 import platform
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import detectron2
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
@@ -66,6 +68,20 @@ def test_a_file_of_stock_detectron2_tells_nothing(tmp_path: Path) -> None:
 
 
 GOOD = {"config": "", "class_names": ["a"], "versions": {}, "provenance": {}}
+
+
+@pytest.mark.parametrize("kind", ["pickle", "before archives", "safetensors"])
+def test_files_that_are_no_archives_tell_nothing(kind: str, tmp_path: Path) -> None:
+    """Such as the detectors of Detectron2's zoo, which are evaluated and demonstrated as well."""
+    file = tmp_path / "model.pkl"
+    if kind == "pickle":
+        content = {"model": {"weight": np.ones(3)}, "__author__": "Detectron2"}
+        file.write_bytes(pickle.dumps(content))
+    elif kind == "safetensors":
+        safetensors.torch.save_file({"weight": torch.ones(3)}, file)
+    else:
+        torch.save({"weight": torch.ones(3)}, file, _use_new_zipfile_serialization=False)
+    assert read_run(file) is None
 
 
 @pytest.mark.parametrize(
