@@ -64,6 +64,10 @@ def _add_training_config(cfg: CfgNode) -> None:
     # What decides which checkpoint is the best, such as "bbox/AP" or "bbox/AP50" ("" for none),
     # and after how many evaluations without a better one the training ends (0 for never).
     cfg.TEST.BEST = CfgNode({"METRIC": "bbox/AP", "PATIENCE": 0})
+    # What computes COCO's figures: "hotcoco", or "pycocotools", which takes a hundred times as
+    # long; and whether both shall, and any difference be an error.
+    cfg.TEST.ENGINE = "hotcoco"
+    cfg.TEST.CROSS_CHECK = False
     # Losses on the first data set of DATASETS.TEST, computed with each evaluation.
     cfg.TEST.VALIDATION_LOSS = False
     # Weights & Biases, beside metrics.jsonl and TensorBoard; needs `pip install wandb`.

@@ -19,6 +19,10 @@ class DatasetError(ResNeXtError):
     """Annotations or images that are missing or broken."""
 
 
+class EvaluationError(ResNeXtError):
+    """Figures that cannot be trusted."""
+
+
 class WeightsError(ResNeXtError):
     """A checkpoint that cannot be read, or does not fit the model."""
 

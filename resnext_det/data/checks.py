@@ -83,12 +83,12 @@ def check_registered(name: str) -> None:
     raise ConfigError(f"no data set {name!r} is registered.{hint}")
 
 
-def read_annotations(file: Path, name: str) -> Document:
+def read_annotations(file: Path, name: str = "") -> Document:
     """Read a COCO annotation file.
 
     Args:
         file: the JSON file.
-        name: of the data set, for the message.
+        name: of the data set, for the message; "" for a file that is none of a registered one.
 
     Returns:
         The document, with lists under "images", "annotations" and "categories"; without
@@ -97,22 +97,23 @@ def read_annotations(file: Path, name: str) -> Document:
     Raises:
         DatasetError: the file is missing, no JSON or not in COCO's format.
     """
+    of = f"data set {name}: " if name else ""
     if not file.is_file():
-        raise DatasetError(
-            f"data set {name}: the annotations {file} are not there. Data sets are looked for in "
-            f"the folder DETECTRON2_DATASETS names (now: {_root()}), in Detectron2's layout."
+        place = (
+            " Data sets are looked for in the folder DETECTRON2_DATASETS names (now: "
+            f"{_root()}), in Detectron2's layout."
         )
+        raise DatasetError(f"{of}the annotations {file} are not there.{place if name else ''}")
     try:
         document = json.loads(file.read_bytes())
     except (ValueError, RecursionError, OSError) as error:
-        raise DatasetError(f"data set {name}: {file} is not JSON: {error}") from error
+        raise DatasetError(f"{of}{file} is not JSON: {error}") from error
     for key in ("images", "categories", "annotations"):
         if isinstance(document, dict) and key == "annotations":
             document.setdefault(key, [])
         if not isinstance(document, dict) or not isinstance(document.get(key), list):
             raise DatasetError(
-                f"data set {name}: {file} is JSON, but no COCO annotations: there is no list "
-                f"under {key!r}."
+                f"{of}{file} is JSON, but no COCO annotations: there is no list under {key!r}."
             )
     found: Document = document
     return found
@@ -163,13 +164,7 @@ def _check_health(
     cfg: CfgNode, name: str, document: Document, file: Path, folder: Path, ignore: bool
 ) -> None:
     training = name in cfg.DATASETS.TRAIN
-    health = examine(
-        document,
-        folder,
-        training=training,
-        evaluation=name in cfg.DATASETS.TEST or not training,
-        file=file,
-    )
+    health = examine(document, folder, training=training, file=file)
     for finding in health.warnings if not ignore else health.findings:
         logger.warning("data set %s: %s", name, finding)
     if health.errors and not ignore:

@@ -17,13 +17,13 @@ import hotcoco
 import numpy as np
 from numpy.typing import NDArray
 
+from resnext_det.data.columns import Columns
 from resnext_det.data.findings import Finding, Record, Severity, found, show_record
 from resnext_det.data.image_files import check_files
 from resnext_det.data.record_forms import (
     check_annotations,
     check_categories,
     check_images,
-    is_area,
     is_side,
     is_whole,
 )
@@ -100,7 +100,6 @@ def examine(
     images: Path | None = None,
     *,
     training: bool = True,
-    evaluation: bool = True,
     file: Path | None = None,
 ) -> Health:
     """Examine annotations in COCO's format, and the images they name.
@@ -110,10 +109,8 @@ def examine(
         images: an existing folder, in which the image files are looked for; for a training their
             headers are read as well. None leaves the files alone.
         training: look for what only a training minds.
-        evaluation: look for what only an evaluation minds.
         file: where the document was read from. Where its path holds "minival", Detectron2 lets
-            the ids of annotations repeat, which those of the original files do. An evaluation
-            reads the file again, so it is tried whether it can.
+            the ids of annotations repeat, which those of the original files do.
 
     Returns:
         What was found.
@@ -128,17 +125,15 @@ def examine(
     findings += of_annotations
     if images is not None:
         findings += check_files(listed, images, headers=training)
-    columns = _Columns.of(sound)
-    findings += _check_boxes(columns, _sizes(listed, columns.image_ids))
-    report = _hotcoco_report(listed, categories, columns)
+    columns = Columns.of(sound)
+    findings += _check_boxes(sound, columns.boxes, _sizes(listed, columns.image_ids))
+    report = _hotcoco_report(listed, categories, sound, columns)
     records = {"images": listed, "categories": categories, "annotations": sound}
     wanted = _STRUCTURE | (_QUALITY if training else {})
     findings += _check_structure(report, records, wanted, "minival" in str(file))
     if columns.crowds.all():
         what = "no annotation that is no crowd: nothing to learn from, or to evaluate with"
         findings.append(Finding("error", what, 0, ()))
-    if evaluation and file and not any(finding.severity == "error" for finding in findings):
-        findings += _check_readable(file)
     return Health(
         len(document["images"]),
         report["summary"]["images_without_annotations"],
@@ -154,33 +149,6 @@ def _objects(document: Document, key: str, findings: list[Finding]) -> list[Reco
     return [record for record in document[key] if isinstance(record, dict)]
 
 
-@dataclass(frozen=True)
-class _Columns:
-    """Annotations as arrays of N."""
-
-    records: list[Record]
-    ids: NDArray[np.int64]
-    image_ids: NDArray[np.int64]
-    category_ids: NDArray[np.int64]
-    boxes: NDArray[np.float64]  # (N, 4): x, y, width, height in pixels
-    areas: NDArray[np.float64]  # 1 where there is none
-    crowds: NDArray[np.bool_]
-
-    @classmethod
-    def of(cls, records: list[Record]) -> _Columns:
-        """Return the columns of annotations whose ids and boxes have the right form."""
-        areas = [each.get("area") for each in records]
-        return cls(
-            records,
-            np.array([each["id"] for each in records], np.int64),
-            np.array([each["image_id"] for each in records], np.int64),
-            np.array([each["category_id"] for each in records], np.int64),
-            np.array([each["bbox"] for each in records], np.float64).reshape(-1, 4),
-            np.array([area if is_area(area) else 1 for area in areas], np.float64),
-            np.array([each.get("iscrowd", 0) == 1 for each in records], np.bool_),
-        )
-
-
 def _sizes(images: list[Record], image_ids: NDArray[np.int64]) -> NDArray[np.float64]:
     """Return width and height of the images, shape (N, 2), NaN where they are not known."""
     known = [
@@ -194,14 +162,17 @@ def _sizes(images: list[Record], image_ids: NDArray[np.int64]) -> NDArray[np.flo
     return np.where((rows[:, 0] == image_ids)[:, None], rows[:, 1:], np.nan)
 
 
-def _check_boxes(columns: _Columns, sizes: NDArray[np.float64]) -> Iterator[Finding]:
+def _check_boxes(
+    records: list[Record], boxes: NDArray[np.float64], sizes: NDArray[np.float64]
+) -> Iterator[Finding]:
     """Yield what is wrong with boxes by geometry.
 
     Args:
-        columns: N annotations.
+        records: N annotations.
+        boxes: of them, shape (N, 4).
         sizes: of their images, shape (N, 2), NaN where they are not known.
     """
-    corner, extent = columns.boxes[:, :2], columns.boxes[:, 2:]
+    corner, extent = boxes[:, :2], boxes[:, 2:]
     end = corner + extent
     negative = (extent < 0).any(axis=1)
     empty = (extent == 0).any(axis=1) & ~negative
@@ -217,15 +188,15 @@ def _check_boxes(columns: _Columns, sizes: NDArray[np.float64]) -> Iterator[Find
         ("warning", "boxes less than a pixel wide or high", tiny),
     )
     for severity, what, flags in checks:
-        bad = [columns.records[row] for row in np.flatnonzero(flags)]
+        bad = [records[row] for row in np.flatnonzero(flags)]
         yield from found(severity, what, bad, show_record("image_id", "bbox"))
-    if not len(columns.boxes):
+    if not len(boxes):
         return
-    if (np.abs(columns.boxes) <= 1).all():
+    if (np.abs(boxes) <= 1).all():
         what = "all boxes lie between 0 and 1: COCO's are in pixels, not in parts of the image"
         yield Finding("error", what, 0, ())
     corners = ((extent > corner) & ~(extent > sizes + _TOLERANCE)).all()
-    if corners and len(columns.boxes) >= _FEWEST_CORNERS and (beyond | outside).mean() > 0.1:
+    if corners and len(boxes) >= _FEWEST_CORNERS and (beyond | outside).mean() > 0.1:
         what = "all boxes would do as (x1, y1, x2, y2): COCO's are (x, y, width, height)"
         yield Finding("error", what, 0, ())
 
@@ -254,7 +225,10 @@ def _by_id(records: list[Record], show: Callable[[Record], str]) -> Callable[[in
 
 
 def _hotcoco_report(
-    images: list[Record], categories: list[Record], columns: _Columns
+    images: list[Record],
+    categories: list[Record],
+    annotations: list[Record],
+    columns: Columns,
 ) -> dict[str, Any]:
     """Return hotcoco's report on all that has the right form."""
     names = [
@@ -268,14 +242,7 @@ def _hotcoco_report(
         columns.image_ids,
         columns.category_ids,
         columns.boxes,
-        ids=columns.ids,
-        area=columns.areas,
+        ids=np.array([each["id"] for each in annotations], np.int64),
+        area=np.where(np.isnan(columns.areas), 1, columns.areas),  # not named as areas of 0
         iscrowd=columns.crowds,
     ).healthcheck()
-
-
-def _check_readable(file: Path) -> Iterator[Finding]:
-    try:
-        hotcoco.COCO(str(file))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        yield Finding("error", f"hotcoco, which evaluates, cannot read {file}: {error}", 0, ())

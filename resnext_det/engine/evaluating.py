@@ -42,8 +42,7 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
     model = build_model(cfg)
     logger.info("%s", load_weights(model, cfg, whole_detector=True))
     check_classes(cfg)
-    results: dict[str, Any] = Trainer.test(cfg, model)  # type: ignore[no-untyped-call]
-    return results
+    return Trainer.test(cfg, model)
 
 
 def last_checkpoint(cfg: CfgNode) -> Path:

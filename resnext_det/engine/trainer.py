@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader
+from detectron2.data import DatasetCatalog, build_detection_test_loader
 from detectron2.data.detection_utils import build_augmentation
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
 from detectron2.engine.defaults import create_ddp_model
@@ -28,11 +28,12 @@ from resnext_det.engine.checkpoints import Checkpointer, Checkpoints
 from resnext_det.engine.disk import checkpoint_bytes, free_bytes
 from resnext_det.engine.evaluation_hook import Evaluation, Goal, validation_losses
 from resnext_det.engine.hooks import Progress, Throughput
+from resnext_det.engine.inference import evaluate_datasets, remaining
 from resnext_det.engine.schedule import scale
 from resnext_det.engine.stopping import Stop, StopOnSignal
 from resnext_det.engine.train_loop import Arithmetic, TrainLoop, bare, shared_seed
 from resnext_det.engine.writers import build_writers, forget_after, writing_period
-from resnext_det.evaluation.evaluator import BoxEvaluator
+from resnext_det.evaluation.evaluator import BoxEvaluator, Engine
 from resnext_det.pretrained.loading import load_weights
 
 logger = logging.getLogger(__name__)
@@ -214,8 +215,7 @@ class Trainer(DefaultTrainer):
             self._stop_on_signal.interruptible = False
 
     def _tested(self, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
-        results: dict[str, Any] | None = self.test(cfg, model)  # type: ignore[no-untyped-call]
-        return results or {}  # the main process alone has some
+        return self.test(cfg, model)
 
     def _validation_batches(self) -> Iterable[list[dict[str, Any]]]:
         # With annotations, and without augmentation.
@@ -265,15 +265,50 @@ class Trainer(DefaultTrainer):
         return build_stream(cfg, NamingDatasetMapper(cfg, True), share, seed, start)
 
     @classmethod
-    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
-        """Return Detectron2's loader for an evaluation, whose errors name the image."""
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict[str, Any]:
+        """Evaluate a model; one that was killed in it goes on from the predictions there are.
+
+        Args:
+            cfg: the config; DATASETS.TEST names the data sets.
+            model: with its weights.
+            evaluators: as in Detectron2: one, or one for each data set; None for this package's.
+        """
+        if evaluators is not None:
+            found: dict[str, Any] = super().test(cfg, model, evaluators)  # type: ignore[no-untyped-call]
+            return found
+        return evaluate_datasets(
+            cfg,
+            model,
+            functools.partial(cls.build_evaluator, cfg),
+            lambda name, done: (
+                cls.build_test_loader(cfg, name, done) if done else cls.build_test_loader(cfg, name)
+            ),
+        )
+
+    @classmethod
+    def build_test_loader(
+        cls, cfg: CfgNode, dataset_name: str, done: frozenset[int] = frozenset()
+    ) -> Any:
+        """Return Detectron2's loader for an evaluation, whose errors name the image.
+
+        Args:
+            cfg: the config.
+            dataset_name: a registered data set.
+            done: the ids of images to leave out.
+        """
         mapper = NamingDatasetMapper(cfg, False)
-        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        if not done:
+            return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        left = remaining(DatasetCatalog.get(dataset_name), done)
+        workers = cfg.DATALOADER.NUM_WORKERS
+        return build_detection_test_loader(left, mapper=mapper, num_workers=workers)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> BoxEvaluator:
         """Return the evaluator that writes metrics.json into OUTPUT_DIR."""
-        return BoxEvaluator(dataset_name, Path(cfg.OUTPUT_DIR), {"weights": cfg.MODEL.WEIGHTS})
+        description = {"weights": cfg.MODEL.WEIGHTS}
+        engine = Engine(cfg.TEST.ENGINE, cfg.TEST.CROSS_CHECK)
+        return BoxEvaluator(dataset_name, Path(cfg.OUTPUT_DIR), description, engine)
 
 
 def _distributed(model: nn.Module) -> nn.Module:

@@ -1,80 +1,86 @@
-"""Detections of boxes -> COCO's 12 figures and a row for every class."""
+"""Detections of boxes -> COCO's figures and tables, for Detectron2's programs and for files."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import itertools
-import json
 import logging
 from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import hotcoco
-import numpy as np
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
-from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.utils import comm
-from tabulate import tabulate
 
-from resnext_det.environment import hardware, versions
-from resnext_det.errors import DatasetError
+from resnext_det.errors import ConfigError
+from resnext_det.evaluation.details import Details, details_of
+from resnext_det.evaluation.detections import Detections, check_detections
+from resnext_det.evaluation.engines import ENGINES, accumulated, compute, hotcoco_evaluation
+from resnext_det.evaluation.figures import BoxFigures, figures_of
+from resnext_det.evaluation.metrics_file import write_detections, write_json, write_metrics
+from resnext_det.evaluation.predictions import Predictions, rows_of
+from resnext_det.evaluation.proposals import proposal_figures, proposal_table
+from resnext_det.evaluation.truth import Truth, read_truth
 
 logger = logging.getLogger(__name__)
 
-FIGURES = (
-    *("AP", "AP50", "AP75", "APs", "APm", "APl"),
-    *("AR1", "AR10", "AR100", "ARs", "ARm", "ARl"),
-)
-"""The 12 figures in the order of COCO's own summary."""
-
 
 @dataclass(frozen=True)
-class ClassFigures:
-    """What one class reached.
+class Engine:
+    """What computes the figures.
 
     Attributes:
-        name: of the class.
-        AP: averaged over IoU 0.50 to 0.95, in percent; None without any instance.
-        AP50: at IoU 0.50, in percent; None without any instance.
-        instances: objects of the class in the annotations, crowds not counted.
+        name: "hotcoco", or "pycocotools", the reference, which takes a hundred times as long.
+        cross_check: compute by both, and refuse any difference.
     """
 
-    name: str
-    AP: float | None
-    AP50: float | None
-    instances: int
+    name: str = "hotcoco"
+    cross_check: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse an engine that is not known."""
+        if self.name not in ENGINES:
+            raise ConfigError(
+                f"there is no engine {self.name!r} to compute figures with: {' or '.join(ENGINES)}"
+            )
 
 
 @dataclass(frozen=True)
-class BoxFigures:
-    """COCO's 12 figures by name, in percent (None where there is nothing to find), and by class."""
+class Evaluated:
+    """The figures of detections, and where they err."""
 
-    figures: dict[str, float | None]
-    per_class: tuple[ClassFigures, ...]
-
-    def table(self) -> str:
-        """Return the figures and the classes as text for a terminal."""
-        halves = FIGURES[:6], FIGURES[6:]
-        upper = "\n\n".join(
-            tabulate([[_shown(self.figures[name]) for name in names]], headers=names)
-            for names in halves
-        )
-        rows = [
-            [entry.name, _shown(entry.AP), _shown(entry.AP50), entry.instances]
-            for entry in self.per_class
-        ]
-        return f"{upper}\n\n{tabulate(rows, headers=['class', 'AP', 'AP50', 'instances'])}"
+    figures: BoxFigures
+    details: Details
 
 
-def _shown(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+def evaluate_detections(
+    truth: Truth, detections: Detections, engine: Engine = Engine(), source: str = "the detections"
+) -> Evaluated:
+    """Compute COCO's figures for boxes, and where the detector errs.
+
+    Args:
+        truth: the annotations.
+        detections: of its images. Without any, the figures are 0, as nothing was found.
+        engine: what computes the figures; the tables of errors are hotcoco's.
+        source: where the detections are from, for messages.
+
+    Raises:
+        DatasetError: detections of other images or classes.
+        EvaluationError: the engines differ.
+    """
+    check_detections(detections, truth, source)
+    # Ties in score go to the first: the order must not depend on how images were shared out.
+    ordered = detections.in_order(truth.image_ids)
+    evaluation = hotcoco_evaluation(truth, ordered)
+    fast = accumulated(evaluation)
+    found = fast
+    if engine != Engine():
+        found = compute(truth, ordered, engine=engine.name, cross_check=engine.cross_check)
+    return Evaluated(figures_of(found, truth), details_of(evaluation, fast, truth))
 
 
-def evaluate_boxes(annotations: Path, detections: list[dict[str, Any]]) -> BoxFigures:
+def evaluate_boxes(annotations: Path, detections: Sequence[dict[str, Any]]) -> BoxFigures:
     """Compute COCO's figures for boxes.
 
     Args:
@@ -88,121 +94,172 @@ def evaluate_boxes(annotations: Path, detections: list[dict[str, Any]]) -> BoxFi
     Raises:
         DatasetError: the annotations or the detections cannot be evaluated.
     """
-    try:
-        truth = hotcoco.COCO(str(annotations))
-        evaluation = hotcoco.COCOeval(truth, truth.load_res(detections), "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints the table as it computes it
-            evaluation.summarize()
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise DatasetError(f"cannot evaluate against {annotations}: {error}") from error
-    results = evaluation.get_results()
-    figures = {name: _percent(results[name]) for name in FIGURES}
-    # (IoU thresholds, recalls, classes, areas, most detections); -1 where a class has no instance.
-    precision = (evaluation.eval or {})["precision"][:, :, :, 0, -1]
-    names = {entry["id"]: str(entry["name"]) for entry in truth.dataset["categories"]}
-    rows = []
-    for position, category in enumerate(evaluation.params.cat_ids):
-        instances = len(truth.get_ann_ids(cat_ids=[category], iscrowd=False))
-        of_class = precision[:, :, position]
-        rows.append(ClassFigures(names[category], _mean(of_class), _mean(of_class[:1]), instances))
-    return BoxFigures(figures, tuple(rows))
+    return evaluate_detections(read_truth(annotations), Detections.of(detections)).figures
 
 
-def _percent(value: float) -> float | None:
-    return None if value < 0 else 100 * float(value)
+def write_evaluated(
+    folder: Path,
+    dataset: str,
+    description: Mapping[str, str],
+    truth: Truth,
+    detections: Path | Detections,
+    evaluated: Evaluated,
+    entry: Mapping[str, Any],
+) -> None:
+    """Write an evaluation as a run's folder has it: metrics.json, the detections, the details.
 
-
-def _mean(precision: np.ndarray[Any, np.dtype[np.float64]]) -> float | None:
-    valid = precision[precision > -1]
-    return 100 * float(valid.mean()) if valid.size else None
+    Args:
+        folder: of the run.
+        dataset: its name.
+        description: see `metrics_file.write_metrics`.
+        truth: the annotations.
+        detections: a file that there is already, or what to write.
+        evaluated: the figures.
+        entry: what else stands with the data set, such as the folder of the images.
+    """
+    if isinstance(detections, Detections):
+        file = Path(f"detections_{dataset}.json")
+        write_detections(folder / file, detections)
+    else:
+        file = detections.resolve()
+    details = f"details_{dataset}.json"
+    write_json(folder / details, evaluated.details.document(truth), indent=None)
+    write_metrics(
+        folder,
+        dataset,
+        description,
+        {
+            "annotations": str(truth.file.resolve()),
+            "annotations_sha256": truth.sha256,
+            "image_count": len(truth.image_ids),
+            "detections": str(file),
+            "details": details,
+            **entry,
+            **evaluated.figures.document(),
+        },
+    )
 
 
 class BoxEvaluator(DatasetEvaluator):
     """Detectron2's evaluator protocol: gathers detections, computes and writes the figures.
 
-    Writes `metrics.json` and `detections_DATASET.json` into the output folder.
+    Writes `metrics.json`, `detections_DATASET.json` and `details_DATASET.json` into the output
+    folder; for an RPN alone, `metrics.json` with the average recall of its proposals.
     """
 
-    def __init__(self, dataset: str, output: Path, description: dict[str, str]) -> None:
+    def __init__(
+        self,
+        dataset: str,
+        output: Path,
+        description: dict[str, str],
+        engine: Engine = Engine(),
+    ) -> None:
         """Prepare for one data set.
 
         Args:
             dataset: a registered data set with a COCO annotation file.
             output: the folder for what is written.
             description: what stands beside the figures, such as the weights' name.
+            engine: what computes the figures.
         """
         self.dataset = dataset
         self.output = output
         self.description = description
+        self.engine = engine
         self.metadata = MetadataCatalog.get(dataset)
-        self._detections: list[dict[str, Any]] = []
-        self._images = 0
+        self._predictions = Predictions()
+        self._kept = False
+        self._of_proposals = False
+
+    @property
+    def annotations(self) -> Path:
+        """The annotation file."""
+        return Path(self.metadata.json_file)
+
+    def keep(self, identity: str) -> frozenset[int]:
+        """Keep predictions on disk until the figures are written, and go on from those there are.
+
+        Called in all processes together, before the first image.
+
+        Args:
+            identity: of weights, images and settings.
+
+        Returns:
+            The ids of the images that need not be predicted again.
+        """
+        folder = self.output / f"predictions_{self.dataset}.partial"
+        self._predictions = Predictions()
+        done = self._predictions.keep_in(folder, identity)
+        self._kept = True
+        return done
 
     def reset(self) -> None:
-        """Forget what was gathered."""
-        self._detections = []
-        self._images = 0
+        """Forget what was gathered, but for what `keep` just took over."""
+        if not self._kept:
+            self._predictions = Predictions()
+        self._kept = False
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
         """Gather the detections of a batch.
 
         Args:
             inputs: the model's inputs; "image_id" is read.
-            outputs: the model's outputs, with `Instances` under "instances".
+            outputs: the model's outputs, with `Instances` under "instances", or under "proposals".
         """
         for record, output in zip(inputs, outputs):
-            instances = output["instances"].to("cpu")
-            self._detections += instances_to_coco_json(instances, record["image_id"])
-            self._images += 1
+            self._of_proposals = "instances" not in output
+            self._predictions.add(int(record["image_id"]), rows_of(output))
 
     def evaluate(self) -> OrderedDict[str, dict[str, float]]:
         """Compute the figures of all processes' detections.
 
         Returns:
             {"bbox": {"AP": ..., "AP50": ..., "AP-person": ...}} in percent, NaN for what cannot
-            be computed, as Detectron2's own evaluator; nothing but on the main process.
+            be computed, as Detectron2's own evaluator; {"box_proposals": {"AR@1000": ...}} for
+            proposals; nothing but on the main process.
+
+        Raises:
+            EvaluationError: images were left out, the model has other classes than the data, or
+                the engines differ.
         """
-        comm.synchronize()
-        gathered = comm.gather(self._detections, dst=0)
-        images = sum(comm.gather(self._images, dst=0))
-        if not comm.is_main_process():
-            return OrderedDict()
+        of_proposals = any(comm.all_gather(self._of_proposals))
+        truth = read_truth(self.annotations)
         positions = self.metadata.thing_dataset_id_to_contiguous_id
         categories = {position: category for category, position in positions.items()}
-        detections = [
-            {**found, "category_id": categories[found["category_id"]]}
-            for found in itertools.chain(*gathered)
-        ]
-        figures = evaluate_boxes(Path(self.metadata.json_file), detections)
-        self._write(figures, detections, images)
-        logger.info("%s, %d images:\n%s", self.dataset, images, figures.table())
-        flat = dict(figures.figures) | {f"AP-{row.name}": row.AP for row in figures.per_class}
-        numbers = {name: float("nan") if v is None else v for name, v in flat.items()}
-        return OrderedDict(bbox=numbers)
+        detections = self._predictions.gather(truth.image_ids.tolist(), categories)
+        results: OrderedDict[str, dict[str, float]] = OrderedDict()
+        if detections is not None:
+            write = self._proposals if of_proposals else self._boxes
+            results = OrderedDict([write(truth, detections)])
+        self._predictions.forget()
+        return results
 
-    def _write(self, figures: BoxFigures, detections: list[dict[str, Any]], images: int) -> None:
-        self.output.mkdir(parents=True, exist_ok=True)
-        name = f"detections_{self.dataset}.json"
-        write_json(self.output / name, detections)
-        target = self.output / "metrics.json"
-        document: dict[str, Any] = {
-            **self.description,
-            "versions": versions(),
-            "hardware": hardware(),
-            "datasets": _other_datasets(target, self.description),
-        }
-        document["datasets"][self.dataset] = {
-            "annotations": str(Path(self.metadata.json_file).resolve()),
+    def _boxes(self, truth: Truth, detections: Detections) -> tuple[str, dict[str, float]]:
+        evaluated = evaluate_detections(truth, detections, self.engine)
+        images = {"images": str(Path(self.metadata.image_root).resolve())}
+        arguments = self.output, self.dataset, self.description, truth, detections, evaluated
+        write_evaluated(*arguments, {**images, "engine": vars(self.engine)})
+        self._tell(truth, evaluated.figures.table())
+        return "bbox", evaluated.figures.flat()
+
+    def _proposals(self, truth: Truth, proposals: Detections) -> tuple[str, dict[str, float]]:
+        figures = proposal_figures(
+            truth, proposals, engine=self.engine.name, cross_check=self.engine.cross_check
+        )
+        entry = {
+            "annotations": str(truth.file.resolve()),
+            "annotations_sha256": truth.sha256,
+            "image_count": len(truth.image_ids),
             "images": str(Path(self.metadata.image_root).resolve()),
-            "detections": name,
-            "image_count": images,
-            "figures": figures.figures,
-            "per_class": [vars(row) for row in figures.per_class],
+            "proposals": figures,
         }
-        write_json(target, document)
-        logger.info("wrote %s", target)
+        write_metrics(self.output, self.dataset, self.description, entry)
+        self._tell(truth, proposal_table(figures))
+        return "box_proposals", {k: float("nan") if v is None else v for k, v in figures.items()}
+
+    def _tell(self, truth: Truth, table: str) -> None:
+        logger.info("%s, %d images, by %s:", self.dataset, len(truth.image_ids), truth.file)
+        logger.info("\n%s", table)
 
 
 def box_evaluator(dataset: str, output: str, weights: str) -> BoxEvaluator:
@@ -214,20 +271,3 @@ def box_evaluator(dataset: str, output: str, weights: str) -> BoxEvaluator:
         weights: the name that stands beside the figures.
     """
     return BoxEvaluator(dataset, Path(output), {"weights": weights})
-
-
-def _other_datasets(target: Path, description: dict[str, str]) -> dict[str, Any]:
-    """Return what the same weights reached on other data sets, from an earlier evaluation."""
-    try:
-        earlier = json.loads(target.read_text())
-        same = all(earlier[key] == value for key, value in description.items())
-        return dict(earlier["datasets"]) if same else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
-def write_json(target: Path, content: object) -> None:
-    """Write JSON beside `target`, then rename: never half a file."""
-    beside = target.with_name(f".{target.name}.partial")
-    beside.write_text(json.dumps(content, indent=1) + "\n")
-    beside.replace(target)

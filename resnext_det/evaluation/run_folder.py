@@ -37,6 +37,7 @@ class Evaluation:
     Attributes:
         name: of the data set.
         annotations: the COCO annotation file.
+        annotations_sha256: of that file, when it was evaluated; "" where that is not known.
         images: the folder of the pictures.
         detections: the list of COCO results in the run's folder.
         image_count: images that were evaluated.
@@ -46,6 +47,7 @@ class Evaluation:
 
     name: str
     annotations: Path
+    annotations_sha256: str
     images: Path
     detections: Path
     image_count: int
@@ -145,6 +147,7 @@ def _evaluation(run: Path, name: str, entry: dict[str, Any]) -> Evaluation:
     return Evaluation(
         name=name,
         annotations=Path(entry["annotations"]),
+        annotations_sha256=str(entry.get("annotations_sha256", "")),
         images=Path(entry["images"]),
         detections=run / entry["detections"],
         image_count=int(entry["image_count"]),

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import json
 import math
 import runpy
@@ -15,6 +17,8 @@ from detectron2.data.detection_utils import read_image
 from hypothesis import given, settings
 from hypothesis import strategies as some
 from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from resnext_det.data.checks import read_annotations
 from resnext_det.data.health import Health, examine
@@ -264,10 +268,10 @@ def test_repeated_ids_of_minival_crowds_are_let_through() -> None:
     for entry in document["annotations"][:2]:
         entry.update(id=908400416500.0, iscrowd=1)
     elsewhere, minival = Path("train.json"), Path("instances_minival2014.json")
-    assert examine(document, file=elsewhere, evaluation=False).errors
-    assert not examine(document, file=minival, evaluation=False).errors
+    assert examine(document, file=elsewhere).errors
+    assert not examine(document, file=minival).errors
     document["annotations"][0]["iscrowd"] = 0
-    assert examine(document, file=minival, evaluation=False).errors
+    assert examine(document, file=minival).errors
 
 
 @pytest.fixture
@@ -323,6 +327,16 @@ def test_objects_that_detectron2_leaves_out_are_counted(
     assert error.count == len(polygons) - left == 3
 
 
+def pycocotools_precision(annotations: Path, detections: list[Document]) -> float:
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(annotations))
+        evaluation = COCOeval(truth, truth.loadRes(detections), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return float(evaluation.stats[0])
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -340,23 +354,14 @@ def test_what_costs_a_perfect_detector_its_figure_is_found(
         {key: entry[key] for key in ("image_id", "category_id", "bbox")} | {"score": 0.9}
         for entry in document["annotations"]
     ]
-    reached = evaluate_boxes(on_disk(document), detections).figures["AP"]
-    assert reached is not None
-    assert reached < 99
+    assert pycocotools_precision(on_disk(document), detections) < 0.99
     assert examine(document, training=False).findings
 
 
-def test_a_file_that_the_evaluation_cannot_read_is_an_error(
-    on_disk: Callable[[Document], Path],
-) -> None:
-    document = sound() | {"info": {"year": "2022"}}  # as text, where a number is due
-    file = on_disk(document)
-    with pytest.raises(DatasetError):
-        evaluate_boxes(file, [])
-    (error,) = examine(document, file=file, training=False).errors
-    assert "hotcoco, which evaluates, cannot read" in str(error)
-    assert "2022" in str(error)
-    assert not examine(document, file=file, evaluation=False).errors
+def test_what_else_stands_in_the_file_does_not_matter(on_disk: Callable[[Document], Path]) -> None:
+    document = sound() | {"info": {"year": "2022"}}  # as text, where COCO's have a number
+    assert evaluate_boxes(on_disk(document), []).figures["AP"] == 0
+    assert not examine(document, training=False).errors
 
 
 def test_an_evaluation_leaves_headers_and_quality_alone(

@@ -12,7 +12,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from resnext_det.errors import DatasetError
-from resnext_det.evaluation.evaluator import FIGURES, evaluate_boxes
+from resnext_det.evaluation.engines import FIGURES
+from resnext_det.evaluation.evaluator import evaluate_boxes
 
 
 def made_up(annotations: Path, seed: int) -> list[dict[str, Any]]:

@@ -1,0 +1,125 @@
+"""Where a detector errs: precision over recall, confused classes, kinds of errors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import hotcoco
+import numpy as np
+from numpy.typing import NDArray
+from tabulate import tabulate
+
+from resnext_det.evaluation.engines import Accumulated
+from resnext_det.evaluation.truth import Truth
+
+CONFUSED_FROM = 0.5
+"""Detections below this score do not stand in the table of confused classes: there are 100 of
+them per image, most of which nobody would be shown."""
+OVERLAP = 0.5
+"""The IoU from which on a detection may be of an object."""
+BACKGROUND = 0.1
+"""The IoU below which it is of none (Bolya et al. 2020, TIDE, section 2.2)."""
+
+ERROR_KINDS = {
+    "Cls": ("Class", "the right place, another class"),
+    "Loc": ("Place", f"the right class, an IoU of {BACKGROUND} to {OVERLAP}"),
+    "Both": ("Class and place", f"another class, an IoU of {BACKGROUND} to {OVERLAP}"),
+    "Dupe": ("Twice", "right, but the object was found already"),
+    "Bkg": ("Background", f"no object, an IoU below {BACKGROUND}"),
+    "Miss": ("Missed", "an object that nothing above explains"),
+}
+"""TIDE's kinds by its short names: what they are called here, and what they are."""
+
+_RANGES = {"0.50": slice(0, 1), "0.75": slice(5, 6), "0.50:0.95": slice(0, 10)}
+
+
+@dataclass(frozen=True)
+class ErrorKind:
+    """One of TIDE's kinds of errors.
+
+    Attributes:
+        kind: its key in `ERROR_KINDS`.
+        count: errors of this kind.
+        cost: points of AP50 that would be won if there were none.
+    """
+
+    kind: str
+    count: int
+    cost: float
+
+
+@dataclass(frozen=True)
+class Details:
+    """Where a detector errs.
+
+    Attributes:
+        recalls: (101,), 0 to 1.
+        curves: precisions in percent at these recalls, shape (101,), by class name and IoU
+            ("0.50", "0.75", "0.50:0.95"); the mean of all classes under "". A class without
+            objects is not there.
+        confusion: (K + 1, K + 1) counts: true class by detected class, the last of both being
+            background; at an IoU of 0.5, detections with a score of 0.5 or more.
+        errors: TIDE's kinds, for AP50.
+    """
+
+    recalls: NDArray[np.float64]
+    curves: dict[str, dict[str, NDArray[np.float64]]]
+    confusion: NDArray[np.int64]
+    errors: tuple[ErrorKind, ...]
+
+    def document(self, truth: Truth) -> dict[str, Any]:
+        """Return what is saved as JSON, numbers rounded to what a picture can show."""
+        curves = {
+            name: {key: np.round(values, 2).tolist() for key, values in ranges.items()}
+            for name, ranges in self.curves.items()
+        }
+        return {
+            "recalls": np.round(self.recalls, 2).tolist(),
+            "curves": curves,
+            "confusion": {
+                "classes": [*truth.categories.values(), "background"],
+                "iou": OVERLAP,
+                "score": CONFUSED_FROM,
+                "counts": self.confusion.tolist(),
+            },
+            "errors": [vars(error) for error in self.errors],
+        }
+
+
+def details_of(evaluation: hotcoco.COCOeval, found: Accumulated, truth: Truth) -> Details:
+    """Return where a detector errs.
+
+    Args:
+        evaluation: of `engines.hotcoco_evaluation`, with COCO's own protocol.
+        found: what it accumulated.
+        truth: the annotations.
+    """
+    precision = found.precision[:, :, :, 0, -1]  # of objects of any size, 100 per image
+    present = np.flatnonzero((precision > -1).any(axis=(0, 1)))
+    names = list(truth.categories.values())
+    curves = {names[position]: _curves(precision[:, :, [position]]) for position in present}
+    if len(present):
+        curves = {"": _curves(precision[:, :, present]), **curves}
+    matrix = evaluation.confusion_matrix(iou_thr=OVERLAP, min_score=CONFUSED_FROM)["matrix"]
+    errors = evaluation.tide_errors(pos_thr=OVERLAP, bg_thr=BACKGROUND)
+    kinds = tuple(
+        ErrorKind(kind, int(errors["counts"][kind]), 100 * float(errors["delta_ap"][kind]))
+        for kind in ERROR_KINDS
+    )
+    recalls = np.linspace(0, 1, precision.shape[1])
+    return Details(recalls, curves, np.asarray(matrix).astype(np.int64), kinds)
+
+
+def _curves(precision: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+    """Return curves by IoU, of precisions of shape (IoU thresholds, recalls, classes)."""
+    return {key: 100 * precision[part].mean(axis=(0, 2)) for key, part in _RANGES.items()}
+
+
+def error_table(details: Details) -> str:
+    """Return the kinds of errors as text for a terminal, the costliest first."""
+    rows = [
+        [ERROR_KINDS[error.kind][0], ERROR_KINDS[error.kind][1], error.count, f"{error.cost:.2f}"]
+        for error in sorted(details.errors, key=lambda error: -error.cost)
+    ]
+    return tabulate(rows, headers=["error", "", "count", "costs AP50"], disable_numparse=True)

@@ -1,0 +1,189 @@
+"""Predictions of a model, image by image; kept on disk as they come, where that is asked for."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from detectron2.structures import BoxMode, Instances
+from detectron2.utils import comm
+
+from resnext_det.errors import EvaluationError
+from resnext_det.evaluation.detections import Detections
+
+logger = logging.getLogger(__name__)
+
+_IDENTITY = "identity.json"
+
+# x, y, width, height in pixels, score, class
+Row = tuple[float, float, float, float, float, int]
+
+
+def rows_of(output: Mapping[str, Any]) -> list[Row]:
+    """Return what a model of Detectron2 found in one image, surest first as the model has it.
+
+    Args:
+        output: with `Instances` under "instances", or of an RPN alone under "proposals".
+    """
+    found: Instances = (output["instances"] if "instances" in output else output["proposals"]).to(
+        "cpu"
+    )
+    if found.has("pred_boxes"):
+        boxes, scores = found.pred_boxes.tensor, found.scores
+        classes = found.pred_classes.tolist()
+    else:
+        boxes, scores = found.proposal_boxes.tensor, found.objectness_logits
+        classes = [0] * len(found)
+    placed: torch.Tensor = BoxMode.convert(boxes, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)  # type: ignore[assignment]  # a tensor for a tensor
+    rows = zip(placed.tolist(), scores.tolist(), classes)
+    return [(*box, score, kind) for box, score, kind in rows]
+
+
+class Predictions:
+    """What was found in each image, once: neither twice nor, after `check`, not at all.
+
+    In a folder, every image is a line of a file that the process alone writes. An evaluation that
+    was killed leaves it behind, and the next one of the same weights, images and settings goes on
+    from there, on any number of processes.
+    """
+
+    def __init__(self) -> None:
+        """Begin with no image, and keep nothing on disk."""
+        self._rows: dict[int, list[Row]] = {}
+        self._folder: Path | None = None
+        self._file: IO[str] | None = None
+
+    def keep_in(self, folder: Path, identity: str) -> frozenset[int]:
+        """Keep what comes in a folder, and take over what an evaluation that was killed left.
+
+        Called in all processes together.
+
+        Args:
+            folder: for these predictions alone; made where it is not there.
+            identity: of weights, images and settings; what another one left is removed.
+
+        Returns:
+            The ids of the images that need not be predicted again, the same in all processes.
+        """
+        if comm.get_local_rank() == 0:
+            _prepare(folder, identity)
+        comm.synchronize()
+        # One process of each machine reads, which may have a disk of its own.
+        rows = _read(folder) if comm.get_local_rank() == 0 else {}
+        comm.synchronize()
+        self._rows = rows
+        self._folder = folder
+        name = f"{comm.get_rank()}-{os.getpid()}-{time.time_ns()}.jsonl"
+        self._file = (folder / name).open("x", buffering=1, encoding="utf-8")
+        return frozenset().union(*comm.all_gather(frozenset(rows)))
+
+    def add(self, image_id: int, rows: list[Row]) -> None:
+        """Add what was found in an image; a second time is passed over."""
+        if image_id in self._rows:
+            return
+        self._rows[image_id] = rows
+        if self._file is not None:
+            self._file.write(json.dumps([image_id, rows]) + "\n")
+
+    def gather(
+        self, image_ids: Iterable[int], category_ids: Mapping[int, int]
+    ) -> Detections | None:
+        """Return the detections of all processes, in the order of the images.
+
+        Args:
+            image_ids: of all images that there are.
+            category_ids: of the annotations, by class of the model.
+
+        Returns:
+            The detections; None on all processes but the main one.
+
+        Raises:
+            EvaluationError: images that no process was given, classes the annotations have not.
+        """
+        gathered = comm.gather(self._rows, dst=0)
+        if not comm.is_main_process():
+            return None
+        rows: dict[int, list[Row]] = {}
+        for share in gathered:
+            rows.update((image_id, found) for image_id, found in share.items())
+        _check(rows, image_ids, category_ids)
+        table = [
+            (image_id, x, y, width, height, score, category_ids[kind])
+            for image_id in image_ids
+            for x, y, width, height, score, kind in rows[image_id]
+        ]
+        return Detections.of_table(np.array(table, np.float64).reshape(-1, 7))
+
+    def forget(self) -> None:
+        """Forget all, on disk as well: the figures are written. Called in all processes."""
+        if self._file is not None:
+            self._file.close()
+        comm.synchronize()
+        if self._folder is not None and comm.get_local_rank() == 0:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        self._rows, self._folder, self._file = {}, None, None
+
+
+def _check(
+    rows: Mapping[int, list[Row]], image_ids: Iterable[int], category_ids: Mapping[int, int]
+) -> None:
+    known = list(image_ids)
+    lost = [number for number in known if number not in rows]
+    if lost:
+        raise EvaluationError(
+            f"{len(lost)} of {len(known)} images were not predicted, such as {lost[:5]}: all that "
+            "the annotations list must be, as their objects count as missed otherwise."
+        )
+    strange = sorted(set(rows) - set(known))
+    if strange:
+        raise EvaluationError(
+            f"{len(strange)} images were predicted that the annotations do not list, such as "
+            f"{strange[:5]}: the data set's images and its annotation file differ."
+        )
+    classes = {row[-1] for found in rows.values() for row in found} - category_ids.keys()
+    if classes:
+        raise EvaluationError(
+            f"the model finds class {min(classes)}, and the data set has {len(category_ids)} "
+            "classes: set MODEL.ROI_HEADS.NUM_CLASSES to that, or evaluate on the data that it "
+            "was trained for."
+        )
+
+
+def _prepare(folder: Path, identity: str) -> None:
+    """Make the folder, empty but for what was left by an evaluation of the same identity."""
+    file = folder / _IDENTITY
+    try:
+        same = json.loads(file.read_text(encoding="utf-8")) == identity
+    except (OSError, ValueError, RecursionError):
+        same = False
+    if same:
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    beside = folder / f"{_IDENTITY}.partial"
+    beside.write_text(json.dumps(identity) + "\n", encoding="utf-8")
+    beside.replace(file)
+
+
+def _read(folder: Path) -> dict[int, list[Row]]:
+    """Read what was left; of a line that is none, such as half a line, the image counts as open."""
+    rows: dict[int, list[Row]] = {}
+    for file in sorted(folder.glob("*.jsonl")):
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                image_id, found = json.loads(line)
+                rows[int(image_id)] = [
+                    (float(x), float(y), float(width), float(height), float(score), int(kind))
+                    for x, y, width, height, score, kind in found
+                ]
+            except (ValueError, TypeError, LookupError, RecursionError):
+                continue
+    return rows

@@ -1,0 +1,124 @@
+"""What detections are held against: the images, classes and boxes of a COCO annotation file."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from resnext_det.data.categories import read_categories
+from resnext_det.data.checks import read_annotations
+from resnext_det.data.columns import Columns
+from resnext_det.data.findings import Record
+from resnext_det.data.health import Document
+from resnext_det.data.record_forms import is_box, is_whole, repeated
+from resnext_det.errors import DatasetError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """The annotations that detections are held against.
+
+    Attributes:
+        file: they were read from.
+        sha256: of the file, hexadecimal.
+        image_ids: (M,), in the order of the file.
+        file_names: of the M images, "" where the file has none.
+        categories: names by ids, ids ascending.
+        objects: N annotations, all of these images and categories; every area is a number.
+    """
+
+    file: Path
+    sha256: str
+    image_ids: NDArray[np.int64]
+    file_names: tuple[str, ...]
+    categories: dict[int, str]
+    objects: Columns
+
+
+def read_truth(file: Path) -> Truth:
+    """Read what detections are held against.
+
+    The ids of the annotations are not read, so that none can be wrong. pycocotools finds its
+    annotations by these: of two with one id, as the original files of minival have them, it
+    evaluates with one; and an object with the id 0 is never found, whatever is detected.
+
+    Args:
+        file: a COCO annotation file.
+
+    Returns:
+        What it holds. Annotations of images or categories that are not listed are left out, as in
+        pycocotools, which is logged.
+
+    Raises:
+        DatasetError: the file cannot be read, or an image, a category or an annotation has not
+            the form that COCO's format gives it.
+    """
+    document = read_annotations(file)
+    categories = read_categories(document["categories"], file)
+    image_ids = _image_ids(document, file)
+    annotations = document["annotations"]
+    _check(annotations, file, "annotations", _is_sound)
+    columns = Columns.of(annotations)
+    known = np.isin(columns.image_ids, image_ids)
+    known &= np.isin(columns.category_ids, list(categories))
+    if not known.all():
+        logger.warning(
+            "%s: %d annotations are left out, as their image or their category is not listed",
+            file,
+            (~known).sum(),
+        )
+    names = tuple(str(image.get("file_name", "")) for image in document["images"])
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    objects = _with_areas(columns.where(known), file)
+    return Truth(file, digest, image_ids, names, categories, objects)
+
+
+def _image_ids(document: Document, file: Path) -> NDArray[np.int64]:
+    images = document["images"]
+    _check(images, file, "images", lambda image: is_whole(image.get("id")))
+    ids = np.array([image["id"] for image in images], np.int64)
+    if len(np.unique(ids)) < len(ids):
+        first = ", ".join(repeated([str(number) for number in ids])[:3])
+        raise DatasetError(f"{file}: there are several images with one id, such as {first}.")
+    if not len(ids):
+        raise DatasetError(f"{file} lists no images.")
+    return ids
+
+
+def _is_sound(record: Record) -> bool:
+    ids = is_whole(record.get("image_id")) and is_whole(record.get("category_id"))
+    return ids and is_box(record.get("bbox"))
+
+
+def _check(
+    records: list[Record], file: Path, kind: str, is_sound: Callable[[Record], bool]
+) -> None:
+    bad = [each for each in records if not isinstance(each, dict) or not is_sound(each)]
+    if bad:
+        raise DatasetError(
+            f"{file}: {len(bad)} of the {len(records)} {kind} have not COCO's form, such as "
+            f"{str(bad[0])[:200]}. Ids are whole numbers from 0 on, and a bbox is 4 numbers: x, "
+            "y, width, height. (python tools/check_data.py --json FILE tells more.)"
+        )
+
+
+def _with_areas(objects: Columns, file: Path) -> Columns:
+    without = np.isnan(objects.areas)
+    if not without.any():
+        return objects
+    logger.warning(
+        "%s: %d annotations have no area, which tells small objects from large ones: that of the "
+        "box is taken",
+        file,
+        without.sum(),
+    )
+    areas = np.where(without, objects.boxes[:, 2] * objects.boxes[:, 3], objects.areas)
+    return Columns(objects.image_ids, objects.category_ids, objects.boxes, areas, objects.crowds)

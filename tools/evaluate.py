@@ -1,0 +1,102 @@
+"""Compute COCO's figures of detections in a file, without any model.
+
+    python tools/evaluate.py --annotations instances_val2017.json --results detections.json
+    python tools/evaluate.py ... --cross-check                      by pycocotools as well
+    python tools/evaluate.py ... --baseline OTHER_RUN/metrics.json  is it better, and how surely?
+    python tools/evaluate.py ... --images val2017 --output FOLDER   metrics.json and a report
+
+Annotations and results are in COCO's formats. --proposals gives the average recall of 100, 300
+and 1000 boxes per image, whatever their class.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from resnext_det.errors import reported
+from resnext_det.evaluation import baseline
+from resnext_det.evaluation.details import error_table
+from resnext_det.evaluation.detections import check_detections, read_detections
+from resnext_det.evaluation.engines import ENGINES
+from resnext_det.evaluation.evaluator import Engine, evaluate_detections, write_evaluated
+from resnext_det.evaluation.proposals import proposal_figures, proposal_table
+from resnext_det.evaluation.report import write_report
+from resnext_det.evaluation.truth import read_truth
+
+
+def parse() -> argparse.Namespace:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--annotations", type=Path, required=True, metavar="JSON")
+    parser.add_argument("--results", type=Path, required=True, metavar="JSON")
+    parser.add_argument("--engine", choices=list(ENGINES), default="hotcoco")
+    parser.add_argument("--cross-check", action="store_true", help="by both; fail if they differ")
+    parser.add_argument("--baseline", type=Path, metavar="JSON", help="metrics.json of another")
+    parser.add_argument(
+        "--resamples", type=int, default=baseline.RESAMPLES, help="for --baseline's intervals"
+    )
+    parser.add_argument("--proposals", action="store_true", help="recall, classes left out")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="metrics.json and report.html")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="pictures for the report")
+    arguments = parser.parse_args()
+    if arguments.proposals and (arguments.baseline or arguments.output):
+        parser.error("--proposals has neither a baseline nor a report")
+    if arguments.images and not arguments.output:
+        parser.error("--images is for the report: name a folder for it, --output DIR")
+    if arguments.resamples < 0:
+        parser.error("--resamples must be 0 or more")
+    return arguments
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """Evaluate, print, and write where that is asked for."""
+    truth = read_truth(arguments.annotations)
+    detections = read_detections(arguments.results)
+    print(f"{len(detections):,} detections: {arguments.results}")
+    print(f"{len(truth.image_ids):,} images: {truth.file}\n")
+    if arguments.proposals:
+        check_detections(detections, truth, str(arguments.results))
+        engine = {"engine": arguments.engine, "cross_check": arguments.cross_check}
+        print(proposal_table(proposal_figures(truth, detections, **engine)))
+        return
+    engine = Engine(arguments.engine, arguments.cross_check)
+    evaluated = evaluate_detections(truth, detections, engine, str(arguments.results))
+    print(evaluated.figures.table())
+    print(f"\n{error_table(evaluated.details)}")
+    if arguments.cross_check:
+        print("\nhotcoco and pycocotools agree.")
+    if arguments.baseline:
+        differences = baseline.compare_with(
+            arguments.baseline, truth, detections, arguments.resamples
+        )
+        print(f"\n{baseline.table(differences)}")
+    if arguments.output:
+        more = {"images": str((arguments.images or arguments.annotations.parent).resolve())}
+        if arguments.baseline:
+            more["baseline"] = baseline.document(arguments.baseline, differences)
+        write_evaluated(
+            arguments.output,
+            arguments.annotations.stem,
+            {"weights": f"unknown; detections {arguments.results.name}"},
+            truth,
+            arguments.results,
+            evaluated,
+            {**more, "engine": vars(engine)},
+        )
+        print(f"\nReport: {write_report(arguments.output)}")
+
+
+def main() -> None:
+    """Parse the arguments and evaluate."""
+    arguments = parse()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    with reported():
+        evaluate(arguments)
+
+
+if __name__ == "__main__":
+    main()
