@@ -20,12 +20,13 @@ from resnext_det.data import custom
 from resnext_det.data.checks import check_datasets
 from resnext_det.data.health import Document
 from resnext_det.engine import launching, processes
-from resnext_det.engine.evaluating import evaluate, last_checkpoint
+from resnext_det.engine.evaluating import check_expectations, evaluate, last_checkpoint
 from resnext_det.engine.schedule import check_learning_rate, scale
 from resnext_det.engine.setup import check_folder, set_up
 from resnext_det.engine.trainer import Trainer
 from resnext_det.engine.writers import check_wandb
 from resnext_det.errors import reported
+from resnext_det.evaluation.evaluator import Engine
 
 
 def parse() -> argparse.Namespace:
@@ -40,6 +41,9 @@ def parse() -> argparse.Namespace:
         "--overwrite", action="store_true", help="begin anew where OUTPUT_DIR holds a training"
     )
     parser.add_argument("--force", action="store_true", help="at any learning rate")
+    parser.add_argument(
+        "--cross-check", action="store_true", help="figures by hotcoco and pycocotools"
+    )
     custom.add_arguments(parser)
     processes.add_arguments(parser)
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
@@ -50,6 +54,8 @@ def check(
     cfg: CfgNode, arguments: argparse.Namespace, documents: dict[str, Document], world_size: int
 ) -> None:
     """Look for what would end the run later, once for all processes."""
+    check_expectations(cfg)
+    Engine(cfg.TEST.ENGINE)  # refuses one that is not known
     tested, trained = list(cfg.DATASETS.TEST), list(cfg.DATASETS.TRAIN)
     names = tested if arguments.eval_only else [*trained, *tested]
     check_datasets(cfg, names, documents=documents, ignore_health=arguments.ignore_health)
@@ -88,6 +94,8 @@ def main() -> None:
         where = processes.Where.of(arguments)
         # A path, also for a shipped name: Detectron2 copies the file into the log.
         arguments.config_file = str(locate_config(arguments.config_file))
+        if arguments.cross_check:
+            arguments.opts += ["TEST.CROSS_CHECK", "True"]
         cfg = load_config(arguments.config_file, arguments.opts)
         cfg, documents = custom.from_arguments(cfg, arguments)
         check(cfg, arguments, documents, where.world_size)

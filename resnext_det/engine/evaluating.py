@@ -14,6 +14,8 @@ from detectron2.utils.file_io import PathManager
 from resnext_det.engine.checkpoint_run import read_run
 from resnext_det.engine.trainer import Trainer
 from resnext_det.errors import ConfigError, DatasetError
+from resnext_det.evaluation.engines import FIGURES
+from resnext_det.evaluation.proposals import PROPOSAL_FIGURES
 from resnext_det.pretrained.loading import load_weights
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,42 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
     logger.info("%s", load_weights(model, cfg, whole_detector=True))
     check_classes(cfg)
     return Trainer.test(cfg, model)
+
+
+def check_expectations(cfg: CfgNode) -> None:
+    """Refuse a TEST.EXPECTED_RESULTS that Detectron2 could not hold against an evaluation.
+
+    It does so at the very end, with a KeyError.
+
+    Args:
+        cfg: the run's config.
+
+    Raises:
+        ConfigError: an entry has not the form [task, metric, value, tolerance], or names what an
+            evaluation does not give.
+    """
+    expected = cfg.TEST.EXPECTED_RESULTS
+    if not expected:
+        return
+    of_proposals = cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork"
+    task = "box_proposals" if of_proposals else "bbox"
+    known = PROPOSAL_FIGURES if of_proposals else FIGURES
+    for entry in expected:
+        try:
+            given, metric, value, tolerance = entry
+            sound = given == task and (metric in known or str(metric).startswith("AP-"))
+            sound = sound and float(value) == value and float(tolerance) >= 0
+        except (TypeError, ValueError):
+            sound = False
+        if not sound:
+            raise ConfigError(
+                f"TEST.EXPECTED_RESULTS has the entry {entry!r}. Entries are [{task!r}, METRIC, "
+                f"VALUE, TOLERANCE], in percent, and METRIC is one of {', '.join(known)}."
+            )
+    if len(cfg.DATASETS.TEST) != 1:
+        raise ConfigError(
+            f"TEST.EXPECTED_RESULTS is of one data set, and DATASETS.TEST is {cfg.DATASETS.TEST}."
+        )
 
 
 def last_checkpoint(cfg: CfgNode) -> Path:

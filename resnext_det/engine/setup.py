@@ -67,7 +67,8 @@ def _check_weights(cfg: CfgNode, folder: Path) -> None:
 def set_up(cfg: CfgNode, arguments: argparse.Namespace) -> None:
     """Make the output folder, begin its log.txt, save config.yaml and seed the random numbers.
 
-    What Detectron2 has to say goes to log.txt alone, unless it is a warning.
+    What Detectron2 has to say goes to log.txt alone, unless it is a warning. The config.yaml of a
+    training stays when it is evaluated; the evaluation's is evaluation.yaml then.
 
     Args:
         cfg: the run's config; OUTPUT_DIR and SEED are read.
@@ -82,10 +83,24 @@ def set_up(cfg: CfgNode, arguments: argparse.Namespace) -> None:
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name="fvcore")
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank)
     quieten_detectron2()
+    config = Path(cfg.OUTPUT_DIR) / "config.yaml"
+    of_training = _config_of_training(config) if getattr(arguments, "eval_only", False) else None
     default_setup(cfg, arguments)
+    if of_training is not None and comm.is_main_process():
+        # Detectron2 writes over it, and with it over what the training started from.
+        config.replace(config.with_name("evaluation.yaml"))
+        beside = config.with_name(".config.yaml.partial")
+        beside.write_bytes(of_training)
+        beside.replace(config)
     setup_logger(
         cfg.OUTPUT_DIR, distributed_rank=rank, name="resnext_det", abbrev_name="resnext_det"
     )
+
+
+def _config_of_training(config: Path) -> bytes | None:
+    """Return what stands in the config.yaml of a training, and None where there was none."""
+    begun = (config.parent / "last_checkpoint").is_file() and config.is_file()
+    return config.read_bytes() if begun else None
 
 
 def quieten_detectron2() -> None:

@@ -215,7 +215,11 @@ class Trainer(DefaultTrainer):
             self._stop_on_signal.interruptible = False
 
     def _tested(self, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
-        return self.test(cfg, model)
+        named: CfgNode = cfg.clone()  # for what is written: MODEL.WEIGHTS is what it began with
+        named.defrost()
+        named.MODEL.WEIGHTS = f"{self.cfg.OUTPUT_DIR}, iteration {self.iter + 1}"
+        named.freeze()
+        return self.test(named, model)
 
     def _validation_batches(self) -> Iterable[list[dict[str, Any]]]:
         # With annotations, and without augmentation.

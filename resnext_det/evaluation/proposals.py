@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 from tabulate import tabulate
 
@@ -13,6 +15,7 @@ from resnext_det.evaluation.truth import Truth
 LIMITS = (100, 300, 1000)
 PROTOCOL = Protocol(LIMITS, by_class=False)
 _SIZES = ("", "s", "m", "l")
+PROPOSAL_FIGURES = tuple(f"AR{size}@{limit}" for limit in LIMITS for size in _SIZES)
 
 
 def proposal_figures(
@@ -41,10 +44,10 @@ def proposal_figures(
     only = np.full(len(ordered), next(iter(truth.categories)), np.int64)
     ordered = Detections(ordered.image_ids, only, ordered.boxes, ordered.scores)
     found = compute(truth, ordered, PROTOCOL, engine=engine, cross_check=cross_check)
+    places = itertools.product(range(len(LIMITS)), range(len(_SIZES)))
     return {
-        f"AR{size}@{limit}": mean_percent(found.recall[:, 0, area, position])
-        for position, limit in enumerate(LIMITS)
-        for area, size in enumerate(_SIZES)
+        name: mean_percent(found.recall[:, 0, area, position])
+        for name, (position, area) in zip(PROPOSAL_FIGURES, places)
     }
 
 

@@ -93,9 +93,7 @@ def test_boxes_with_five_numbers_throughout_are_no_boxes(tmp_path: Path) -> None
         ("[" * 100_000, "not JSON"),
     ],
 )
-def test_what_is_no_list_of_detections_is_refused(
-    tmp_path: Path, text: str, message: str
-) -> None:
+def test_what_is_no_list_of_detections_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(DatasetError, match=message):
         read_detections(tmp_path / "a.json")

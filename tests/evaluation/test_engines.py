@@ -60,7 +60,7 @@ def box(generator: np.random.Generator, width: float = 300) -> list[float]:
 
 def document(generator: np.random.Generator) -> Document:
     """Crowds, images and categories without annotations, boxes without area."""
-    images = [{"id": int(n), "file_name": f"{n}.jpg", "width": 500, "height": 500} for n in (7, 3, 9, 4)]  # fmt: skip
+    images = [{"id": n, "file_name": f"{n}.jpg", "width": 500, "height": 500} for n in (7, 3, 9, 4)]
     annotations = []
     for number in range(1, int(generator.integers(2, 40))):
         xywh = box(generator)

@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.modeling import build_model
+from torch import nn
+
+from resnext_det import load_config
+from resnext_det.engine.evaluating import check_expectations
+from resnext_det.engine.inference import NothingLeft, remaining, state_digest
+from resnext_det.engine.trainer import Trainer
+from resnext_det.errors import ConfigError, EvaluationError
+
+TOY = "faster_rcnn_X_26_8x4d_FPN_toy"
+NAME = "inference_test"
+
+
+class Killed(BaseException):
+    """What stands for a SIGKILL inside of one process."""
+
+
+@pytest.fixture
+def cfg(datasets: Path, tmp_path: Path) -> Iterator[CfgNode]:
+    toy = datasets / "toy_coco"
+    annotations = toy / "annotations" / "instances_val2017.json"
+    register_coco_instances(NAME, {}, str(annotations), str(toy / "val2017"))
+    words = ["DATASETS.TEST", f"('{NAME}',)", "OUTPUT_DIR", str(tmp_path)]
+    yield load_config(TOY, [*words, "DATALOADER.NUM_WORKERS", "0"])
+    DatasetCatalog.remove(NAME)
+    MetadataCatalog.remove(NAME)
+
+
+@pytest.fixture
+def model(cfg: CfgNode) -> nn.Module:
+    torch.manual_seed(0)
+    built: nn.Module = build_model(cfg)
+    return built
+
+
+class Counting(nn.Module):
+    """A model that counts its images, and dies at one of them."""
+
+    def __init__(self, model: nn.Module, last: int = 10**9) -> None:
+        super().__init__()
+        self.model, self.last, self.images = model, last, 0
+
+    def forward(self, inputs: list[dict[str, Any]]) -> Any:
+        self.images += len(inputs)
+        if self.images > self.last:
+            raise Killed
+        return self.model(inputs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model.state_dict(*args, **kwargs)
+
+
+def figures(folder: Path) -> Any:
+    return json.loads((folder / "metrics.json").read_text())["datasets"][NAME]["figures"]
+
+
+def test_a_killed_evaluation_goes_on_with_what_it_has(
+    cfg: CfgNode, model: nn.Module, tmp_path: Path
+) -> None:
+    whole = Counting(model)
+    expected = Trainer.test(cfg, whole)
+    assert whole.images == 6
+    detections = (tmp_path / f"detections_{NAME}.json").read_bytes()
+    assert len(json.loads(detections)) > 100  # an untrained detector finds things everywhere
+    assert not list(tmp_path.glob("*.partial"))
+
+    with pytest.raises(Killed):
+        Trainer.test(cfg, Counting(model, last=4))
+    rest = Counting(model)
+    again = Trainer.test(cfg, rest)
+    assert rest.images == 2
+    np.testing.assert_equal(again, expected)
+    assert (tmp_path / f"detections_{NAME}.json").read_bytes() == detections
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_one_that_was_killed_over_the_figures_needs_no_image(
+    cfg: CfgNode, model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = Trainer.test(cfg, model)
+    with monkeypatch.context() as patched:
+
+        def killed(*_: object) -> None:
+            raise Killed
+
+        patched.setattr("resnext_det.evaluation.evaluator.evaluate_detections", killed)
+        with pytest.raises(Killed):
+            Trainer.test(cfg, model)
+    rest = Counting(model)
+    np.testing.assert_equal(Trainer.test(cfg, rest), expected)
+    assert rest.images == 0
+
+
+@pytest.mark.parametrize("change", ["weights", "size", "limit"])
+def test_other_weights_or_settings_begin_anew(cfg: CfgNode, model: nn.Module, change: str) -> None:
+    with pytest.raises(Killed):
+        Trainer.test(cfg, Counting(model, last=4))
+    cfg.defrost()
+    if change == "size":
+        cfg.INPUT.MIN_SIZE_TEST += 8
+    if change == "limit":
+        cfg.TEST.DETECTIONS_PER_IMAGE = 50
+    if change == "weights":
+        next(iter(model.parameters())).data.flatten()[0] += 1e-3
+    rest = Counting(model)
+    Trainer.test(cfg, rest)
+    assert rest.images == 6
+
+
+def test_an_rpn_alone_gives_the_recall_of_its_proposals(
+    cfg: CfgNode, model: nn.Module, tmp_path: Path
+) -> None:
+    cfg.defrost()
+    cfg.MODEL.META_ARCHITECTURE = "ProposalNetwork"
+    results = Trainer.test(cfg, build_model(cfg))["box_proposals"]
+    assert 0 < results["AR@100"] <= results["AR@1000"] <= 100
+    entry = json.loads((tmp_path / "metrics.json").read_text())["datasets"][NAME]
+    assert entry["proposals"]["AR@300"] == results["AR@300"]
+
+
+def test_a_data_set_that_lacks_images_of_its_file_is_an_error(
+    cfg: CfgNode, model: nn.Module
+) -> None:
+    records = DatasetCatalog.get(NAME)
+    DatasetCatalog.remove(NAME)
+    DatasetCatalog.register(NAME, lambda: records[1:])
+    with pytest.raises(EvaluationError, match="1 of 6 images were not predicted"):
+        Trainer.test(cfg, model)
+
+
+def test_the_digest_is_of_every_tensor_and_name() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Linear(2, 2))
+    model[2].to(torch.bfloat16)
+    before = state_digest(model)
+    assert before == state_digest(model)
+    for tensor in model.state_dict().values():
+        kept = tensor.clone()
+        tensor.flatten()[-1] += 1
+        assert state_digest(model) != before
+        tensor.copy_(kept)
+    assert state_digest(model) == before
+    assert state_digest(nn.Sequential(*reversed(model))) != before
+
+
+def test_what_remains() -> None:
+    records: list[dict[str, Any]] = [{"image_id": 1}, {"image_id": 2}]
+    assert remaining(records, frozenset([1])) == [{"image_id": 2}]
+    assert remaining([], frozenset([1])) == []
+    with pytest.raises(NothingLeft):
+        remaining(records, frozenset([1, 2]))
+
+
+@pytest.mark.parametrize(
+    "expected",
+    [
+        [["bbox", "AP", 40.0]],
+        [["segm", "AP", 40.0, 1.0]],
+        [["bbox", "mAP", 40.0, 1.0]],
+        [["bbox", "AP", "40", 1.0]],
+        [["bbox", "AP", 40.0, -1.0]],
+        [40],
+    ],
+)
+def test_expectations_that_nothing_could_meet_are_refused(expected: Any) -> None:
+    cfg = load_config(TOY).clone()
+    cfg.defrost()
+    check_expectations(cfg)
+    cfg.TEST.EXPECTED_RESULTS = [["bbox", "AP50", 40, 1.5], ["bbox", "AP-star", 40, 1.5]]
+    check_expectations(cfg)
+    cfg.TEST.EXPECTED_RESULTS = expected
+    with pytest.raises(ConfigError, match=r"EXPECTED_RESULTS has the entry .* METRIC is one of AP"):
+        check_expectations(cfg)
+
+
+def test_expectations_are_of_one_data_set() -> None:
+    words = ["DATASETS.TEST", "('a', 'b')", "TEST.EXPECTED_RESULTS", "[['bbox', 'AP', 1, 1]]"]
+    with pytest.raises(ConfigError, match="is of one data set"):
+        check_expectations(load_config(TOY, words))

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from resnext_det.evaluation.details import Details, error_table
+from resnext_det.evaluation.detections import Detections
+from resnext_det.evaluation.evaluator import evaluate_detections
+from resnext_det.evaluation.truth import Truth, read_truth
+
+CAT, DOG = 1, 2
+# One cat and one dog are found, another cat and another dog are not.
+OBJECTS = [
+    (CAT, [0, 0, 100, 100]),
+    (DOG, [200, 0, 100, 100]),
+    (CAT, [0, 200, 100, 100]),
+    (DOG, [400, 0, 50, 50]),
+]
+DETECTIONS = {
+    "right": (CAT, [0, 0, 100, 100], 0.95),
+    "Dupe": (CAT, [5, 0, 100, 100], 0.9),
+    "Cls": (CAT, [200, 0, 100, 100], 0.8),
+    "Loc": (CAT, [0, 260, 100, 100], 0.7),  # IoU 40 / 160
+    "Both": (DOG, [60, 200, 100, 100], 0.6),  # IoU 40 / 160 with a cat
+    "Bkg": (DOG, [400, 400, 50, 50], 0.55),
+}
+
+
+def truth_of(tmp_path: Path) -> Truth:
+    document = {
+        "images": [{"id": 1}, {"id": 2}],
+        "categories": [
+            {"id": CAT, "name": "cat"},
+            {"id": DOG, "name": "dog"},
+            {"id": 5, "name": "owl"},
+        ],
+        "annotations": [
+            {"id": n, "image_id": 1, "category_id": kind, "bbox": box, "area": box[2] * box[3]}
+            for n, (kind, box) in enumerate(OBJECTS, start=1)
+        ],
+    }
+    (tmp_path / "truth.json").write_text(json.dumps(document))
+    return read_truth(tmp_path / "truth.json")
+
+
+def details(tmp_path: Path, *names: str) -> Details:
+    found = [
+        {"image_id": 1, "category_id": kind, "bbox": box, "score": score}
+        for kind, box, score in (DETECTIONS[name] for name in names)
+    ]
+    return evaluate_detections(truth_of(tmp_path), Detections.of(found)).details
+
+
+def test_every_kind_of_error_is_told_from_the_others(tmp_path: Path) -> None:
+    counts = {error.kind: error.count for error in details(tmp_path, *DETECTIONS).errors}
+    # The dog at the right and the lower cat are explained by a wrong class and a wrong place.
+    assert counts == {"Cls": 1, "Loc": 1, "Both": 1, "Dupe": 1, "Bkg": 1, "Miss": 1}
+    assert {error.kind: error.count for error in details(tmp_path, "right").errors} == {
+        **dict.fromkeys(counts, 0),
+        "Miss": 3,
+    }
+
+
+def test_what_an_error_costs(tmp_path: Path) -> None:
+    # Of two cats one is found: 51 of 101 recalls have a precision of 1. Without dogs, AP50 is half.
+    right = details(tmp_path, "right", "Bkg")
+    costs = {error.kind: error.cost for error in right.errors}
+    assert costs["Bkg"] == pytest.approx(0)  # a false dog, and no dog found: nothing to win
+    # With all that was missed out of the count, one cat of one is found, and no dog is left.
+    assert costs["Miss"] > 10
+
+
+def test_confused_classes(tmp_path: Path) -> None:
+    confusion = details(tmp_path, *DETECTIONS).confusion
+    expected = np.zeros((4, 4), int)
+    cat, dog, _, background = range(4)
+    expected[cat, cat] = 1
+    expected[dog, cat] = 1
+    expected[background, cat] = 2  # the second one, and the one in the wrong place
+    expected[background, dog] = 2
+    expected[cat, background] = expected[dog, background] = 1  # found by none
+    assert confusion.tolist() == expected.tolist()
+
+
+def test_detections_of_low_score_are_not_confused(tmp_path: Path) -> None:
+    found = [{"image_id": 1, "category_id": CAT, "bbox": OBJECTS[1][1], "score": 0.49}]
+    confusion = evaluate_detections(truth_of(tmp_path), Detections.of(found)).details.confusion
+    assert confusion[1].tolist() == [0, 0, 0, 2]
+
+
+def test_curves(tmp_path: Path) -> None:
+    found = details(tmp_path, *DETECTIONS)
+    assert set(found.curves) == {"", "cat", "dog"}  # there is no owl
+    cats = found.curves["cat"]["0.50"]
+    # The first detection is right, and nothing after it.
+    assert cats.tolist() == pytest.approx([100.0] * 51 + [0.0] * 50)
+    assert found.curves["dog"]["0.50"].tolist() == [0.0] * 101
+    assert found.curves[""]["0.50"].tolist() == pytest.approx((cats / 2).tolist())
+    assert found.recalls[[0, 50, 100]].tolist() == [0, 0.5, 1]
+    beside = evaluate_detections(
+        truth_of(tmp_path),
+        Detections.of(
+            [{"image_id": 1, "category_id": CAT, "bbox": [20, 0, 100, 100], "score": 0.9}]
+        ),
+    ).details  # IoU 80 / 120: right from 0.50 to 0.65
+    assert [beside.curves["cat"][key][0] for key in ("0.50", "0.75", "0.50:0.95")] == [
+        pytest.approx(value) for value in (100, 0, 40)
+    ]
+
+
+def test_what_is_saved_is_json_and_says_what_it_is(tmp_path: Path) -> None:
+    found = details(tmp_path, *DETECTIONS)
+    document: dict[str, Any] = json.loads(json.dumps(found.document(truth_of(tmp_path))))
+    assert document["confusion"]["classes"] == ["cat", "dog", "owl", "background"]
+    assert document["confusion"]["score"] == 0.5
+    assert len(document["recalls"]) == len(document["curves"]["cat"]["0.75"]) == 101
+    assert {entry["kind"] for entry in document["errors"]} >= {"Cls", "Miss"}
+    assert "the right place, another class" in error_table(found)
+
+
+def test_without_any_object_there_are_no_curves(tmp_path: Path) -> None:
+    truth_of(tmp_path)
+    file = tmp_path / "truth.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"annotations": []}))
+    found = evaluate_detections(read_truth(file), Detections.of([]))
+    assert found.details.curves == {}
+    assert found.figures.figures["AP"] is None
+    assert found.figures.per_class[0].AP is None
+    assert "-" in found.figures.table()
