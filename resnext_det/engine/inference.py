@@ -17,6 +17,7 @@ from detectron2.utils import comm
 from torch import nn
 from tqdm import tqdm
 
+from resnext_det.engine.train_loop import bare
 from resnext_det.environment import versions
 from resnext_det.errors import DatasetError
 from resnext_det.evaluation.evaluator import BoxEvaluator
@@ -48,6 +49,7 @@ def evaluate_datasets(
         process.
     """
     results: OrderedDict[str, Results] = OrderedDict()
+    kept: list[BoxEvaluator] = []
     digest = ""
     for name in cfg.DATASETS.TEST:
         evaluator = evaluator_of(name)
@@ -59,11 +61,14 @@ def evaluate_datasets(
                 evaluator.annotations.resolve(),
                 evaluator.metadata.image_root,
             )
-            digest = digest or state_digest(model)
+            digest = digest or state_digest(bare(model))
             done = evaluator.keep(_identity(cfg, digest, evaluator))
+            kept.append(evaluator)
         results[name] = _evaluate(model, evaluator, loader_of, name, done)
         if comm.is_main_process():
             print_csv_format(results[name])
+    for evaluator in kept:  # only now: one that is killed at the last set repeats no other
+        evaluator.forget()
     return next(iter(results.values())) if len(results) == 1 else results
 
 

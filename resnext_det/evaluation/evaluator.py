@@ -177,7 +177,7 @@ class BoxEvaluator(DatasetEvaluator):
         return Path(self.metadata.json_file)
 
     def keep(self, identity: str) -> frozenset[int]:
-        """Keep predictions on disk until the figures are written, and go on from those there are.
+        """Keep predictions on disk until `forget`, and go on from those there are.
 
         Called in all processes together, before the first image.
 
@@ -231,8 +231,13 @@ class BoxEvaluator(DatasetEvaluator):
         if detections is not None:
             write = self._proposals if of_proposals else self._boxes
             results = OrderedDict([write(truth, detections)])
-        self._predictions.forget()
+        if not self._predictions.on_disk:
+            self._predictions.forget()
         return results
+
+    def forget(self) -> None:
+        """Forget what `keep` kept: all is written. Called in all processes."""
+        self._predictions.forget()
 
     def _boxes(self, truth: Truth, detections: Detections) -> tuple[str, dict[str, float]]:
         evaluated = evaluate_detections(truth, detections, self.engine)

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from detectron2.structures import BoxMode, Instances
 from detectron2.utils import comm
+from numpy.typing import NDArray
 
 from resnext_det.errors import EvaluationError
 from resnext_det.evaluation.detections import Detections
@@ -23,12 +24,12 @@ logger = logging.getLogger(__name__)
 
 _IDENTITY = "identity.json"
 
-# x, y, width, height in pixels, score, class
-Row = tuple[float, float, float, float, float, int]
+Rows = NDArray[np.float64]
+"""(N, 6): x, y, width and height in pixels, score, class of the model."""
 
 
-def rows_of(output: Mapping[str, Any]) -> list[Row]:
-    """Return what a model of Detectron2 found in one image, surest first as the model has it.
+def rows_of(output: Mapping[str, Any]) -> Rows:
+    """Return what a model of Detectron2 found in one image, in the model's order.
 
     Args:
         output: with `Instances` under "instances", or of an RPN alone under "proposals".
@@ -37,14 +38,15 @@ def rows_of(output: Mapping[str, Any]) -> list[Row]:
         "cpu"
     )
     if found.has("pred_boxes"):
-        boxes, scores = found.pred_boxes.tensor, found.scores
-        classes = found.pred_classes.tolist()
+        boxes, scores, classes = found.pred_boxes.tensor, found.scores, found.pred_classes
     else:
         boxes, scores = found.proposal_boxes.tensor, found.objectness_logits
-        classes = [0] * len(found)
+        classes = torch.zeros_like(scores)
     placed: torch.Tensor = BoxMode.convert(boxes, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)  # type: ignore[assignment]  # a tensor for a tensor
-    rows = zip(placed.tolist(), scores.tolist(), classes)
-    return [(*box, score, kind) for box, score, kind in rows]
+    # 64 bits hold what 32 do, to the last one.
+    columns = [part.double() for part in (placed, scores[:, None], classes[:, None])]
+    rows: Rows = torch.cat(columns, dim=1).numpy()
+    return rows
 
 
 class Predictions:
@@ -57,7 +59,7 @@ class Predictions:
 
     def __init__(self) -> None:
         """Begin with no image, and keep nothing on disk."""
-        self._rows: dict[int, list[Row]] = {}
+        self._rows: dict[int, Rows] = {}
         self._folder: Path | None = None
         self._file: IO[str] | None = None
 
@@ -85,13 +87,13 @@ class Predictions:
         self._file = (folder / name).open("x", buffering=1, encoding="utf-8")
         return frozenset().union(*comm.all_gather(frozenset(rows)))
 
-    def add(self, image_id: int, rows: list[Row]) -> None:
+    def add(self, image_id: int, rows: Rows) -> None:
         """Add what was found in an image; a second time is passed over."""
         if image_id in self._rows:
             return
         self._rows[image_id] = rows
         if self._file is not None:
-            self._file.write(json.dumps([image_id, rows]) + "\n")
+            self._file.write(json.dumps([image_id, rows.tolist()]) + "\n")
 
     def gather(
         self, image_ids: Iterable[int], category_ids: Mapping[int, int]
@@ -100,7 +102,7 @@ class Predictions:
 
         Args:
             image_ids: of all images that there are.
-            category_ids: of the annotations, by class of the model.
+            category_ids: of the annotations, by class of the model, from 0 on.
 
         Returns:
             The detections; None on all processes but the main one.
@@ -111,16 +113,22 @@ class Predictions:
         gathered = comm.gather(self._rows, dst=0)
         if not comm.is_main_process():
             return None
-        rows: dict[int, list[Row]] = {}
+        rows: dict[int, Rows] = {}
         for share in gathered:
-            rows.update((image_id, found) for image_id, found in share.items())
-        _check(rows, image_ids, category_ids)
-        table = [
-            (image_id, x, y, width, height, score, category_ids[kind])
-            for image_id in image_ids
-            for x, y, width, height, score, kind in rows[image_id]
-        ]
-        return Detections.of_table(np.array(table, np.float64).reshape(-1, 7))
+            rows.update(share)
+        known = list(image_ids)
+        _check_images(rows, known)
+        table = np.concatenate([np.zeros((0, 6)), *(rows[image_id] for image_id in known)])
+        classes = table[:, 5].astype(np.int64)
+        _check_classes(classes, category_ids)
+        numbers = np.array([category_ids[kind] for kind in range(len(category_ids))], np.int64)
+        of_images = np.repeat(known, [len(rows[image_id]) for image_id in known]).astype(np.int64)
+        return Detections(of_images, numbers[classes], table[:, :4], table[:, 4])
+
+    @property
+    def on_disk(self) -> bool:
+        """Tell whether they are kept."""
+        return self._folder is not None
 
     def forget(self) -> None:
         """Forget all, on disk as well: the figures are written. Called in all processes."""
@@ -132,10 +140,7 @@ class Predictions:
         self._rows, self._folder, self._file = {}, None, None
 
 
-def _check(
-    rows: Mapping[int, list[Row]], image_ids: Iterable[int], category_ids: Mapping[int, int]
-) -> None:
-    known = list(image_ids)
+def _check_images(rows: Mapping[int, Rows], known: Sequence[int]) -> None:
     lost = [number for number in known if number not in rows]
     if lost:
         raise EvaluationError(
@@ -148,10 +153,12 @@ def _check(
             f"{len(strange)} images were predicted that the annotations do not list, such as "
             f"{strange[:5]}: the data set's images and its annotation file differ."
         )
-    classes = {row[-1] for found in rows.values() for row in found} - category_ids.keys()
-    if classes:
+
+
+def _check_classes(classes: NDArray[np.int64], category_ids: Mapping[int, int]) -> None:
+    if len(classes) and classes.max() >= len(category_ids):
         raise EvaluationError(
-            f"the model finds class {min(classes)}, and the data set has {len(category_ids)} "
+            f"the model finds class {classes.max()}, and the data set has {len(category_ids)} "
             "classes: set MODEL.ROI_HEADS.NUM_CLASSES to that, or evaluate on the data that it "
             "was trained for."
         )
@@ -173,17 +180,15 @@ def _prepare(folder: Path, identity: str) -> None:
     beside.replace(file)
 
 
-def _read(folder: Path) -> dict[int, list[Row]]:
+def _read(folder: Path) -> dict[int, Rows]:
     """Read what was left; of a line that is none, such as half a line, the image counts as open."""
-    rows: dict[int, list[Row]] = {}
+    rows: dict[int, Rows] = {}
     for file in sorted(folder.glob("*.jsonl")):
         for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 image_id, found = json.loads(line)
-                rows[int(image_id)] = [
-                    (float(x), float(y), float(width), float(height), float(score), int(kind))
-                    for x, y, width, height, score, kind in found
-                ]
+                table = np.array(found, np.float64)
+                rows[int(image_id)] = table.reshape(len(found), 6)
             except (ValueError, TypeError, LookupError, RecursionError):
                 continue
     return rows

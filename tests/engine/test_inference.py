@@ -104,6 +104,26 @@ def test_one_that_was_killed_over_the_figures_needs_no_image(
     assert rest.images == 0
 
 
+def test_one_that_was_killed_at_the_last_data_set_repeats_no_other(
+    cfg: CfgNode, model: nn.Module, datasets: Path, tmp_path: Path
+) -> None:
+    cfg.defrost()
+    toy = datasets / "toy_coco"
+    annotations = toy / "annotations" / "instances_train2017.json"
+    register_coco_instances("second_test", {}, str(annotations), str(toy / "train2017"))
+    cfg.DATASETS.TEST = (NAME, "second_test")
+    try:
+        with pytest.raises(Killed):
+            Trainer.test(cfg, Counting(model, last=8))
+        rest = Counting(model)
+        assert set(Trainer.test(cfg, rest)) == {NAME, "second_test"}
+        assert rest.images == 10
+        assert not list(tmp_path.glob("*.partial"))
+    finally:
+        DatasetCatalog.remove("second_test")
+        MetadataCatalog.remove("second_test")
+
+
 @pytest.mark.parametrize("change", ["weights", "size", "limit"])
 def test_other_weights_or_settings_begin_anew(cfg: CfgNode, model: nn.Module, change: str) -> None:
     with pytest.raises(Killed):
