@@ -37,4 +37,6 @@ setup(
         "tabulate",
         "pyyaml",
     ],
+    # FFmpeg for demo.py's videos; its wheels hold libx264 and libx265, which are GPL.
+    extras_require={"video": ["av"]},
 )

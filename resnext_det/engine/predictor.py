@@ -1,9 +1,11 @@
-"""One image -> boxes, classes and scores."""
+"""Pictures -> boxes, classes and scores."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,12 +13,15 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.modeling import build_model
+from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
 from numpy.typing import NDArray
 from PIL import Image
 
 from resnext_det.engine.checkpoint_run import read_run
 from resnext_det.pretrained.loading import load_weights
+
+Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -27,11 +32,13 @@ class Detection:
         box: x, y, width, height in pixels of the picture.
         name: of the class.
         score: 0 to 1.
+        category_index: of the class among the model's outputs, from 0.
     """
 
     box: tuple[float, float, float, float]
     name: str
     score: float
+    category_index: int
 
 
 class Predictor:
@@ -53,25 +60,50 @@ class Predictor:
         self._resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
         self._bgr = cfg.INPUT.FORMAT == "BGR"
 
-    @torch.no_grad()
     def __call__(self, picture: Image.Image) -> list[Detection]:
         """Find the objects of a picture.
 
         Args:
-            picture: of any mode and size.
+            picture: of any mode and size, taken as its pixels lie: an orientation in its EXIF data
+                is not looked at (`resnext_det.looking.pictures.read_picture` turns it upright).
 
         Returns:
             The detections, best first.
+        """
+        return self.detect([self.record(picture)])[0]
+
+    def record(self, picture: Image.Image) -> Record:
+        """Resize a picture to the size that the network takes.
+
+        Args:
+            picture: as for a call.
+
+        Returns:
+            A record of Detectron2: "image" of shape (3, height, width), and the picture's size.
         """
         pixels: NDArray[np.uint8] = np.asarray(picture.convert("RGB"))
         height, width = pixels.shape[:2]
         ordered = pixels[:, :, ::-1] if self._bgr else pixels
         resized = self._resize.get_transform(ordered).apply_image(ordered)
         image = torch.as_tensor(resized.astype(np.float32).transpose(2, 0, 1))
-        record = {"image": image, "height": height, "width": width}
-        found = self.model([record])[0]["instances"].to("cpu")
+        return {"image": image, "height": height, "width": width}
+
+    @torch.no_grad()
+    def detect(self, records: Sequence[Record]) -> list[list[Detection]]:
+        """Run the network on a batch.
+
+        Args:
+            records: of `record`, one per picture.
+
+        Returns:
+            The detections of each picture, best first.
+        """
+        outputs = self.model(list(records))
+        return [self._detections(output["instances"].to("cpu")) for output in outputs]
+
+    def _detections(self, found: Instances) -> list[Detection]:
         return [
-            Detection((x0, y0, x1 - x0, y1 - y0), self._name(label), score)
+            Detection((x0, y0, x1 - x0, y1 - y0), self._name(label), score, label)
             for (x0, y0, x1, y1), label, score in zip(
                 found.pred_boxes.tensor.tolist(), found.pred_classes.tolist(), found.scores.tolist()
             )

@@ -36,6 +36,7 @@ _VARIABLES = {
     **{colour: f"var(--series-{n})" for n, colour in enumerate(_SERIES, start=1)},
 }
 _MOST_POINTS = 400
+_SMOOTHED = 1 / 40  # of a line, averaged around each of its points
 _INCHES = (4.8, 3.0)
 
 
@@ -73,23 +74,21 @@ def loss_curves(records: Sequence[Record], steps: Sequence[int]) -> Curves | Non
         The figure, on a logarithmic axis where the losses differ tenfold, or None where there
         are no losses.
     """
-    lines = [_smoothed(line) for key, name in LOSSES.items() if (line := _line(records, key, name))]
+    lines = [
+        smoothed(line) for key, name in LOSSES.items() if (line := line_of(records, key, name))
+    ]
     if not lines:
         return None
-    values = np.concatenate([line.y for line in lines])
-    logarithmic = bool(values.min() > 0 and values.max() > 10 * values.min())
+    logarithmic = differ_tenfold(lines)
 
     def draw(axes: Axes) -> None:
         """Draw the losses, the total on top."""
         for line, colour in reversed(list(zip(lines, _SERIES, strict=False))):
             axes.plot(line.x, line.y, color=colour, linewidth=2.4 if line is lines[0] else 1.5)
         if logarithmic:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axes.yaxis.set_minor_locator(NullLocator())
+            set_logarithmic(axes)
         else:
-            axes.set_ylim(bottom=min(0.0, float(values.min())))
+            axes.set_ylim(bottom=min(0.0, *(float(line.y.min()) for line in lines)))
 
     return Curves(_svg(draw, steps, "loss"), lines, logarithmic)
 
@@ -108,7 +107,7 @@ def precision_curves(
     Returns:
         The figure, or None where nothing was evaluated during training.
     """
-    found = [_line(records, f"{prefix}{key}", key) for key in ("AP", "AP50")]
+    found = [line_of(records, f"{prefix}{key}", key) for key in ("AP", "AP50")]
     lines = [line for line in found if line is not None]
     if not lines:
         return None
@@ -126,7 +125,17 @@ def precision_curves(
     return Curves(_svg(draw, steps, name), lines, logarithmic=False)
 
 
-def _line(records: Sequence[Record], key: str, name: str) -> Line | None:
+def line_of(records: Sequence[Record], key: str, name: str) -> Line | None:
+    """Return the values of a metric over the iterations.
+
+    Args:
+        records: what is known of each iteration.
+        key: of the metric, such as "total_loss".
+        name: of the line.
+
+    Returns:
+        The line, without the values that are not finite; None where nothing is left.
+    """
     pairs = [
         (record["iteration"], record[key])
         for record in records
@@ -138,17 +147,45 @@ def _line(records: Sequence[Record], key: str, name: str) -> Line | None:
     return Line(name, x, y)
 
 
-def _smoothed(line: Line) -> Line:
-    """Return a centred running mean over a fortieth of the line, thinned out to few points."""
-    reach = len(line.y) // 80
+def smoothed(line: Line, share: float = _SMOOTHED) -> Line:
+    """Return a centred running mean, thinned out to few points.
+
+    Args:
+        line: of any length.
+        share: of the line that each mean is over, 0 to 1; 0 for the values themselves.
+    """
+    reach = int(len(line.y) * share / 2)
     sums = np.cumsum(np.concatenate([[0.0], line.y]))
     positions = np.arange(len(line.y))
     # The window shrinks towards both ends, alike on both sides, so that it stays centred.
     reaches = np.minimum(reach, np.minimum(positions, positions[::-1]))
     means = (sums[positions + reaches + 1] - sums[positions - reaches]) / (2 * reaches + 1)
+    means = np.where(reaches, means, line.y)  # without what the sums have rounded
     count = min(len(line.y), _MOST_POINTS)
     kept = np.unique(np.linspace(0, len(line.y) - 1, count).round().astype(np.int64))
     return Line(line.name, line.x[kept], means[kept])
+
+
+def differ_tenfold(lines: Sequence[Line]) -> bool:
+    """Tell whether lines read best on a logarithmic axis: all positive, and differing tenfold.
+
+    Args:
+        lines: of one figure.
+    """
+    values = np.concatenate([line.y for line in lines])
+    return bool(values.min() > 0 and values.max() > 10 * values.min())
+
+
+def set_logarithmic(axes: Axes) -> None:
+    """Make the y axis logarithmic, with plain numbers at 1, 2 and 5.
+
+    Args:
+        axes: of a figure.
+    """
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _svg(draw: Callable[[Axes], None], steps: Sequence[int], name: str) -> str:

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 
-from resnext_det.evaluation.curves import loss_curves, precision_curves
+from resnext_det.evaluation.curves import (
+    Line,
+    line_of,
+    loss_curves,
+    precision_curves,
+    smoothed,
+)
 
 
 def test_curves_of_a_long_training_are_thinned_out_but_keep_their_ends() -> None:
@@ -69,3 +76,20 @@ def test_figures_of_different_names_share_no_ids() -> None:
     one, other = (set(re.findall(r'id="([^"]*)"', figure.svg)) for figure in figures if figure)
     assert one
     assert not one & other
+
+
+@pytest.mark.parametrize(("share", "reach"), [(0.1, 20), (1 / 40, 5), (0.0, 0)])
+def test_the_running_mean_is_over_the_share_that_is_asked_for(share: float, reach: int) -> None:
+    values = np.random.default_rng(0).random(400)
+    found = smoothed(Line("noise", np.arange(400.0), values), share).y
+    window = np.full(2 * reach + 1, 1 / (2 * reach + 1))
+    expected = np.convolve(values, window, mode="valid")
+    assert found[reach : 400 - reach] == pytest.approx(expected)
+
+
+def test_a_line_holds_the_values_that_there_are() -> None:
+    records = [{"iteration": 1.0}, {"iteration": 2.0, "lr": 0.5}, {"iteration": 5.0, "lr": 0.1}]
+    line = line_of(records, "lr", "rate")
+    assert line is not None
+    assert (line.name, list(line.x), list(line.y), line.last) == ("rate", [2, 5], [0.5, 0.1], 0.1)
+    assert line_of(records, "other", "other") is None

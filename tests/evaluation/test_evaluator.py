@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -11,9 +12,11 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from resnext_det.errors import DatasetError
-from resnext_det.evaluation.engines import FIGURES
-from resnext_det.evaluation.evaluator import evaluate_boxes
+from resnext_det.errors import ConfigError, DatasetError, EvaluationError
+from resnext_det.evaluation.detections import Detections
+from resnext_det.evaluation.engines import ENGINES, FIGURES, Accumulated, by_pycocotools
+from resnext_det.evaluation.evaluator import Engine, evaluate_boxes, evaluate_detections
+from resnext_det.evaluation.truth import read_truth
 
 
 def made_up(annotations: Path, seed: int) -> list[dict[str, Any]]:
@@ -57,12 +60,19 @@ def compare(annotations: Path, seed: int) -> None:
     for name, value in zip(FIGURES, theirs.stats):
         figure = ours.figures[name]
         assert (-1 if figure is None else figure / 100) == pytest.approx(value, abs=1e-9), name
-    precision = theirs.eval["precision"][:, :, :, 0, -1]
+    precision, recall = theirs.eval["precision"][..., -1], theirs.eval["recall"][..., -1]
     for position, row in enumerate(ours.per_class):
-        for ours_here, part in ((row.AP, slice(None)), (row.AP50, slice(1))):
-            valid = precision[part, :, position][precision[part, :, position] > -1]
-            expected = 100 * valid.mean() if valid.size else None
-            assert ours_here == pytest.approx(expected, abs=1e-7), row.name
+        parts = {
+            "AP": precision[:, :, position, 0],
+            "AP50": precision[0, :, position, 0],
+            "APs": precision[:, :, position, 1],
+            "APm": precision[:, :, position, 2],
+            "APl": precision[:, :, position, 3],
+            "AR": recall[:, position, 0],
+        }
+        for name, part in parts.items():
+            expected = 100 * part[part > -1].mean() if (part > -1).any() else None
+            assert getattr(row, name) == pytest.approx(expected, abs=1e-7), (row.name, name)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -74,6 +84,39 @@ def test_the_figures_are_pycocotools_on_toy_data(seed: int, datasets: Path) -> N
 @pytest.mark.parametrize("seed", range(3))
 def test_the_figures_are_pycocotools_on_photographs(seed: int, real_photographs: Path) -> None:
     compare(real_photographs / "annotations" / "instances_val2017.json", seed)
+
+
+def test_crowds_are_no_instances(datasets: Path, tmp_path: Path) -> None:
+    annotations = datasets / "toy_coco" / "annotations" / "instances_val2017.json"
+    document = json.loads(annotations.read_text())
+    for each in document["annotations"]:
+        each["iscrowd"] = int(each["id"] % 2)
+    (tmp_path / "crowds.json").write_text(json.dumps(document))
+    for row in evaluate_boxes(tmp_path / "crowds.json", []).per_class:
+        (number,) = [each["id"] for each in document["categories"] if each["name"] == row.name]
+        of_class = [a for a in document["annotations"] if a["category_id"] == number]
+        assert row.instances == sum(not each["iscrowd"] for each in of_class)
+
+
+def test_the_engine_that_is_asked_for_computes_the_figures(
+    datasets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    annotations = datasets / "toy_coco" / "annotations" / "instances_val2017.json"
+    truth, found = read_truth(annotations), Detections.of(made_up(annotations, 0))
+    right = evaluate_detections(truth, found).figures
+    assert evaluate_detections(truth, found, Engine("pycocotools")).figures == right
+
+    def wrong(*arguments: Any) -> Accumulated:
+        return dataclasses.replace(by_pycocotools(*arguments), summary=(0.25,) * 12)
+
+    monkeypatch.setitem(ENGINES, "pycocotools", wrong)
+    assert evaluate_detections(truth, found, Engine()).figures == right
+    figures = evaluate_detections(truth, found, Engine("pycocotools")).figures.figures
+    assert set(figures.values()) == {25}
+    with pytest.raises(EvaluationError, match="hotcoco and pycocotools differ: AP is"):
+        evaluate_detections(truth, found, Engine(cross_check=True))
+    with pytest.raises(ConfigError, match=r"no engine .cocoapi.*: hotcoco or pycocotools"):
+        Engine("cocoapi")
 
 
 def test_without_detections_nothing_is_found(datasets: Path) -> None:

@@ -83,11 +83,11 @@ def test_a_damaged_line_costs_its_image_alone(tmp_path: Path, line: str) -> None
 
 def test_an_image_that_comes_twice_counts_once() -> None:
     predictions = Predictions()
-    predictions.add(1, found(0.9))
-    predictions.add(1, found(0.9))
+    predictions.add(1, found(0.5))
+    predictions.add(1, found(0.75, 0.25))
     detections = predictions.gather([1], CATEGORIES)
     assert detections is not None
-    assert len(detections) == 1
+    assert detections.scores.tolist() == [0.5]
 
 
 def test_lost_and_strange_images_are_errors() -> None:

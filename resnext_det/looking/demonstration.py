@@ -1,0 +1,268 @@
+"""Runs a detector over pictures and videos, draws what it finds, and writes it down."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import signal
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+from PIL import Image
+from tqdm import tqdm
+
+from resnext_det.engine.predictor import Detection, Predictor
+from resnext_det.errors import DatasetError
+from resnext_det.evaluation.drawing import draw_detections
+from resnext_det.looking.detections_file import (
+    DetectionsFile,
+    Problem,
+    detection_entries,
+    written_detections,
+)
+from resnext_det.looking.inputs import Source
+from resnext_det.looking.pictures import read_picture, save_jpeg
+from resnext_det.looking.video_reading import VideoReader, open_video
+from resnext_det.looking.video_writing import written_video
+
+T = TypeVar("T")
+
+FILE = "detections.json"
+
+_MEASURED = 10_000  # batches and pictures, the last ones
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How long pictures took, in seconds.
+
+    Attributes:
+        images: that were measured.
+        network: median time of the network for one image, the first batch left out.
+        images_per_second: of the network.
+        drawing: median time to draw one.
+        warm: whether there was more than the first batch, which takes longer.
+    """
+
+    images: int
+    network: float
+    images_per_second: float
+    drawing: float
+    warm: bool
+
+
+class Demonstration:
+    """Detects and draws.
+
+    Attributes:
+        images: pictures that were drawn so far.
+        videos: that were drawn so far.
+        frames: of those videos.
+        problems: of files that were passed over, or are damaged.
+    """
+
+    def __init__(
+        self, predictor: Predictor, output: Path, threshold: float = 0.5, batch: int = 1
+    ) -> None:
+        """Prepare.
+
+        Args:
+            predictor: the detector.
+            output: the folder that will be written to.
+            threshold: lowest score of what is drawn and written down.
+            batch: pictures that the network sees at once.
+        """
+        self._predictor = predictor
+        self._output = output
+        self._threshold = threshold
+        self._batch = batch
+        self.images = self.videos = self.frames = 0
+        self.problems: list[Problem] = []
+        # Seconds and images of each batch, and seconds of each picture; a camera may run for days.
+        self._first: tuple[float, int] | None = None
+        self._network: deque[tuple[float, int]] = deque(maxlen=_MEASURED)
+        self._drawing: deque[float] = deque(maxlen=_MEASURED)
+
+    def run(self, sources: Sequence[Source]) -> None:
+        """Draw pictures and videos, and write detections.json.
+
+        A file that cannot be read is passed over, and told by `problems`. After Ctrl-C all that is
+        finished is there, and nothing else.
+
+        Args:
+            sources: of `find_sources`.
+
+        Raises:
+            ConfigError: there are videos, and PyAV is not installed.
+            ResNeXtError: something cannot be written.
+        """
+        with self._written() as document:
+            self._run_pictures([each for each in sources if not each.is_video], document)
+            for source in sources:
+                if source.is_video:
+                    self._run_file(source, document)
+
+    def run_live(self, reader: VideoReader, drawn: str) -> None:
+        """Draw the frames of a camera until Ctrl-C or SIGTERM, which end the video in good order.
+
+        Args:
+            reader: of `open_camera`.
+            drawn: name of the video to write.
+
+        Raises:
+            DatasetError: there is no frame.
+            ResNeXtError: something cannot be written.
+        """
+        with _asked_to_stop() as stopped, self._written() as document:
+            frames = itertools.takewhile(lambda _: not stopped(), reader)
+            self._run_video(reader, frames, reader.name, drawn, document)
+
+    @property
+    def speed(self) -> Speed | None:
+        """How long it took so far; None where there was nothing to measure."""
+        if self._first is None:
+            return None
+        measured = self._network or [self._first]
+        images = sum(count for _, count in measured)
+        return Speed(
+            images=images,
+            network=statistics.median(seconds / count for seconds, count in measured),
+            images_per_second=images / sum(seconds for seconds, _ in measured),
+            drawing=statistics.median(self._drawing) if self._drawing else 0.0,
+            warm=bool(self._network),
+        )
+
+    def _written(self) -> contextlib.AbstractContextManager[DetectionsFile]:
+        head = {"threshold": self._threshold}
+        return written_detections(self._output / FILE, head, self.problems)
+
+    def _run_pictures(self, sources: Sequence[Source], document: DetectionsFile) -> None:
+        bar = tqdm(total=len(sources), unit="image", disable=None if sources else True)
+        with bar:
+            for batch in _batches(self._readable(sources, bar), self._batch):
+                found = self._detect([picture for _, picture in batch])
+                for (source, picture), detections in zip(batch, found):
+                    save_jpeg(self._draw(picture, detections), self._output / source.drawn)
+                    document.add_image(
+                        {
+                            "file": str(source.file),
+                            "drawn": source.drawn,
+                            "width": picture.width,
+                            "height": picture.height,
+                            "detections": detection_entries(detections),
+                        }
+                    )
+                    self.images += 1
+                    bar.update()
+
+    def _readable(
+        self, sources: Sequence[Source], bar: tqdm[Any]
+    ) -> Iterator[tuple[Source, Image.Image]]:
+        for source in sources:
+            try:
+                picture = read_picture(source.file)
+            except DatasetError as error:
+                self.problems.append(Problem(str(source.file), str(error)))
+                bar.update()
+                continue
+            yield source, picture
+
+    def _run_file(self, source: Source, document: DetectionsFile) -> None:
+        try:
+            with open_video(source.file) as reader:
+                self._run_video(reader, reader, str(source.file), source.drawn, document)
+                if reader.problem is not None:
+                    self.problems.append(Problem(str(source.file), reader.problem))
+        except DatasetError as error:
+            self.problems.append(Problem(str(source.file), str(error)))
+
+    def _run_video(
+        self,
+        reader: VideoReader,
+        frames: Iterable[Any],
+        file: str,
+        drawn: str,
+        document: DetectionsFile,
+    ) -> None:
+        bar = tqdm(
+            frames, desc=Path(file).name, total=reader.frame_count, unit="frame", disable=None
+        )
+        batches = _batches(iter(bar), self._batch)
+        first = next(batches, None)
+        if first is None:
+            raise DatasetError(f"{reader.name} gave no frame")
+        size = first[0].picture.size
+        entry = {"file": file, "drawn": drawn, "width": size[0], "height": size[1]}
+        written = 0
+        with (
+            bar,
+            document.video(entry) as add_frame,
+            written_video(self._output / drawn, reader.rate) as writer,
+        ):
+            for batch in itertools.chain([first], batches):
+                found = self._detect([frame.picture for frame in batch])
+                for frame, detections in zip(batch, found):
+                    writer.write(self._draw(frame.picture, detections), frame.seconds)
+                    entries = detection_entries(detections)
+                    seconds = round(frame.seconds, 6)
+                    add_frame({"index": frame.index, "seconds": seconds, "detections": entries})
+                    written += 1
+        self.videos += 1
+        self.frames += written
+
+    def _detect(self, pictures: Sequence[Image.Image]) -> list[list[Detection]]:
+        records = [self._predictor.record(picture) for picture in pictures]
+        began = time.perf_counter()
+        # What it returns lies in the CPU's memory, so a GPU has finished.
+        found = self._predictor.detect(records)
+        measured = time.perf_counter() - began, len(records)
+        if self._first is None:
+            self._first = measured
+        else:
+            self._network.append(measured)
+        return [[each for each in one if each.score >= self._threshold] for one in found]
+
+    def _draw(self, picture: Image.Image, detections: Sequence[Detection]) -> Image.Image:
+        began = time.perf_counter()
+        drawn = draw_detections(
+            picture,
+            [each.box for each in detections],
+            [each.name for each in detections],
+            [each.score for each in detections],
+        )
+        self._drawing.append(time.perf_counter() - began)
+        return drawn
+
+
+def _batches(items: Iterator[T], size: int) -> Iterator[list[T]]:
+    while batch := list(itertools.islice(items, size)):
+        yield batch
+
+
+@contextlib.contextmanager
+def _asked_to_stop() -> Iterator[Callable[[], bool]]:
+    """Give a function that tells whether Ctrl-C or SIGTERM came; a second one is as usual."""
+    asked = False
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+        restore()
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield lambda: asked
+    finally:
+        restore()
