@@ -1,4 +1,4 @@
-"""The data sets this package registers: minival from the files there are, and the toy data."""
+"""The data sets this package registers: COCO's of 2014 from the files there are, and toy data."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
+from resnext_det.data.coco.names import MINIVAL, SERVED, TRAIN_2014, VALMINUSMINIVAL, locate
 from resnext_det.data.shapes import CLASSES
 
-MINIVAL = "coco_2014_minival"
 TOY_TRAIN = "toy_coco_train"
 TOY_MINIVAL = "toy_coco_minival"
 TOY_FOLDER = "toy_coco"
@@ -30,18 +30,32 @@ def locate_minival(root: Path) -> tuple[Path, Path]:
     Args:
         root: the folder that holds "coco".
     """
-    annotations = root / "coco" / "annotations"
-    of_2014 = annotations / "instances_minival2014.json", root / "coco" / "val2014"
-    of_2017 = annotations / "instances_val2017.json", root / "coco" / "val2017"
-    if not of_2014[0].is_file() and of_2017[0].is_file():
-        return of_2017
-    return of_2014
+    return locate(root / "coco", MINIVAL)
+
+
+def locate_valminusminival(root: Path) -> tuple[Path, Path]:
+    """Return the annotation file and the image folder of val2014 without minival.
+
+    Args:
+        root: the folder that holds "coco".
+    """
+    return locate(root / "coco", VALMINUSMINIVAL)
+
+
+def locate_train2014(root: Path) -> tuple[Path, Path]:
+    """Return the annotation file and the image folder of train2014.
+
+    Args:
+        root: the folder that holds "coco".
+    """
+    return locate(root / "coco", TRAIN_2014)
 
 
 def register_datasets(root: Path) -> None:
-    """Register minival and the toy data set; doing so again is harmless.
+    """Register COCO's sets of 2014 and the toy data set; doing so again is harmless.
 
-    Detectron2 registers minival itself, from the 2014 files alone: that entry is replaced.
+    Detectron2 registers those of 2014 itself, from the 2014 files alone: these entries are
+    replaced. It is looked which files and folders are there, and none is opened.
 
     Args:
         root: the folder that holds the data sets.
@@ -49,7 +63,8 @@ def register_datasets(root: Path) -> None:
     of_coco = MetadataCatalog.get("coco_2017_val").as_dict()
     classes = {key: of_coco[key] for key in ("thing_classes", "thing_colors")}
     classes["thing_dataset_id_to_contiguous_id"] = of_coco["thing_dataset_id_to_contiguous_id"]
-    _register(MINIVAL, classes, *locate_minival(root))
+    for name in SERVED:
+        _register(name, classes, *locate(root / "coco", name))
     toy = root / TOY_FOLDER
     for name, split in ((TOY_TRAIN, "train2017"), (TOY_MINIVAL, "val2017")):
         annotations = toy / "annotations" / f"instances_{split}.json"

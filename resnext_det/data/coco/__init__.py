@@ -1,0 +1,1 @@
+"""COCO's own splits: what they hold, and minival out of the files there are."""

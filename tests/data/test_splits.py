@@ -1,0 +1,107 @@
+"""Which files the registered names are served from, without opening one."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+
+from resnext_det.data.coco.preparing import prepare_minival
+from resnext_det.data.splits import (
+    datasets_root,
+    locate_minival,
+    locate_train2014,
+    locate_valminusminival,
+    register_datasets,
+)
+
+sys.path.append(str(Path(__file__).parent))  # tests are no package to import from
+from generated_coco import SMALL, generate
+
+NAMES = ("coco_2014_minival", "coco_2014_valminusminival", "coco_2014_train")
+MINIVAL, VAL = "instances_minival2014.json", "instances_val2017.json"
+REMAINDER = "instances_valminusminival2014.json"
+OF_2017 = "instances_valminusminival2014_from2017.json"
+TRAIN, TRAIN_OF_2017 = "instances_train2014.json", "instances_train2014_from2017.json"
+
+
+@pytest.fixture(autouse=True)
+def registered_again() -> Iterator[None]:
+    """The catalog is everybody's: put it back."""
+    yield
+    register_datasets(datasets_root())
+
+
+@pytest.mark.parametrize(
+    ("there", "expected"),
+    [
+        ((), (MINIVAL, "val2014")),
+        ((MINIVAL, VAL), (MINIVAL, "val2014")),
+        ((VAL,), (VAL, "val2017")),
+        ((MINIVAL, VAL, "val2014", "val2017"), (MINIVAL, "val2014")),
+        ((MINIVAL, VAL, "val2017"), (VAL, "val2017")),
+        ((VAL, "val2014"), (VAL, "val2017")),
+        ((MINIVAL, "val2017"), (MINIVAL, "val2014")),
+        (("val2017",), (MINIVAL, "val2014")),
+        ((REMAINDER, OF_2017, "val2014", "train2017"), (REMAINDER, "val2014")),
+        ((REMAINDER, OF_2017, "train2017"), (OF_2017, "train2017")),
+        ((REMAINDER, "train2017"), (REMAINDER, "val2014")),
+        ((TRAIN, TRAIN_OF_2017, "train2014"), (TRAIN, "train2014")),
+        ((TRAIN, TRAIN_OF_2017, "train2017"), (TRAIN_OF_2017, "train2017")),
+        ((TRAIN,), (TRAIN, "train2014")),
+    ],
+)
+def test_files_and_folders_that_fit_together_are_chosen(
+    there: tuple[str, ...], expected: tuple[str, str], tmp_path: Path
+) -> None:
+    coco = tmp_path / "coco"
+    (coco / "annotations").mkdir(parents=True)
+    for name in there:
+        if name.endswith(".json"):
+            (coco / "annotations" / name).touch()
+        else:
+            (coco / name).mkdir()
+    locate = {"instances_minival2014": locate_minival, "instances_val2017": locate_minival}.get(
+        expected[0].removesuffix(".json"),
+        locate_train2014 if "train2014" in expected[0] else locate_valminusminival,
+    )
+    assert locate(tmp_path) == (coco / "annotations" / expected[0], coco / expected[1])
+
+
+def test_registering_opens_nothing_and_is_harmless_twice(tmp_path: Path) -> None:
+    """What stands there is no JSON at all, and the folder of the second time is nowhere."""
+    annotations = tmp_path / "coco" / "annotations"
+    annotations.mkdir(parents=True)
+    for name in (MINIVAL, REMAINDER, TRAIN, VAL):
+        (annotations / name).write_text("no JSON")
+    for root in (tmp_path, tmp_path, tmp_path / "nowhere"):
+        register_datasets(root)
+        for name in NAMES:
+            assert DatasetCatalog.list().count(name) == 1
+            metadata = MetadataCatalog.get(name)
+            assert Path(metadata.json_file).is_relative_to(root / "coco" / "annotations")
+            assert metadata.evaluator_type == "coco"
+            things = [each["name"] for each in COCO_CATEGORIES if each["isthing"]]
+            assert metadata.thing_classes == things
+            assert len(metadata.thing_dataset_id_to_contiguous_id) == 80
+
+
+def test_the_registered_names_load_from_2017_files(tmp_path: Path) -> None:
+    made = generate()
+    for split in ("val2014", "train2017", "val2017"):
+        made.write(split, tmp_path / "coco" / "annotations" / f"instances_{split}.json")
+    for split in ("train2017", "val2017"):
+        (tmp_path / "coco" / split).mkdir()
+        for number in made.ids(split):
+            (tmp_path / "coco" / split / made.image_name(split, number)).touch()
+    assert prepare_minival(tmp_path / "coco", lambda line: None, counts=SMALL)
+    register_datasets(tmp_path)
+    for name, split in zip(NAMES, ("minival", "valminusminival", "train2014")):
+        records = DatasetCatalog.get(name)
+        assert {record["image_id"] for record in records} == set(made.ids(split))
+        assert sum(len(record["annotations"]) for record in records) == SMALL.of(split).annotations
+        assert all(Path(record["file_name"]).is_file() for record in records)
