@@ -47,7 +47,8 @@ def main() -> None:
     ]
     print(tabulate(rows, headers=["", "seconds", "times hotcoco's"], disable_numparse=True))
     print(
-        f"\nMedians of {arguments.rounds} rounds in turn, each from arrays but the last; figures agree."
+        f"\nMedians of {arguments.rounds} rounds in turn, each from arrays but the last one; the "
+        "figures agree."
     )
     print(", ".join(f"{name} {version}" for name, version in found["versions"].items()))
     print(found["hardware"])

@@ -14,6 +14,7 @@ the last lines say what is missing.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -50,9 +51,24 @@ def main() -> None:
         )
     except DatasetError as error:
         sys.exit(f"error: {' '.join(str(error).split())}")  # code 1
-    if arguments.coco.absolute() != (datasets_root() / "coco").absolute():
-        print(f"To use it: export DETECTRON2_DATASETS={arguments.coco.absolute().parent}")
+    if ready:
+        tell_place(arguments.coco)
     sys.exit(0 if ready else 1)
+
+
+def tell_place(coco: Path) -> None:
+    """Say how the data sets are found where they are not looked for so far."""
+    looked_for = datasets_root() / "coco"
+    if looked_for.resolve() == coco.resolve():
+        return
+    if coco.resolve().name == "coco":
+        print(f"To use it: export DETECTRON2_DATASETS={shlex.quote(str(coco.resolve().parent))}")
+        return
+    print(
+        f"To use it: data sets are looked for in {looked_for.absolute()}. Name this folder coco, "
+        "or link it: ln -s "
+        f"{shlex.quote(str(coco.resolve()))} {shlex.quote(str(looked_for.absolute()))}"
+    )
 
 
 if __name__ == "__main__":

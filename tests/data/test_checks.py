@@ -137,14 +137,9 @@ def test_a_test_set_without_annotations(leave: str, registered: Path) -> None:
         check()
 
 
-def test_what_the_evaluation_cannot_read_is_said_before_the_training(registered: Path) -> None:
-    damage(registered, "train", lambda document: document["info"].update(year="2022"))
-    check()
-    with pytest.raises(DatasetError, match="which evaluates, cannot read"):
-        check("DATASETS.TEST", "('toy_coco_train',)")
+def test_what_is_not_evaluated_is_not_examined(registered: Path) -> None:
     damage(registered, "val", lambda document: document["info"].update(year="2022"))
-    with pytest.raises(DatasetError, match="which evaluates, cannot read"):
-        check()
+    check()
 
 
 @pytest.mark.parametrize("harm", ["truncated", "empty", "another size", "gone"])

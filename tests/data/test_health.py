@@ -22,7 +22,6 @@ from pycocotools.cocoeval import COCOeval
 
 from resnext_det.data.checks import read_annotations
 from resnext_det.data.health import Health, examine
-from resnext_det.errors import DatasetError
 from resnext_det.evaluation.evaluator import evaluate_boxes
 
 ROOT = Path(__file__).resolve().parents[2]
