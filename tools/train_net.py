@@ -19,7 +19,6 @@ from resnext_det.config import load_config, locate_config
 from resnext_det.data import custom
 from resnext_det.data.checks import check_datasets
 from resnext_det.data.health import Document
-from resnext_det.engine import launching, processes
 from resnext_det.engine.evaluating import check_expectations, evaluate, last_checkpoint
 from resnext_det.engine.schedule import check_learning_rate, scale
 from resnext_det.engine.setup import check_folder, set_up
@@ -27,6 +26,7 @@ from resnext_det.engine.trainer import Trainer
 from resnext_det.engine.writers import check_wandb
 from resnext_det.errors import reported
 from resnext_det.evaluation.evaluator import Engine
+from resnext_det.launching import launch, processes
 
 
 def parse() -> argparse.Namespace:
@@ -100,7 +100,7 @@ def main() -> None:
         cfg, documents = custom.from_arguments(cfg, arguments)
         check(cfg, arguments, documents, where.world_size)
         del documents  # gigabytes, of the whole of COCO
-    launching.run_everywhere(run, where, (cfg, arguments))
+    launch.run_everywhere(run, where, (cfg, arguments))
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import nn
 
-from resnext_det.engine import checkpoint_folder
-from resnext_det.engine.checkpoint_reading import iteration_of, read_content
-from resnext_det.engine.checkpoint_run import run_record
-from resnext_det.engine.checkpoint_writing import RUN, remove_leftovers, write_checkpoint
+from resnext_det.checkpoints import folder as checkpoint_folder
+from resnext_det.checkpoints.reading import iteration_of, read_content
+from resnext_det.checkpoints.run import run_record
+from resnext_det.checkpoints.writing import RUN, remove_leftovers, write_checkpoint
 from resnext_det.errors import ConfigError, ResNeXtError, TrainingError
 from resnext_det.pretrained.loading import check_same_model
 from resnext_det.pretrained.readers import without_prefix

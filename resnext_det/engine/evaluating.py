@@ -11,7 +11,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 
-from resnext_det.engine.checkpoint_run import read_run
+from resnext_det.checkpoints.run import read_run
 from resnext_det.engine.trainer import Trainer
 from resnext_det.errors import ConfigError, DatasetError
 from resnext_det.evaluation.engines import FIGURES

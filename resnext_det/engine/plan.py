@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from detectron2.config import CfgNode
 from tabulate import tabulate
 
-from resnext_det.engine.disk import size_text
+from resnext_det.checkpoints.disk import size_text
 from resnext_det.engine.solver import COSINE, decay_points
 
 Row = tuple[str, str]
@@ -125,7 +125,7 @@ class Plan:
         """Return the disk space needed: a file is written before it takes another one's place.
 
         Args:
-            checkpoint_bytes: of one, see `resnext_det.engine.disk.checkpoint_bytes`.
+            checkpoint_bytes: of one, see `resnext_det.checkpoints.disk.checkpoint_bytes`.
         """
         return (self.checkpoints_kept + 1) * checkpoint_bytes
 
@@ -133,8 +133,8 @@ class Plan:
         """Return a warning where the disk cannot hold the checkpoints, else None.
 
         Args:
-            checkpoint_bytes: of one, see `resnext_det.engine.disk.checkpoint_bytes`.
-            free_bytes: of the disk, see `resnext_det.engine.disk.free_bytes`.
+            checkpoint_bytes: of one, see `resnext_det.checkpoints.disk.checkpoint_bytes`.
+            free_bytes: of the disk, see `resnext_det.checkpoints.disk.free_bytes`.
         """
         needed = self.disk_bytes(checkpoint_bytes)
         if needed <= free_bytes:

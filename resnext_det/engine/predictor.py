@@ -18,7 +18,7 @@ from detectron2.utils.file_io import PathManager
 from numpy.typing import NDArray
 from PIL import Image
 
-from resnext_det.engine.checkpoint_run import read_run
+from resnext_det.checkpoints.run import read_run
 from resnext_det.pretrained.loading import load_weights
 
 Record = dict[str, Any]

@@ -13,8 +13,8 @@ import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from resnext_det.engine.endings import STOPPED
-from resnext_det.engine.launching import is_started_by_another
+from resnext_det.launching.endings import STOPPED
+from resnext_det.launching.launch import is_started_by_another
 
 logger = logging.getLogger(__name__)
 

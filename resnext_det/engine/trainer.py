@@ -20,12 +20,12 @@ from detectron2.utils.events import EventWriter
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
+from resnext_det.checkpoints.disk import checkpoint_bytes, free_bytes
+from resnext_det.checkpoints.writing import export_weights
 from resnext_det.data.checks import NamingDatasetMapper
 from resnext_det.data.custom import class_names
 from resnext_det.data.stream import Share, build_stream, seeded, training_records
-from resnext_det.engine.checkpoint_writing import export_weights
 from resnext_det.engine.checkpoints import Checkpointer, Checkpoints
-from resnext_det.engine.disk import checkpoint_bytes, free_bytes
 from resnext_det.engine.evaluation_hook import Evaluation, Goal, validation_losses
 from resnext_det.engine.hooks import Progress, Throughput
 from resnext_det.engine.inference import evaluate_datasets, remaining

@@ -18,8 +18,8 @@ from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, 
 from detectron2.structures import Boxes
 
 from resnext_det import load_config
-from resnext_det.engine.launching import run_everywhere
-from resnext_det.engine.processes import Where
+from resnext_det.launching.launch import run_everywhere
+from resnext_det.launching.processes import Where
 from resnext_det.engine.setup import set_up
 from resnext_det.engine.trainer import Trainer
 

@@ -13,7 +13,7 @@ from detectron2.engine import HookBase, SimpleTrainer
 from detectron2.engine.hooks import PeriodicCheckpointer
 from torch import nn
 
-from resnext_det.engine.checkpoint_reading import read_verified
+from resnext_det.checkpoints.reading import read_verified
 from resnext_det.engine.checkpoints import Checkpointer, Checkpoints
 from resnext_det.errors import ConfigError, TrainingError, WeightsError
 

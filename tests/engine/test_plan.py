@@ -13,8 +13,8 @@ from detectron2.config import CfgNode
 from detectron2.engine import TrainerBase, hooks
 
 from resnext_det import load_config
+from resnext_det.checkpoints.disk import checkpoint_bytes, free_bytes, size_text
 from resnext_det.engine.checkpoints import Checkpointer, Checkpoints
-from resnext_det.engine.disk import checkpoint_bytes, free_bytes, size_text
 from resnext_det.engine.plan import Plan
 from resnext_det.engine.schedule import scale
 

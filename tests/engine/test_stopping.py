@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 from detectron2.engine import HookBase, TrainerBase
 
-from resnext_det.engine.endings import STOPPED
 from resnext_det.engine.stopping import Stop, StopOnSignal
+from resnext_det.launching.endings import STOPPED
 
 
 class Signalled(TrainerBase):

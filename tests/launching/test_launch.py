@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from resnext_det.engine.launching import forwarded_signals, run_everywhere
-from resnext_det.engine.processes import Where
 from resnext_det.errors import ConfigError
+from resnext_det.launching.launch import forwarded_signals, run_everywhere
+from resnext_det.launching.processes import Where
 
 # A script, as the processes that it starts must be able to import what they run.
 JOB = """
@@ -27,8 +27,8 @@ import torch
 import torch.distributed as dist
 from detectron2.utils import comm
 
-from resnext_det.engine.launching import is_started_by_another, run_everywhere
-from resnext_det.engine.processes import Where
+from resnext_det.launching.launch import is_started_by_another, run_everywhere
+from resnext_det.launching.processes import Where
 from resnext_det.errors import ConfigError
 
 
@@ -107,7 +107,7 @@ if __name__ == "__main__":
 PARSED = """
 import argparse
 from job import *
-from resnext_det.engine.processes import add_arguments
+from resnext_det.launching.processes import add_arguments
 from resnext_det.errors import reported
 
 if __name__ == "__main__":

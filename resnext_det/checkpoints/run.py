@@ -9,8 +9,8 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
-from resnext_det.engine.checkpoint_reading import iteration_of, read_outline
-from resnext_det.engine.checkpoint_writing import RUN
+from resnext_det.checkpoints.reading import iteration_of, read_outline
+from resnext_det.checkpoints.writing import RUN
 from resnext_det.environment import versions
 from resnext_det.errors import WeightsError
 

@@ -14,8 +14,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from resnext_det.engine.processes import Where
 from resnext_det.errors import TrainingError
+from resnext_det.launching.processes import Where
 
 # Bytes of a line that are read, seconds it may take, and seconds between two tries to connect.
 _LINE_LIMIT = 4096

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from resnext_det.engine.checkpoint_folder import last_good
-from resnext_det.engine.checkpoint_reading import iteration_of, read_outline, read_verified
-from resnext_det.engine.checkpoint_run import read_run
-from resnext_det.engine.checkpoint_writing import checksum_file, write_checkpoint
+from resnext_det.checkpoints.folder import last_good
+from resnext_det.checkpoints.reading import iteration_of, read_outline, read_verified
+from resnext_det.checkpoints.run import read_run
+from resnext_det.checkpoints.writing import checksum_file, write_checkpoint
 from resnext_det.errors import TrainingError, WeightsError
 from resnext_det.pretrained.record import hexadecimal
 

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from resnext_det.engine.disk import free_bytes, size_text
+from resnext_det.checkpoints.disk import free_bytes, size_text
 from resnext_det.errors import TrainingError
 
 # This package's own record in a checkpoint, beside "model" and what a trainer keeps.
@@ -81,7 +81,7 @@ def export_weights(
     Args:
         state_dict: the weights.
         file: what to write, such as output/model_final_ema.pth.
-        run: what the file says about itself; see `resnext_det.engine.checkpoint_run.run_record`.
+        run: what the file says about itself; see `resnext_det.checkpoints.run.run_record`.
 
     Raises:
         TrainingError: as for `write_checkpoint`.

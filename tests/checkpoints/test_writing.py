@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 import torch
 
-from resnext_det.engine.checkpoint_folder import last_good, name_last, prune
-from resnext_det.engine.checkpoint_reading import read_content, read_verified
-from resnext_det.engine.checkpoint_writing import (
+from resnext_det.checkpoints.folder import last_good, name_last, prune
+from resnext_det.checkpoints.reading import read_content, read_verified
+from resnext_det.checkpoints.writing import (
     export_weights,
     remove_leftovers,
     write_checkpoint,

@@ -16,8 +16,8 @@ from typing import Any, NoReturn
 from detectron2.utils import comm
 from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
 
-from resnext_det.engine.explanations import explain, says_lost_contact
 from resnext_det.errors import ResNeXtError, TrainingError, reported
+from resnext_det.launching.explanations import explain, says_lost_contact
 
 # The exit code of a training that was asked to stop and can go on later, EX_TEMPFAIL of sysexits.h.
 # The processes of a job leave with it together.

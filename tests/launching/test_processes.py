@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from resnext_det.engine.processes import Where, add_arguments, check_gpus
 from resnext_det.errors import ConfigError
+from resnext_det.launching.processes import Where, add_arguments, check_gpus
 
 TORCHRUN = {
     "RANK": "5",

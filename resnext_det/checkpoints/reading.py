@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from resnext_det.engine.checkpoint_writing import checksum_file
+from resnext_det.checkpoints.writing import checksum_file
 from resnext_det.errors import WeightsError
 from resnext_det.pretrained.record import hexadecimal
 

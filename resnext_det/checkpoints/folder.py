@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from resnext_det.engine.checkpoint_reading import iteration_of, read_outline, read_verified
-from resnext_det.engine.checkpoint_writing import checksum_file, write_text
+from resnext_det.checkpoints.reading import iteration_of, read_outline, read_verified
+from resnext_det.checkpoints.writing import checksum_file, write_text
 from resnext_det.errors import ConfigError, TrainingError, WeightsError
 
 logger = logging.getLogger(__name__)

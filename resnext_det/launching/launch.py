@@ -26,11 +26,11 @@ from detectron2.engine import DEFAULT_TIMEOUT, launch
 from detectron2.utils import comm
 from torch.multiprocessing.spawn import ProcessException
 
-from resnext_det.engine.endings import End, first_end, run_to_the_end
-from resnext_det.engine.explanations import explain
-from resnext_det.engine.processes import Where
-from resnext_det.engine.roll_call import roll_call
 from resnext_det.errors import ResNeXtError, TrainingError, reported
+from resnext_det.launching.endings import End, first_end, run_to_the_end
+from resnext_det.launching.explanations import explain
+from resnext_det.launching.processes import Where
+from resnext_det.launching.roll_call import roll_call
 
 # Seconds in which a repeated signal is the same one: some schedulers signal the group as well.
 _SAME_SIGNAL = 1.0

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from resnext_det.engine.checkpoint_folder import candidates, last_good, name_last, prune
-from resnext_det.engine.checkpoint_writing import checksum_file, export_weights, write_checkpoint
+from resnext_det.checkpoints.folder import candidates, last_good, name_last, prune
+from resnext_det.checkpoints.writing import checksum_file, export_weights, write_checkpoint
 from resnext_det.errors import ConfigError, TrainingError
 
 

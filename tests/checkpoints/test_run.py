@@ -14,9 +14,9 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from torch import nn
 
+from resnext_det.checkpoints.run import read_run
+from resnext_det.checkpoints.writing import RUN, export_weights, write_checkpoint
 from resnext_det.config import add_resnext_config
-from resnext_det.engine.checkpoint_run import read_run
-from resnext_det.engine.checkpoint_writing import RUN, export_weights, write_checkpoint
 from resnext_det.engine.checkpoints import Checkpointer
 from resnext_det.errors import WeightsError
 

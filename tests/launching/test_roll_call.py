@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from resnext_det.engine.processes import Where
-from resnext_det.engine.roll_call import roll_call
 from resnext_det.errors import TrainingError
+from resnext_det.launching.processes import Where
+from resnext_det.launching.roll_call import roll_call
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""Checkpoints of trainings on disk: written whole, read as data, found again."""

@@ -1,0 +1,1 @@
+"""As many processes as asked for, which end together and say why."""
