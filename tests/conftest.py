@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from resnext_det.data.toy import ToySpec, write_toy_coco
 
@@ -16,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 REAL = ROOT.parent / "shared" / "data" / "coco_real"
 
 Tool = Callable[..., "subprocess.CompletedProcess[str]"]
+StockEvaluation = Callable[[Path, list[dict[str, Any]]], COCOeval]
 
 
 @pytest.fixture(scope="session")
@@ -54,3 +60,20 @@ def run_tool(
 def tool() -> Tool:
     """`run_tool`, as a fixture: tests are no package that could import it."""
     return run_tool
+
+
+def evaluated_by_pycocotools(annotations: Path, detections: list[dict[str, Any]]) -> COCOeval:
+    """COCO's evaluation as its own demo does it: from files, and with nothing of this package."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(annotations))
+        evaluation = COCOeval(truth, truth.loadRes(detections), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation
+
+
+@pytest.fixture(scope="session")
+def stock_evaluation() -> StockEvaluation:
+    """`evaluated_by_pycocotools`, as a fixture."""
+    return evaluated_by_pycocotools

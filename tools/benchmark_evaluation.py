@@ -17,7 +17,7 @@ from tabulate import tabulate
 
 from resnext_det.errors import reported
 from resnext_det.evaluation.benchmark import Size, measure, ratio
-from resnext_det.evaluation.metrics_file import write_json
+from resnext_det.files import write_json
 
 
 def main() -> None:

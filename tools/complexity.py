@@ -20,9 +20,10 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from resnext_det import ResNeXt, Template, load_config
-from resnext_det.engine.benchmark import MODES, Benchmark, Subject, measure, save_json
+from resnext_det.engine.benchmark import MODES, Benchmark, Subject, measure
 from resnext_det.environment import hardware, versions
 from resnext_det.errors import ConfigError, reported
+from resnext_det.files import write_json
 from resnext_det.modeling.blocks import BLOCKS
 from resnext_det.modeling.complexity import Complexity, detector_complexity, network_complexity
 from resnext_det.modeling.paper import PUBLISHED, Published
@@ -189,7 +190,7 @@ def _save(path: Path | None, document: dict[str, Any]) -> None:
     if path is None:
         return
     try:
-        save_json(path, document)
+        write_json(path, document)
     except OSError as error:
         raise ConfigError(f"--output {path} cannot be written: {error.strerror}.") from error
 

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from resnext_det.engine.benchmark import save_json
 from resnext_det.errors import ConfigError, reported
+from resnext_det.files import write_json
 from resnext_det.pretrained.catalog import entry
 from resnext_det.pretrained.classifier import load_classifier, locate
 from resnext_det.pretrained.imagenet import IMAGES, Evaluation, choose_device, measure
@@ -39,7 +39,7 @@ def main() -> None:
         print(described(evaluated))
         if arguments.json:
             try:
-                save_json(arguments.json, evaluated.document())
+                write_json(arguments.json, evaluated.document())
             except OSError as error:
                 raise ConfigError(f"{arguments.json} cannot be written: {error}") from error
 

@@ -19,8 +19,8 @@ from resnext_det.evaluation.model_zoo_page_results import (
     read_results,
     result_of_run,
     write_result,
-    write_text,
 )
+from resnext_det.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN_LINES = 20

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import multiprocessing
 import os
@@ -304,15 +303,3 @@ def _most_resident(forget: bool = False) -> int:
     # Not ru_maxrss: on Linux a process inherits the one of the process that started it.
     lines = status.read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-
-
-def save_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Write JSON beside `path`, then rename: never half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.partial")
-    try:
-        beside.write_text(json.dumps(document, indent=1) + "\n")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-    logger.info("wrote %s", path)

@@ -20,6 +20,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from resnext_det.errors import DatasetError
+from resnext_det.files import written_beside
 from resnext_det.modeling.resnext import ResNeXt
 from resnext_det.pretrained.layouts import to_torchvision
 
@@ -217,10 +218,5 @@ def accuracy(network: ResNeXt, crops: Crops, labels: NDArray[np.int64]) -> float
 
 def save_atomically(tensors: dict[str, torch.Tensor], output: Path) -> None:
     """Write tensors with torch.save beside `output`, then rename: never half a file."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    beside = output.with_name(f".{output.name}.partial")
-    try:
+    with written_beside(output) as beside:
         torch.save(tensors, beside)
-        beside.replace(output)
-    finally:
-        beside.unlink(missing_ok=True)

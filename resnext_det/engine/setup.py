@@ -14,6 +14,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from resnext_det.errors import ConfigError
+from resnext_det.files import written_beside
 
 logger = logging.getLogger(__name__)
 
@@ -89,9 +90,8 @@ def set_up(cfg: CfgNode, arguments: argparse.Namespace) -> None:
     if of_training is not None and comm.is_main_process():
         # Detectron2 writes over it, and with it over what the training started from.
         config.replace(config.with_name("evaluation.yaml"))
-        beside = config.with_name(".config.yaml.partial")
-        beside.write_bytes(of_training)
-        beside.replace(config)
+        with written_beside(config) as beside:
+            beside.write_bytes(of_training)
     setup_logger(
         cfg.OUTPUT_DIR, distributed_rank=rank, name="resnext_det", abbrev_name="resnext_det"
     )

@@ -28,8 +28,9 @@ from resnext_det.errors import EvaluationError
 from resnext_det.evaluation.detections import Detections, read_detections
 from resnext_det.evaluation.engines import FIGURES, by_hotcoco, by_pycocotools
 from resnext_det.evaluation.evaluator import evaluate_detections, write_evaluated
-from resnext_det.evaluation.metrics_file import write_detections, write_json
+from resnext_det.evaluation.metrics_file import write_detections
 from resnext_det.evaluation.truth import Truth, read_truth
+from resnext_det.files import write_json
 
 Summary = tuple[float, ...]
 WHOLE = "from files to all tables"

@@ -18,10 +18,11 @@ from resnext_det.evaluation.details import Details, details_of
 from resnext_det.evaluation.detections import Detections, check_detections
 from resnext_det.evaluation.engines import ENGINES, accumulated, compute, hotcoco_evaluation
 from resnext_det.evaluation.figures import BoxFigures, figures_of
-from resnext_det.evaluation.metrics_file import write_detections, write_json, write_metrics
+from resnext_det.evaluation.metrics_file import write_detections, write_metrics
 from resnext_det.evaluation.predictions import Predictions, rows_of
 from resnext_det.evaluation.proposals import proposal_figures, proposal_table
 from resnext_det.evaluation.truth import Truth, read_truth
+from resnext_det.files import write_json
 
 logger = logging.getLogger(__name__)
 

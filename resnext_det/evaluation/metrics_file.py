@@ -8,23 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from resnext_det.environment import hardware, versions
+from resnext_det.environment import commit, hardware, versions
 from resnext_det.evaluation.detections import Detections
+from resnext_det.files import write_json
 
 logger = logging.getLogger(__name__)
 
 METRICS = "metrics.json"
-
-
-def write_json(target: Path, content: object, *, indent: int | None = 1) -> None:
-    """Write JSON beside `target`, then rename: never half a file."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.partial")
-    try:
-        beside.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
-        beside.replace(target)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def write_detections(target: Path, detections: Detections) -> None:
@@ -48,6 +38,7 @@ def write_metrics(
         **description,
         "versions": versions(),
         "hardware": hardware(),
+        "commit": commit(),
         "datasets": {**_other_datasets(target, description), dataset: entry},
     }
     write_json(target, document)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import datetime
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -19,7 +18,7 @@ from resnext_det import model_zoo
 from resnext_det.config import add_resnext_config
 from resnext_det.data.splits import TOY_MINIVAL
 from resnext_det.data.toy import ToySpec
-from resnext_det.errors import ConfigError, DatasetError, ResNeXtError
+from resnext_det.errors import ConfigError, DatasetError
 from resnext_det.evaluation.published_setting import MINIVAL, setting_of
 from resnext_det.evaluation.run_folder import (
     Evaluation,
@@ -28,6 +27,7 @@ from resnext_det.evaluation.run_folder import (
     read_metrics,
     read_training,
 )
+from resnext_det.files import write_json
 
 _MOST_BYTES = 1_000_000  # of a config.yaml; a dumped one has 9,000
 _TEST_IMAGES = {MINIVAL: 5000, TOY_MINIVAL: ToySpec().val_images}
@@ -136,26 +136,8 @@ def write_result(folder: Path, result: OwnResult) -> Path:
         ResNeXtError: it cannot be written.
     """
     target = folder / f"{result.config}.json"
-    write_text(target, json.dumps(asdict(result), indent=1) + "\n")
+    write_json(target, asdict(result))
     return target
-
-
-def write_text(target: Path, text: str) -> None:
-    """Write a file beside its place, then rename: never half a file.
-
-    Raises:
-        ResNeXtError: it cannot be written.
-    """
-    beside = target.with_name(f".{target.name}.partial")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            beside.write_text(text, encoding="utf-8", newline="\n")
-            beside.replace(target)
-        finally:
-            beside.unlink(missing_ok=True)
-    except OSError as error:
-        raise ResNeXtError(f"{target} cannot be written: {error}.") from error
 
 
 def result_of_run(run: Path, command: str) -> OwnResult:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from resnext_det.engine.predictor import Detection
-from resnext_det.looking.files import written_beside
+from resnext_det.files import written_beside
 
 Entry = dict[str, Any]
 

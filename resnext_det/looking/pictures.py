@@ -8,7 +8,7 @@ from detectron2.data.detection_utils import read_image
 from PIL import Image
 
 from resnext_det.errors import DatasetError
-from resnext_det.looking.files import written_beside
+from resnext_det.files import written_beside
 
 LONGEST_SIDE = 65_500
 """Pixels; libjpeg writes nothing larger (its JPEG_MAX_DIMENSION)."""

@@ -22,7 +22,7 @@ from resnext_det.evaluation.curves import (
     smoothed,
 )
 from resnext_det.evaluation.run_folder import Record, read_training
-from resnext_det.looking.files import written_beside
+from resnext_det.files import written_beside
 
 SUFFIXES = (".png", ".svg", ".pdf")
 

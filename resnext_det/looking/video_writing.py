@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from resnext_det.errors import DatasetError
-from resnext_det.looking.files import written_beside
+from resnext_det.files import written_beside
 from resnext_det.looking.video_reading import TICKS, require_av
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from resnext_det.errors import WeightsError
+from resnext_det.files import written_beside
 from resnext_det.modeling.forms import convert_form, in_form_of
 from resnext_det.modeling.template import Template
 from resnext_det.pretrained.catalog_entry import Entry
@@ -239,17 +240,8 @@ def _write(tensors: Mapping[str, torch.Tensor], output: Path, author: str, **mor
         )
     arrays = {name: _array(tensor) for name, tensor in tensors.items()}
     content = {"model": arrays, "__author__": author, **more}
-    beside = output.with_name(f".{output.name}.partial")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("wb") as stream:
-            pickle.dump(content, stream, protocol=4)
-        beside.replace(output)
-    except OSError as error:
-        raise WeightsError(f"cannot write {output}: {error}") from error
-    finally:
-        if beside.parent.is_dir():
-            beside.unlink(missing_ok=True)
+    with written_beside(output, WeightsError) as beside, beside.open("wb") as stream:
+        pickle.dump(content, stream, protocol=4)
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[Any]]:

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
 import json
 import math
 import runpy
@@ -17,7 +15,6 @@ from detectron2.data.detection_utils import read_image
 from hypothesis import given, settings
 from hypothesis import strategies as some
 from PIL import Image
-from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from resnext_det.data.checks import read_annotations
@@ -326,16 +323,6 @@ def test_objects_that_detectron2_leaves_out_are_counted(
     assert error.count == len(polygons) - left == 3
 
 
-def pycocotools_precision(annotations: Path, detections: list[Document]) -> float:
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(str(annotations))
-        evaluation = COCOeval(truth, truth.loadRes(detections), "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return float(evaluation.stats[0])
-
-
 @pytest.mark.parametrize(
     "damage",
     [
@@ -345,7 +332,9 @@ def pycocotools_precision(annotations: Path, detections: list[Document]) -> floa
     ],
 )
 def test_what_costs_a_perfect_detector_its_figure_is_found(
-    damage: Damage, on_disk: Callable[[Document], Path]
+    damage: Damage,
+    on_disk: Callable[[Document], Path],
+    stock_evaluation: Callable[..., COCOeval],
 ) -> None:
     document = sound()
     damage(document)
@@ -353,7 +342,7 @@ def test_what_costs_a_perfect_detector_its_figure_is_found(
         {key: entry[key] for key in ("image_id", "category_id", "bbox")} | {"score": 0.9}
         for entry in document["annotations"]
     ]
-    assert pycocotools_precision(on_disk(document), detections) < 0.99
+    assert stock_evaluation(on_disk(document), detections).stats[0] < 0.99
     assert examine(document, training=False).findings
 
 

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from resnext_det.engine import benchmark
-from resnext_det.engine.benchmark import Benchmark, Measurement, Mode, Subject, measure, save_json
+from resnext_det.engine.benchmark import Benchmark, Measurement, Mode, Subject, measure
 from resnext_det.errors import ConfigError, ResNeXtError
+from resnext_det.files import write_json
 
 Tool = Callable[..., "CompletedProcess[str]"]
 
@@ -164,9 +165,9 @@ def test_an_error_in_the_network_is_its_own() -> None:
 
 def test_json_is_whole_or_not_there(tmp_path: Path) -> None:
     file = tmp_path / "new" / "file.json"
-    save_json(file, {"a": (1, 2)})
+    write_json(file, {"a": (1, 2)})
     with pytest.raises(TypeError):
-        save_json(file, {"a": object()})
+        write_json(file, {"a": object()})
     assert json.loads(file.read_text()) == {"a": [1, 2]}
     assert [path.name for path in file.parent.iterdir()] == ["file.json"]
 

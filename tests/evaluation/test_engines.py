@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
-from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from resnext_det.errors import EvaluationError
@@ -28,20 +26,10 @@ from resnext_det.evaluation.engines import (
 from resnext_det.evaluation.truth import read_truth
 
 Document = dict[str, Any]
+StockEvaluation = Callable[..., COCOeval]
 
 
-def stock(annotations: Path, detections: list[Document]) -> COCOeval:
-    """The evaluation as its own demo does it, from files."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(str(annotations))
-        evaluation = COCOeval(truth, truth.loadRes(detections), "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return evaluation
-
-
-def agree(annotations: Path, detections: list[Document]) -> None:
+def agree(annotations: Path, detections: list[Document], stock: StockEvaluation) -> None:
     truth, found = read_truth(annotations), Detections.of(detections)
     ours, reference = by_hotcoco(truth, found), by_pycocotools(truth, found)
     check_agreement(ours, reference)
@@ -104,16 +92,20 @@ def made_up(generator: np.random.Generator, truth: Document, most: int) -> list[
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(seed=some.integers(0, 2**32 - 1))
-def test_both_engines_agree_with_stock_pycocotools(seed: int, tmp_path: Path) -> None:
+def test_both_engines_agree_with_stock_pycocotools(
+    seed: int, tmp_path: Path, stock_evaluation: StockEvaluation
+) -> None:
     generator = np.random.default_rng(seed)
     truth = document(generator)
     file = tmp_path / "truth.json"
     file.write_text(json.dumps(truth))
-    agree(file, made_up(generator, truth, 60))
+    agree(file, made_up(generator, truth, 60), stock_evaluation)
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_they_agree_on_more_than_100_detections_of_an_image(seed: int, tmp_path: Path) -> None:
+def test_they_agree_on_more_than_100_detections_of_an_image(
+    seed: int, tmp_path: Path, stock_evaluation: StockEvaluation
+) -> None:
     generator = np.random.default_rng(seed)
     truth = document(generator)
     file = tmp_path / "truth.json"
@@ -122,21 +114,25 @@ def test_they_agree_on_more_than_100_detections_of_an_image(seed: int, tmp_path:
         {"image_id": 7, "category_id": 1, "bbox": box(generator, 80), "score": float(score)}
         for score in generator.random(250)
     ]
-    agree(file, detections)
+    agree(file, detections, stock_evaluation)
 
 
-def test_they_agree_without_detections_and_without_objects(tmp_path: Path) -> None:
+def test_they_agree_without_detections_and_without_objects(
+    tmp_path: Path, stock_evaluation: StockEvaluation
+) -> None:
     truth = document(np.random.default_rng(0))
     file = tmp_path / "truth.json"
     file.write_text(json.dumps(truth))
-    agree(file, [])
+    agree(file, [], stock_evaluation)
     detections = made_up(np.random.default_rng(1), truth, 30)
     file.write_text(json.dumps(truth | {"annotations": []}))
-    agree(file, detections)
+    agree(file, detections, stock_evaluation)
 
 
 @pytest.mark.real
-def test_they_agree_on_photographs(real_photographs: Path) -> None:
+def test_they_agree_on_photographs(
+    real_photographs: Path, stock_evaluation: StockEvaluation
+) -> None:
     annotations = real_photographs / "annotations" / "instances_val2017.json"
     truth = json.loads(annotations.read_text())
     generator = np.random.default_rng(5)
@@ -152,7 +148,7 @@ def test_they_agree_on_photographs(real_photographs: Path) -> None:
                     "score": float(score),
                 }
             )
-    agree(annotations, detections)
+    agree(annotations, detections, stock_evaluation)
 
 
 def test_proposals_are_evaluated_without_classes_by_both(tmp_path: Path) -> None:

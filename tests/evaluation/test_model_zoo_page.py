@@ -29,10 +29,10 @@ from resnext_det.evaluation.model_zoo_page_results import (
     read_results,
     result_of_run,
     write_result,
-    write_text,
 )
 from resnext_det.evaluation.model_zoo_page_rows import STARTS_FROM, Config
 from resnext_det.evaluation.published import ROWS
+from resnext_det.files import write_text
 from resnext_det.pretrained.catalog import entry
 from resnext_det.pretrained.fit import Needs, check_config
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from resnext_det.errors import DatasetError
+from resnext_det.files import written_beside
 
 
 @contextlib.contextmanager
@@ -25,19 +26,10 @@ def written(target: Path) -> Iterator[BinaryIO]:
     Raises:
         DatasetError: it cannot be written.
     """
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())  # a rename may survive a power cut that its content does not
-        partial.replace(target)
-    except OSError as error:
-        raise DatasetError(f"{target} cannot be written: {error.strerror or error}.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+    with written_beside(target, DatasetError) as beside, beside.open("wb") as stream:
+        yield stream
+        stream.flush()
+        os.fsync(stream.fileno())  # a rename may survive a power cut that its content does not
 
 
 def kept_name(file: Path) -> Path:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from resnext_det.errors import ResNeXtError
-from resnext_det.looking.files import written_beside
+from resnext_det.files import written_beside
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
