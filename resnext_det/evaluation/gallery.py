@@ -1,99 +1,93 @@
-"""Pictures for the report: where a detector did best and worst, true boxes beside predicted."""
+"""Pictures for the report: where a detector did best, worst, and took one class for another."""
 
 from __future__ import annotations
 
-import base64
-import io
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from PIL import Image, ImageOps
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
 
+from resnext_det.data.record_forms import leads_out
 from resnext_det.errors import DatasetError
-from resnext_det.evaluation.drawing import (
-    MISTAKE_COLOUR,
-    PREDICTION_COLOUR,
-    TRUTH_COLOUR,
-    LabelledBox,
-    draw_boxes,
-)
-from resnext_det.evaluation.run_folder import Evaluation, read_json
+from resnext_det.evaluation.detections import Detections, check_detections, read_detections
+from resnext_det.evaluation.gallery_matching import MATCHED_FROM, Labelled, compare
+from resnext_det.evaluation.gallery_pictures import Entry, make_entry, picture_file
+from resnext_det.evaluation.run_folder import Evaluation
+from resnext_det.evaluation.truth import Truth, read_truth
+
+__all__ = ["LOWEST", "MATCHED_FROM", "SHOWN_FROM", "Gallery", "make_gallery"]
 
 logger = logging.getLogger(__name__)
 
-# Predictions below this score are neither drawn nor counted: a detector lists 100 per image.
 SHOWN_FROM = 0.5
-MATCHED_FROM = 0.5
-# With 24 pairs the page stays far below 10 MB, whatever the pictures show.
-_LONGEST_SIDE = 480
-_JPEG_QUALITY = 82
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """A box of a picture: xywh in pixels, the class; a score if predicted, or a crowd if true."""
-
-    xywh: list[float]
-    category: int
-    score: float = 1.0
-    crowd: bool = False
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One image with its true boxes and the predictions from SHOWN_FROM on, surest first."""
-
-    image_id: int
-    file_name: str
-    truth: list[Labelled] = field(default_factory=list)
-    predictions: list[Labelled] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How the predictions for one image agree with the truth.
-
-    Attributes:
-        score: 0 to 1, see `compare`.
-        found: for each true box whether a prediction matches it; None for crowds.
-        right: for each prediction whether it matches; None where it lies in a crowd.
-    """
-
-    score: float
-    found: list[bool | None]
-    right: list[bool | None]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One picture of the gallery: both sides as data: URIs, and what stands below them."""
-
-    file_name: str
-    truth: str
-    prediction: str
-    score: float
-    found: int
-    objects: int
-    false: int
+"""Predictions below this score are not shown at first, and do not count in the choice."""
+LOWEST = 0.05
+"""Those below this one are not in the page: Detectron2 leaves them out as well."""
+_MOST_PREDICTIONS = 100  # of an image, as COCO counts them
+_MOST_OBJECTS = 300  # nobody could tell more boxes apart in a small picture
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """The best and the worst pictures, and how many pictures could not be shown."""
+    """The pictures, by what they were chosen for; none is in two of the groups.
+
+    Attributes:
+        best: the highest scores, see `gallery_matching.compare`.
+        worst: the lowest.
+        confused: of the others, those with most objects that are taken for another class.
+        missing: pictures that are not on disk or cannot be read.
+        classes: names by id, of the boxes in the pictures, in the order of the names.
+        other_annotations: whether the annotations are others now than when they were evaluated.
+    """
 
     best: list[Entry]
     worst: list[Entry]
+    confused: list[Entry]
     missing: int
+    classes: dict[int, str]
+    other_annotations: bool
+
+    @property
+    def entries(self) -> list[Entry]:
+        """All pictures."""
+        return [*self.best, *self.worst, *self.confused]
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """One image: its file, true boxes, and the predictions from LOWEST on, surest first."""
+
+    file_name: str
+    file: Path
+    truth: list[Labelled]
+    predictions: list[Labelled]
+
+    @property
+    def shown(self) -> list[Labelled]:
+        """The predictions that are shown at first."""
+        return [each for each in self.predictions if each.score >= SHOWN_FROM]
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """One image as it is chosen by: its position, true boxes, and how it fares at first."""
+
+    position: int
+    objects: int
+    score: float
+    confused: int
 
 
 def make_gallery(evaluation: Evaluation, limit: int) -> Gallery:
-    """Choose and draw pictures of an evaluation.
+    """Choose pictures of an evaluation, and place their boxes.
 
     Images with neither a true box nor a prediction show nothing and are left out. Of the others,
-    ordered by `compare`'s score, half of the gallery is taken from either end.
+    ordered by `compare`'s score, a third of the gallery is taken from either end, and a third are
+    those with most confused classes that remain.
 
     Args:
         evaluation: where annotations, pictures and detections are.
@@ -105,156 +99,127 @@ def make_gallery(evaluation: Evaluation, limit: int) -> Gallery:
     Raises:
         DatasetError: annotations or detections are missing or not in COCO's layout.
     """
-    samples, names = _read_samples(evaluation)
-    present = [s for s in samples if (evaluation.images / s.file_name).is_file()]
-    missing = len(samples) - len(present)
-    scored = [(s, compare(s.truth, s.predictions)) for s in present if s.truth or s.predictions]
-    scored.sort(key=lambda pair: (pair[1].score, len(pair[0].truth), pair[0].image_id))
-    count = min(limit, len(scored))
-    best: list[Entry] = []
-    worst: list[Entry] = []
-    for entries, chosen in (
-        (worst, scored[: count // 2]),
-        (best, scored[::-1][: count - count // 2]),
-    ):
-        for sample, outcome in chosen:
-            entry = _draw(evaluation.images, sample, outcome, names)
-            if entry is None:
-                missing += 1
-            else:
-                entries.append(entry)
-    return Gallery(best, worst, missing)
-
-
-def compare(truth: Sequence[Labelled], predictions: Sequence[Labelled]) -> Outcome:
-    """Match the predictions for one image with its true boxes, and score the image.
-
-    From the surest on, a prediction takes the true box of its class that it overlaps most, if
-    the intersection over union is MATCHED_FROM or more and the box is still free. Predictions
-    that lie in a crowd of their class by half do not count. The score is
-
-        sum of the matched overlaps / (matched + false / 2 + missed / 2),
-
-    the "panoptic quality" of Kirillov et al. for boxes: 1 if every object is found exactly and
-    nothing else is, 0 if nothing is found.
-
-    Args:
-        truth: the true boxes.
-        predictions: the predicted boxes, surest first.
-
-    Returns:
-        The score, and which boxes match; the score is 1 where there is nothing to compare.
-    """
-    found: list[bool | None] = [None if entry.crowd else False for entry in truth]
-    right: list[bool | None] = []
-    overlaps = 0.0
-    for prediction in predictions:
-        best, best_overlap, in_crowd = -1, MATCHED_FROM, False
-        for index, entry in enumerate(truth):
-            if entry.category != prediction.category:
-                continue
-            intersection = _intersection(entry.xywh, prediction.xywh)
-            area = _area(prediction.xywh)
-            if entry.crowd:
-                in_crowd = in_crowd or intersection >= MATCHED_FROM * area > 0
-                continue
-            union = area + _area(entry.xywh) - intersection
-            overlap = intersection / union if union > 0 else 0.0
-            if not found[index] and overlap >= best_overlap:
-                best, best_overlap = index, overlap
-        if best >= 0:
-            found[best] = True
-            overlaps += best_overlap
-            right.append(True)
-        else:
-            right.append(None if in_crowd else False)
-    wrong = right.count(False) + found.count(False)
-    total = right.count(True) + wrong / 2
-    return Outcome(overlaps / total if total else 1.0, found, right)
-
-
-def _area(xywh: Sequence[float]) -> float:
-    return max(xywh[2], 0.0) * max(xywh[3], 0.0)
-
-
-def _intersection(one: Sequence[float], other: Sequence[float]) -> float:
-    width = min(one[0] + one[2], other[0] + other[2]) - max(one[0], other[0])
-    height = min(one[1] + one[3], other[1] + other[3]) - max(one[1], other[1])
-    return max(width, 0.0) * max(height, 0.0)
-
-
-def _read_samples(evaluation: Evaluation) -> tuple[list[Sample], dict[int, str]]:
-    """Return the images with their boxes, and the names of the categories."""
-    annotations = read_json(
-        evaluation.annotations, "put the annotations back, or evaluate again with those you have"
+    truth, detections = _read(evaluation)
+    sample_of = _sampler(evaluation.images, truth, detections)
+    images = len(truth.image_ids)
+    outside = [name for name in truth.file_names if leads_out(name)]
+    if outside:
+        logger.warning(
+            "%d file names, such as %r, lead out of %s: these pictures are not opened",
+            *(len(outside), outside[0], evaluation.images),
+        )
+    missing, scored = 0, []
+    # The boxes of all images take much memory, so those of the chosen ones are made twice.
+    for position in tqdm(range(images), "comparing", unit="image", leave=False, disable=None):
+        sample = sample_of(position)
+        if sample is None:
+            missing += 1
+        elif (sample.truth or sample.shown) and len(sample.truth) <= _MOST_OBJECTS:
+            outcome = compare(sample.truth, sample.shown)
+            scored.append(_Scored(position, len(sample.truth), outcome.score, outcome.confused))
+    groups = [
+        [_entry(sample_of(each.position), truth.categories) for each in chosen]
+        for chosen in _choose(scored, limit)
+    ]
+    missing += sum(group.count(None) for group in groups)
+    best, worst, confused = ([entry for entry in group if entry] for group in groups)
+    present = {number for entry in (*best, *worst, *confused) for number in entry.categories}
+    classes = {number: truth.categories[number] for number in present}
+    known = evaluation.annotations_sha256
+    return Gallery(
+        *(best, worst, confused, missing),
+        classes=dict(sorted(classes.items(), key=lambda item: (item[1].casefold(), item[0]))),
+        other_annotations=bool(known) and known != truth.sha256,
     )
-    detections = read_json(evaluation.detections, "evaluate the run again")
+
+
+def _read(evaluation: Evaluation) -> tuple[Truth, Detections]:
     try:
-        samples = {
-            image["id"]: Sample(image["id"], str(image["file_name"]))
-            for image in annotations["images"]
-        }
-        names = {entry["id"]: str(entry["name"]) for entry in annotations["categories"]}
-        for entry in annotations["annotations"]:
-            crowd = bool(entry.get("iscrowd", 0))
-            box = Labelled(_box(entry), entry["category_id"], crowd=crowd)
-            samples[entry["image_id"]].truth.append(box)
-    except (KeyError, TypeError, ValueError) as error:
+        truth = read_truth(evaluation.annotations)
+    except DatasetError as error:
         raise DatasetError(
-            f"{evaluation.annotations} is not in COCO's layout ({error!r}): name the instances_*."
-            "json file that the run was evaluated with."
+            f"{error} Put the annotations back, or evaluate again with those you have."
         ) from error
     try:
-        for entry in sorted(detections, key=lambda found: -float(found["score"])):
-            if entry["score"] >= SHOWN_FROM:
-                box = Labelled(_box(entry), entry["category_id"], float(entry["score"]))
-                samples[entry["image_id"]].predictions.append(box)
-    except (KeyError, TypeError, ValueError) as error:
-        raise DatasetError(
-            f"{evaluation.detections} does not fit {evaluation.annotations} ({error!r}): "
-            "evaluate the run again."
-        ) from error
-    return list(samples.values()), names
+        detections = read_detections(evaluation.detections)
+        check_detections(detections, truth, str(evaluation.detections))
+    except DatasetError as error:
+        raise DatasetError(f"{error} To mend it, evaluate the run again.") from error
+    return truth, detections
 
 
-def _box(entry: dict[str, Any]) -> list[float]:
-    x, y, width, height = entry["bbox"]
-    return [float(x), float(y), float(width), float(height)]
+def _sampler(folder: Path, truth: Truth, detections: Detections) -> Callable[[int], _Sample | None]:
+    """Return a function that gives the image at a position, None where its picture is missing."""
+    kept = detections.scores >= LOWEST
+    ids, categories = detections.image_ids[kept], detections.category_ids[kept]
+    boxes, scores = detections.boxes[kept], detections.scores[kept]
+    predicted = _by_image(ids, scores)
+    objects = truth.objects
+    true = _by_image(objects.image_ids, np.zeros(len(objects.image_ids)))
+
+    def sample_of(position: int) -> _Sample | None:
+        """Return the image at a position."""
+        file_name = truth.file_names[position]
+        file = picture_file(folder, file_name)
+        if file is None:
+            return None
+        image_id = int(truth.image_ids[position])
+        rows, found = true(image_id), predicted(image_id)[:_MOST_PREDICTIONS]
+        there = objects.boxes[rows], objects.category_ids[rows], objects.crowds[rows]
+        seen = boxes[found], categories[found], scores[found]
+        return _Sample(
+            file_name,
+            file,
+            [
+                Labelled(box, category, crowd=crowd)
+                for box, category, crowd in zip(*(column.tolist() for column in there))
+            ],
+            [
+                Labelled(box, category, score)
+                for box, category, score in zip(*(column.tolist() for column in seen))
+            ],
+        )
+
+    return sample_of
 
 
-def _draw(images: Path, sample: Sample, outcome: Outcome, names: dict[int, str]) -> Entry | None:
-    """Return the picture of a sample with its boxes, or None where it cannot be read."""
-    try:
-        with Image.open(images / sample.file_name) as file:
-            picture = ImageOps.exif_transpose(file).convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three for bad files
-        logger.warning("%s cannot be shown: %s", images / sample.file_name, error)
+def _by_image(
+    image_ids: NDArray[np.int64], scores: NDArray[np.float64]
+) -> Callable[[int], NDArray[np.intp]]:
+    """Return a function that gives the rows of an image, those of the highest score first."""
+    order = np.lexsort((-scores, image_ids))
+    ordered = image_ids[order]
+
+    def rows(image_id: int) -> NDArray[np.intp]:
+        """Return the rows of an image."""
+        start, end = np.searchsorted(ordered, [image_id, image_id + 1])
+        found: NDArray[np.intp] = order[start:end]
+        return found
+
+    return rows
+
+
+def _choose(scored: Sequence[_Scored], limit: int) -> list[list[_Scored]]:
+    """Return the best, the worst and the most confused, best or worst first."""
+    ordered = sorted(scored, key=lambda each: (each.score, each.objects, each.position))
+    count = min(limit, len(ordered))
+    # Where fewer than a third remain that have any, more go to the two ends.
+    for confused_count in range(count // 3, -1, -1):
+        worst_count = (count - confused_count) // 2
+        best_count = count - confused_count - worst_count
+        worst, best = ordered[:worst_count], ordered[::-1][:best_count]
+        others = ordered[worst_count : len(ordered) - best_count]
+        # Python's sort is stable: of as many confused objects the worse picture comes first.
+        confused = sorted(others, key=lambda each: -each.confused)[:confused_count]
+        if all(each.confused for each in confused):
+            break
+    return [best, worst, confused]
+
+
+def _entry(sample: _Sample | None, names: dict[int, str]) -> Entry | None:
+    if sample is None:  # the picture went away meanwhile
         return None
-    truth, predictions = [], []
-    for box, found in zip(sample.truth, outcome.found, strict=True):
-        colour = MISTAKE_COLOUR if found is False else TRUTH_COLOUR
-        label = _name(names, box) + (" (crowd)" if box.crowd else "")
-        truth.append(LabelledBox(box.xywh, label, colour, dashed=box.crowd))
-    for box, right in zip(sample.predictions, outcome.right, strict=True):
-        colour = MISTAKE_COLOUR if right is False else PREDICTION_COLOUR
-        label = f"{_name(names, box)} {box.score:.2f}"
-        predictions.append(LabelledBox(box.xywh, label, colour, dashed=right is None))
-    return Entry(
-        sample.file_name,
-        _data_uri(draw_boxes(picture, truth, longest_side=_LONGEST_SIDE)),
-        _data_uri(draw_boxes(picture, predictions, longest_side=_LONGEST_SIDE)),
-        score=outcome.score,
-        found=outcome.found.count(True),
-        objects=len(outcome.found) - outcome.found.count(None),
-        false=outcome.right.count(False),
+    compared = compare(sample.truth, sample.predictions), compare(sample.truth, sample.shown)
+    return make_entry(
+        sample.file, sample.file_name, sample.truth, sample.predictions, compared, names
     )
-
-
-def _name(names: dict[int, str], box: Labelled) -> str:
-    return names.get(box.category, f"category {box.category}")
-
-
-def _data_uri(picture: Image.Image) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=_JPEG_QUALITY, optimize=True)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

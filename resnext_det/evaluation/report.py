@@ -8,24 +8,38 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from resnext_det.errors import ResNeXtError
 from resnext_det.evaluation.curves import Curves, loss_curves, precision_curves
 from resnext_det.evaluation.drawing import MISTAKE_COLOUR, PREDICTION_COLOUR, TRUTH_COLOUR
-from resnext_det.evaluation.gallery import MATCHED_FROM, SHOWN_FROM, Gallery, make_gallery
+from resnext_det.evaluation.gallery import (
+    LOWEST,
+    MATCHED_FROM,
+    SHOWN_FROM,
+    Gallery,
+    make_gallery,
+)
+from resnext_det.evaluation.proposals import LIMITS
+from resnext_det.evaluation.report_baseline import Comparison, comparison_of
+from resnext_det.evaluation.report_config import ConfigSummary, grouped, read_config
+from resnext_det.evaluation.report_details import ReportDetails, read_details
+from resnext_det.evaluation.report_published import Published, published_beside
+from resnext_det.evaluation.report_schedule import schedule_facts
+from resnext_det.evaluation.report_weights import weights_facts
 from resnext_det.evaluation.run_folder import (
     Evaluation,
     Record,
-    read_config,
     read_metrics,
     read_training,
 )
+from resnext_det.files import written_beside
 
 logger = logging.getLogger(__name__)
 
-MOST_PICTURES = 24
+MOST_PICTURES = 36
+_FILTERED_FROM = 9  # classes; fewer are found at a glance
 
 # The figures as COCO defines them: name, heading and what is measured.
 PRECISION = (
@@ -44,14 +58,45 @@ RECALL = (
     ("ARm", "AR medium", "area 32\u00b2 to 96\u00b2"),
     ("ARl", "AR large", "area above 96\u00b2"),
 )
+# Of the figures of a class: key, heading, and what it is.
+CLASS_FIGURES = (
+    ("AP", "AP", "IoU 0.50 to 0.95"),
+    ("AP50", "AP50", "IoU 0.50"),
+    ("APs", "small", "AP of objects below 32\u00b2 pixels"),
+    ("APm", "medium", "AP of objects of 32\u00b2 to 96\u00b2"),
+    ("APl", "large", "AP of objects above 96\u00b2"),
+    ("AR", "AR", "greatest recall with 100 detections, IoU 0.50 to 0.95"),
+)
 
 
 @dataclass(frozen=True)
 class Section:
-    """One data set of the page: its evaluation and its pictures."""
+    """One data set of the page.
+
+    Attributes:
+        evaluation: its figures.
+        details: where the detector errs; None where that was not written.
+        comparison: with an earlier evaluation, if there was one.
+        published: figures of others.
+        gallery: its pictures.
+    """
 
     evaluation: Evaluation
+    details: ReportDetails | None
+    comparison: Comparison | None
+    published: Published
     gallery: Gallery
+
+    @property
+    def class_figures(self) -> list[tuple[str, str, str]]:
+        """The columns of the table of classes that hold anything; AP and AP50 in any case."""
+        classes = self.evaluation.per_class
+        return [
+            column
+            for column in CLASS_FIGURES
+            if column[0] in ("AP", "AP50")
+            or any(getattr(each, column[0]) is not None for each in classes)
+        ]
 
 
 @dataclass(frozen=True)
@@ -82,18 +127,12 @@ def write_report(run: Path, output: Path | None = None) -> Path:
     """
     page = _render(run)
     target = run / "report.html" if output is None else output
-    beside = target.with_name(f".{target.name}.partial")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            beside.write_text(page, encoding="utf-8")
-            beside.replace(target)
-        finally:
-            beside.unlink(missing_ok=True)
-    except OSError as error:
-        raise ResNeXtError(
-            f"cannot write the report to {target}: {error}. Name another file with --output."
-        ) from error
+        with written_beside(target) as beside:
+            # Half a pair of surrogates, which JSON may hold, is no text.
+            beside.write_text(page, encoding="utf-8", errors="replace")
+    except ResNeXtError as error:
+        raise ResNeXtError(f"{error} Name another file with --output.") from error
     logger.info("wrote %s, %.1f MB", target, len(page) / 1e6)
     return target
 
@@ -102,26 +141,53 @@ def _render(run: Path) -> str:
     metrics = read_metrics(run)
     training = read_training(run)
     config = read_config(run)
-    share = max(1, MOST_PICTURES // len(metrics.evaluations))
-    sections = [Section(entry, make_gallery(entry, share)) for entry in metrics.evaluations]
+    share = max(1, MOST_PICTURES // max(1, len(metrics.evaluations)))
     steps = [] if config is None else config.steps
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            metrics=metrics,
+            config=config,
+            schedule=schedule_facts(run, config, training),
+            weights=weights_facts(run, metrics.weights, config, trained=bool(training)),
+            sections=[_section(entry, config, share) for entry in metrics.evaluations],
+            trained=bool(training),
+            charts=_charts(training, steps),
+            steps=steps,
+            tables=(("Average precision", PRECISION), ("Average recall", RECALL)),
+            limits=LIMITS,
+            colours={"truth": TRUTH_COLOUR, "right": PREDICTION_COLOUR, "wrong": MISTAKE_COLOUR},
+            shown_from=SHOWN_FROM,
+            lowest=LOWEST,
+            matched_from=MATCHED_FROM,
+            filtered_from=_FILTERED_FROM,
+        )
+    )
+
+
+def _section(evaluation: Evaluation, config: ConfigSummary | None, most: int) -> Section:
+    return Section(
+        evaluation,
+        read_details(evaluation.details),
+        comparison_of(evaluation.baseline),
+        published_beside(evaluation, config),
+        make_gallery(evaluation, most),
+    )
+
+
+def _environment() -> Environment:
+    folder = importlib.resources.files("resnext_det.evaluation")
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=FunctionLoader(lambda name: folder.joinpath(name).read_text(encoding="utf-8")),
     )
     environment.filters["figure"] = _figure
-    template = importlib.resources.files("resnext_det.evaluation").joinpath("report.html.j2")
-    return environment.from_string(template.read_text(encoding="utf-8")).render(
-        metrics=metrics,
-        config=config,
-        sections=sections,
-        trained=bool(training),
-        charts=_charts(training, steps),
-        steps=steps,
-        tables=(("Average precision", PRECISION), ("Average recall", RECALL)),
-        colours={"truth": TRUTH_COLOUR, "right": PREDICTION_COLOUR, "wrong": MISTAKE_COLOUR},
-        shown_from=SHOWN_FROM,
-        matched_from=MATCHED_FROM,
-    )
+    environment.filters["grouped"] = grouped
+    return environment
 
 
 def _charts(training: Sequence[Record], steps: Sequence[int]) -> list[Chart]:

@@ -1,20 +1,15 @@
-"""What a run leaves in its folder, as the report reads it: metrics, training lines, config."""
+"""What a run leaves in its folder, as the report reads it: metrics and training lines."""
 
 from __future__ import annotations
 
 import json
-import logging
 import math
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from resnext_det.errors import DatasetError
-
-logger = logging.getLogger(__name__)
 
 # Of one iteration: "total_loss", "lr", "bbox/AP" and so on.
 Record = dict[str, float]
@@ -22,12 +17,19 @@ Record = dict[str, float]
 
 @dataclass(frozen=True)
 class ClassResult:
-    """How one class fared: AP and AP50 in percent or None, and its objects in the annotations."""
+    """How one class fared: figures in percent or None, and its objects in the annotations.
+
+    Evaluations by earlier versions have AP and AP50 alone; the others are None then.
+    """
 
     name: str
     AP: float | None
     AP50: float | None
     instances: int
+    APs: float | None = None
+    APm: float | None = None
+    APl: float | None = None
+    AR: float | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,9 @@ class Evaluation:
         image_count: images that were evaluated.
         figures: the 12 COCO figures by name, in percent; None where there is nothing to measure.
         per_class: one entry for every class.
+        details: the file of curves, confused classes and errors; None where none was written.
+        engine: what computed the figures, in words; "" where that is not known.
+        baseline: that it was compared with, as it stands there; see `report_baseline`.
     """
 
     name: str
@@ -53,6 +58,9 @@ class Evaluation:
     image_count: int
     figures: dict[str, float | None]
     per_class: list[ClassResult]
+    details: Path | None = None
+    engine: str = ""
+    baseline: Any = None
 
     @property
     def ranked(self) -> list[ClassResult]:
@@ -61,29 +69,44 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class ProposalEvaluation:
+    """The evaluation of an RPN's proposals on one data set.
+
+    Attributes:
+        name: of the data set.
+        annotations: the COCO annotation file.
+        image_count: images that were evaluated.
+        figures: such as "AR@100" and "ARs@1000", in percent.
+    """
+
+    name: str
+    annotations: Path
+    image_count: int
+    figures: dict[str, float | None]
+
+
+@dataclass(frozen=True)
 class Metrics:
-    """What metrics.json says: the weights, the config, where it ran, and the evaluations."""
+    """What metrics.json says: the weights, the config, where it ran, and the evaluations.
+
+    Attributes:
+        weights: that were evaluated, by name.
+        config: by name, None where that is not known.
+        versions: of Python and the packages, by name.
+        hardware: that the evaluation ran on.
+        evaluations: of boxes, one for a data set.
+        proposals: of an RPN alone, one for a data set.
+        commit: of the source tree that evaluated, with "+changes" where it had any; None where
+            it was in none, or an earlier version evaluated.
+    """
 
     weights: str
     config: str | None
     versions: dict[str, str]
     hardware: str
     evaluations: list[Evaluation]
-
-
-@dataclass(frozen=True)
-class ConfigSummary:
-    """What the report tells of a config.
-
-    Attributes:
-        model: for example "ResNeXt-50 32x4d".
-        facts: names and values to show, in order.
-        steps: the iterations at which the learning rate falls.
-    """
-
-    model: str
-    facts: list[tuple[str, str]]
-    steps: list[int]
+    proposals: tuple[ProposalEvaluation, ...] = ()
+    commit: str | None = None
 
 
 def read_json(path: Path, what_to_do: str) -> Any:
@@ -125,25 +148,37 @@ def read_metrics(run: Path) -> Metrics:
     advice = "evaluate the run first, or name the folder of a run that is evaluated"
     document = read_json(path, advice)
     try:
+        entries: dict[str, dict[str, Any]] = document["datasets"]
         metrics = Metrics(
             weights=str(document["weights"]),
-            config=None if document.get("config") is None else str(document["config"]),
+            config=_unless_none(document.get("config")),
             versions={str(name): str(value) for name, value in document["versions"].items()},
             hardware=str(document["hardware"]),
             evaluations=[
-                _evaluation(run, name, entry) for name, entry in document["datasets"].items()
+                _evaluation(run, name, entry)
+                for name, entry in entries.items()
+                if "proposals" not in entry
             ],
+            proposals=tuple(
+                _proposals(name, entry) for name, entry in entries.items() if "proposals" in entry
+            ),
+            commit=_unless_none(document.get("commit")),
         )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise DatasetError(
             f"{path} does not hold what an evaluation writes ({error!r}): {advice}."
         ) from error
-    if not metrics.evaluations:
+    if not metrics.evaluations and not metrics.proposals:
         raise DatasetError(f"{path} names no data set: {advice}.")
     return metrics
 
 
-def _evaluation(run: Path, name: str, entry: dict[str, Any]) -> Evaluation:
+def _unless_none(value: object) -> str | None:
+    return None if value is None else str(value)
+
+
+def _evaluation(run: Path, name: str, entry: Mapping[str, Any]) -> Evaluation:
+    details = entry.get("details")
     return Evaluation(
         name=name,
         annotations=Path(entry["annotations"]),
@@ -151,21 +186,45 @@ def _evaluation(run: Path, name: str, entry: dict[str, Any]) -> Evaluation:
         images=Path(entry["images"]),
         detections=run / entry["detections"],
         image_count=int(entry["image_count"]),
-        figures={key: _percent(value) for key, value in entry["figures"].items()},
-        per_class=[
-            ClassResult(
-                str(result["name"]),
-                _percent(result["AP"]),
-                _percent(result["AP50"]),
-                int(result["instances"]),
-            )
-            for result in entry["per_class"]
-        ],
+        figures=_percents(entry["figures"]),
+        per_class=[_class_result(result) for result in entry["per_class"]],
+        details=None if details is None else run / details,
+        engine=_engine(entry.get("engine")),
+        baseline=entry.get("baseline"),
     )
 
 
+def _class_result(entry: Mapping[str, Any]) -> ClassResult:
+    figures = {key: _percent(entry.get(key)) for key in ("APs", "APm", "APl", "AR")}
+    AP, AP50 = _percent(entry["AP"]), _percent(entry["AP50"])
+    return ClassResult(str(entry["name"]), AP, AP50, int(entry["instances"]), **figures)
+
+
+def _proposals(name: str, entry: Mapping[str, Any]) -> ProposalEvaluation:
+    return ProposalEvaluation(
+        name,
+        Path(entry["annotations"]),
+        int(entry["image_count"]),
+        _percents(entry["proposals"]),
+    )
+
+
+def _engine(entry: Mapping[str, Any] | None) -> str:
+    """Return in words what computed the figures."""
+    if entry is None:
+        return ""
+    if entry["cross_check"]:
+        return "hotcoco and pycocotools, which agree"
+    return str(entry["name"])
+
+
+def _percents(entry: Mapping[str, Any]) -> dict[str, float | None]:
+    return {str(key): _percent(value) for key, value in entry.items()}
+
+
 def _percent(value: float | None) -> float | None:
-    return None if value is None or math.isnan(value) else float(value)
+    """Return a finite number, None for one that is none: JSON may hold NaN and Infinity."""
+    return float(value) if value is not None and math.isfinite(value) else None
 
 
 def read_training(run: Path) -> list[Record]:
@@ -194,49 +253,10 @@ def read_training(run: Path) -> list[Record]:
     for line in lines:
         try:
             entry = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(entry, dict) and isinstance(entry.get("iteration"), int):
+            if not isinstance(entry, dict) or not isinstance(entry.get("iteration"), int):
+                continue
             numbers = {key: float(v) for key, v in entry.items() if isinstance(v, (int, float))}
-            records.setdefault(entry["iteration"], {}).update(numbers)
+        except (ValueError, OverflowError, RecursionError):
+            continue
+        records.setdefault(entry["iteration"], {}).update(numbers)
     return [records[iteration] for iteration in sorted(records)]
-
-
-def read_config(run: Path) -> ConfigSummary | None:
-    """Read config.yaml, the config of a run as Detectron2 dumps it.
-
-    Args:
-        run: the run's folder.
-
-    Returns:
-        A summary, or None where the file is absent or is no plain YAML, which is logged.
-    """
-    path = run / "config.yaml"
-    if not path.exists():
-        return None
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return _summary(config["MODEL"]["RESNETS"], config["SOLVER"])
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as error:
-        logger.warning("%s cannot be read, so the report leaves the config out: %s", path, error)
-        return None
-
-
-def _summary(resnets: dict[str, Any], solver: dict[str, Any]) -> ConfigSummary:
-    template = f"{resnets['NUM_GROUPS']}x{resnets['WIDTH_PER_GROUP']}d"
-    # A tuple may have been dumped as a list or as the text "(320,)".
-    steps = [int(digits) for digits in re.findall(r"\d+", str(solver["STEPS"]))]
-    facts = [
-        ("Depth", f"{resnets['DEPTH']} layers"),
-        ("Template", template),
-        ("Iterations", _grouped(solver["MAX_ITER"])),
-        ("Images per batch", str(solver["IMS_PER_BATCH"])),
-        ("Learning rate", str(solver["BASE_LR"])),
-        ("Rate falls at", ", ".join(_grouped(step) for step in steps) or "never"),
-    ]
-    return ConfigSummary(f"ResNeXt-{resnets['DEPTH']} {template}", facts, steps)
-
-
-def _grouped(number: int) -> str:
-    """Return a number with thin spaces between the thousands."""
-    return f"{number:,}".replace(",", "\u2009")

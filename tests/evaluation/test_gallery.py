@@ -11,60 +11,23 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from resnext_det.evaluation.gallery import Labelled, compare, make_gallery
+from resnext_det.evaluation.gallery import make_gallery
 from resnext_det.evaluation.run_folder import read_metrics
-
-TRUE = Labelled([10, 10, 40, 40], category=1)
-
-
-def test_a_perfect_image_scores_one_and_an_empty_one_too() -> None:
-    assert compare([TRUE], [TRUE]).score == 1
-    assert compare([], []).score == 1
-
-
-def test_missed_and_false_boxes_halve_the_score() -> None:
-    other = replace(TRUE, category=2)
-    outcome = compare([TRUE, other], [TRUE])
-    assert (outcome.found, outcome.right) == ([True, False], [True])
-    assert outcome.score == pytest.approx(1 / 1.5)
-    outcome = compare([TRUE], [TRUE, TRUE])
-    assert (outcome.found, outcome.right) == ([True], [True, False])
-    assert outcome.score == pytest.approx(1 / 1.5)
-    assert compare([TRUE], [other]).score == 0
-
-
-def test_a_match_needs_half_of_the_union() -> None:
-    shifted = replace(TRUE, xywh=[20, 10, 40, 40])
-    assert compare([TRUE], [shifted]).score == pytest.approx(0.6)
-    further = replace(TRUE, xywh=[24, 10, 40, 40])
-    assert compare([TRUE], [further]).right == [False]
-
-
-def test_the_nearest_free_box_is_taken() -> None:
-    near, far = replace(TRUE, xywh=[12, 10, 40, 40]), replace(TRUE, xywh=[16, 10, 40, 40])
-    assert compare([far, near], [TRUE]).found == [False, True]
-    assert compare([far, near], [TRUE, TRUE]).found == [True, True]
-
-
-def test_crowds_are_neither_found_nor_missed() -> None:
-    crowd = replace(TRUE, xywh=[0, 0, 200, 200], crowd=True)
-    outcome = compare([crowd], [TRUE])
-    assert (outcome.found, outcome.right, outcome.score) == ([None], [None], 1)
-    assert compare([crowd], [replace(TRUE, category=2)]).right == [False]
 
 
 def test_the_gallery_has_the_best_and_the_worst(run: Path) -> None:
     gallery = make_gallery(read_metrics(run).evaluations[0], 3)
     assert (len(gallery.best), len(gallery.worst), gallery.missing) == (2, 1, 0)
     everything = make_gallery(read_metrics(run).evaluations[0], 24)
-    scores = sorted(entry.score for entry in everything.best + everything.worst)
-    assert [entry.score for entry in gallery.best] == scores[::-1][:2]
-    assert [entry.score for entry in gallery.worst] == scores[:1]
-    names = [entry.file_name for entry in everything.best + everything.worst]
+    scores = sorted(entry.outcome.score for entry in everything.entries)
+    assert [entry.outcome.score for entry in gallery.best] == scores[::-1][:2]
+    assert [entry.outcome.score for entry in gallery.worst] == scores[:1]
+    names = [entry.file_name for entry in everything.entries]
     assert len(names) == len(set(names))
-    header, _, encoded = gallery.best[0].truth.partition(",")
+    header, _, encoded = gallery.best[0].picture.partition(",")
     assert header == "data:image/jpeg;base64"
-    assert min(Image.open(io.BytesIO(base64.b64decode(encoded))).size) >= 320
+    size = Image.open(io.BytesIO(base64.b64decode(encoded))).size
+    assert size == (gallery.best[0].width, gallery.best[0].height)
 
 
 def test_others_take_the_place_of_missing_pictures(run: Path) -> None:
@@ -90,5 +53,46 @@ def test_sure_predictions_come_first_and_unsure_ones_do_not_count(
     ]
     (run / "results.json").write_text(json.dumps(results))
     (entry,) = make_gallery(read_metrics(run).evaluations[0], 3).best
-    assert (entry.found, entry.objects, entry.false) == (1, 1, 1)
-    assert entry.score == pytest.approx(0.6 / 1.5)  # the surer, shifted one has the match
+    assert (entry.outcome.found, entry.outcome.right) == ([True], [True, False])
+    # The surer, shifted one has the match.
+    assert entry.outcome.score == pytest.approx(0.6 / 1.5)
+    assert [box.right for box in entry.predictions] == [True, False, False]
+
+
+def test_names_that_lead_out_of_the_folder_are_not_opened(
+    run: Path, annotation_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    document = json.loads(annotation_file.read_text())
+    evaluation = read_metrics(run).evaluations[0]
+    outside = run.parent / "outside.jpg"
+    outside.write_bytes((evaluation.images / document["images"][0]["file_name"]).read_bytes())
+    document["images"][0]["file_name"] = "../../outside.jpg"
+    document["images"][1]["file_name"] = str(outside)
+    document["images"][2]["file_name"] = "\0.jpg"
+    document["images"][3]["file_name"] = "a" * 5000
+    annotation_file.write_text(json.dumps(document))
+    gallery = make_gallery(evaluation, 24)
+    assert gallery.missing == 4
+    assert len(gallery.entries) == 2
+    assert "2 file names, such as '../../outside.jpg', lead out" in caplog.text
+
+
+def test_other_annotations_than_those_of_the_evaluation_are_noticed(run: Path) -> None:
+    evaluation = read_metrics(run).evaluations[0]
+    assert not make_gallery(evaluation, 1).other_annotations
+    assert make_gallery(replace(evaluation, annotations_sha256="0" * 64), 1).other_annotations
+
+
+def test_the_most_confused_are_those_with_most_objects_of_another_class(
+    evaluated_run: Path,
+) -> None:
+    evaluation = read_metrics(evaluated_run).evaluations[0]
+    gallery = make_gallery(evaluation, 6)
+    assert [len(group) for group in (gallery.best, gallery.worst, gallery.confused)] == [2, 2, 2]
+    assert len({entry.file_name for entry in gallery.entries}) == 6
+    ends = {entry.file_name for entry in gallery.best + gallery.worst}
+    everything = make_gallery(evaluation, 99).entries
+    others = [entry for entry in everything if entry.file_name not in ends]
+    counts = sorted((entry.outcome.confused for entry in others), reverse=True)
+    assert [entry.outcome.confused for entry in gallery.confused] == counts[:2]
+    assert counts[0] > counts[-1]
