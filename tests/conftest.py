@@ -1,9 +1,10 @@
-"""What several tests share: a small toy data set, and the commands of tools/."""
+"""What several tests share: a small toy data set, a run's folder, and the commands of tools/."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -77,3 +79,74 @@ def evaluated_by_pycocotools(annotations: Path, detections: list[dict[str, Any]]
 def stock_evaluation() -> StockEvaluation:
     """`evaluated_by_pycocotools`, as a fixture."""
     return evaluated_by_pycocotools
+
+
+FIGURES = {
+    "AP": 41.23, "AP50": 62.34, "AP75": 43.45, "APs": 24.56, "APm": 45.67, "APl": None,
+    "AR1": 36.78, "AR10": 57.89, "AR100": 58.91, "ARs": 39.12, "ARm": 60.13, "ARl": None,
+}  # fmt: skip
+
+
+def jittered(annotations: dict[str, Any]) -> list[dict[str, Any]]:
+    generator = np.random.default_rng(0)
+    return [
+        {
+            "image_id": entry["image_id"],
+            "category_id": entry["category_id"],
+            "bbox": [float(v) for v in np.array(entry["bbox"]) + generator.uniform(-2, 2, 4)],
+            "score": float(generator.uniform(0.4, 1)),
+        }
+        for entry in annotations["annotations"]
+    ]
+
+
+@pytest.fixture()
+def run(tmp_path: Path) -> Path:
+    """Return the folder of a small run, with everything a training and an evaluation leave."""
+    toy = write_toy_coco(tmp_path / "toy", ToySpec(train_images=1, val_images=6))
+    path = toy / "annotations" / "instances_val2017.json"
+    annotations = json.loads(path.read_text())
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "results.json").write_text(json.dumps(jittered(annotations)))
+    entry = {
+        "annotations": str(path),
+        "images": str(toy / "val2017"),
+        "detections": "results.json",
+        "image_count": 6,
+        "figures": FIGURES,
+        "per_class": [
+            {"name": "star", "AP": 31.41, "AP50": 59.26, "instances": 53},
+            {"name": "cross", "AP": None, "AP50": None, "instances": 0},
+            {"name": "circle", "AP": 71.41, "AP50": 89.26, "instances": 47},
+        ],
+    }
+    metrics = {
+        "weights": "weights.pth",
+        "config": "toy.yaml",
+        "versions": {"torch": "2.9.1"},
+        "hardware": "2 cores",
+        "datasets": {"toy_val": entry},
+    }
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "metrics.jsonl").write_text("\n".join(training_lines()) + "\n")
+    (folder / "config.yaml").write_text(
+        "MODEL:\n  RESNETS: {DEPTH: 26, NUM_GROUPS: 8, WIDTH_PER_GROUP: 4}\n"
+        "SOLVER: {MAX_ITER: 12000, BASE_LR: 0.04, STEPS: [280, 320], IMS_PER_BATCH: 8}\n"
+    )
+    return folder
+
+
+def training_lines() -> list[str]:
+    keys = ("total_loss", "loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc")
+    lines = [
+        json.dumps({"iteration": i, "lr": 0.1, **{key: 20 / (i + n) for n, key in enumerate(keys)}})
+        for i in range(19, 400, 20)
+    ]
+    return [*lines, '{"iteration": 400, "bbox/AP": 41.25, "bbox/AP50": 62.35}']
+
+
+@pytest.fixture()
+def annotation_file(run: Path) -> Path:
+    """Return the annotations that the run was evaluated with."""
+    return run.parent / "toy" / "annotations" / "instances_val2017.json"

@@ -22,8 +22,8 @@ from resnext_det.evaluation.detections import check_detections, read_detections
 from resnext_det.evaluation.engines import ENGINES
 from resnext_det.evaluation.evaluator import Engine, evaluate_detections, write_evaluated
 from resnext_det.evaluation.proposals import proposal_figures, proposal_table
-from resnext_det.evaluation.report import write_report
 from resnext_det.evaluation.truth import read_truth
+from resnext_det.report.page import write_report
 
 
 def parse() -> argparse.Namespace:

@@ -14,13 +14,13 @@ import sys
 from pathlib import Path
 
 from resnext_det.errors import ResNeXtError, reported
-from resnext_det.evaluation.model_zoo_page import count_configs, render
-from resnext_det.evaluation.model_zoo_page_results import (
+from resnext_det.files import write_text
+from resnext_det.zoo_page.page import count_configs, render
+from resnext_det.zoo_page.results import (
     read_results,
     result_of_run,
     write_result,
 )
-from resnext_det.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN_LINES = 20

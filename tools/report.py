@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from resnext_det.errors import reported
-from resnext_det.evaluation.report import write_report
+from resnext_det.report.page import write_report
 
 
 def main() -> None:

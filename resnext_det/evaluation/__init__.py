@@ -1,1 +1,1 @@
-"""From detections to figures, and from figures to a page that people read."""
+"""From detections to COCO's figures, and to where a detector errs."""

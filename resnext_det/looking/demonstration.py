@@ -19,13 +19,13 @@ from tqdm import tqdm
 
 from resnext_det.engine.predictor import Detection, Predictor
 from resnext_det.errors import DatasetError
-from resnext_det.evaluation.drawing import draw_detections
 from resnext_det.looking.detections_file import (
     DetectionsFile,
     Problem,
     detection_entries,
     written_detections,
 )
+from resnext_det.looking.drawing import draw_detections
 from resnext_det.looking.inputs import Source
 from resnext_det.looking.pictures import read_picture, save_jpeg
 from resnext_det.looking.video_reading import VideoReader, open_video

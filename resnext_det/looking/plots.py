@@ -14,15 +14,15 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from resnext_det.errors import ConfigError, DatasetError
-from resnext_det.evaluation.curves import (
+from resnext_det.evaluation.run_folder import Record, read_training
+from resnext_det.files import written_beside
+from resnext_det.looking.curves import (
     Line,
     differ_tenfold,
     line_of,
     set_logarithmic,
     smoothed,
 )
-from resnext_det.evaluation.run_folder import Record, read_training
-from resnext_det.files import written_beside
 
 SUFFIXES = (".png", ".svg", ".pdf")
 

@@ -20,7 +20,7 @@ from resnext_det.data.custom import class_names
 from resnext_det.data.stream import Share, build_stream
 from resnext_det.engine.schedule import scale
 from resnext_det.errors import ConfigError
-from resnext_det.evaluation.drawing import LabelledBox, class_colour, draw_boxes
+from resnext_det.looking.drawing import LabelledBox, class_colour, draw_boxes
 from resnext_det.looking.pictures import save_png
 
 SHEET = "contact_sheet.png"

@@ -1,0 +1,1 @@
+"""What others published for the same networks, as data."""

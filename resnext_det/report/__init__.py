@@ -1,0 +1,1 @@
+"""From what a run left behind to one HTML page that people read."""

@@ -1,0 +1,122 @@
+"""What the report tells of a run's config."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from resnext_det.published.setting import Setting, setting_of
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ConfigSummary:
+    """What the report tells of a config.
+
+    Attributes:
+        depth: layers of the backbone; 0 where that is no number.
+        template: of the backbone, for example "32x4d".
+        model: for example "ResNeXt-50 32x4d".
+        facts: names and values to show, in order.
+        iterations: SOLVER.MAX_ITER, as text.
+        images_per_update: SOLVER.IMS_PER_BATCH, as text.
+        rate: SOLVER.BASE_LR, as text.
+        steps: the iterations at which the learning rate falls.
+        weights: MODEL.WEIGHTS; "" for none.
+        setting: for a comparison with published results.
+    """
+
+    depth: int
+    template: str
+    model: str
+    facts: list[tuple[str, str]]
+    iterations: str
+    images_per_update: str
+    rate: str
+    steps: list[int]
+    weights: str
+    setting: Setting
+
+
+def read_config(run: Path) -> ConfigSummary | None:
+    """Read config.yaml, the config of a run as Detectron2 dumps it.
+
+    Args:
+        run: the run's folder.
+
+    Returns:
+        A summary, or None where the file is absent or is no plain YAML, which is logged.
+    """
+    path = run / "config.yaml"
+    if not path.exists():
+        return None
+    try:
+        return summary_of(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, KeyError, TypeError) as error:
+        logger.warning("%s cannot be read, so the report leaves the config out: %s", path, error)
+        return None
+
+
+def summary_of(text: str) -> ConfigSummary:
+    """Return the summary of a config.
+
+    Args:
+        text: YAML without tags.
+
+    Raises:
+        YAMLError, KeyError, TypeError, ValueError: it is no config.
+    """
+    config = yaml.safe_load(text)
+    model, solver = config["MODEL"], config["SOLVER"]
+    resnets = model["RESNETS"]
+    template = f"{resnets['NUM_GROUPS']}x{resnets['WIDTH_PER_GROUP']}d"
+    # A tuple may have been dumped as a list or as the text "(320,)".
+    steps = [int(digits) for digits in re.findall(r"\d+", str(solver["STEPS"]))]
+    depth = resnets["DEPTH"]
+    setting = setting_of(config)
+    family = "ResNet" if template == "1x64d" else "ResNeXt"
+    return ConfigSummary(
+        depth=depth if isinstance(depth, int) else 0,
+        template=template,
+        model=f"{family}-{depth}" + ("" if family == "ResNet" else f" {template}"),
+        facts=[("Depth", f"{depth} layers"), ("Template", template), *_facts(config, setting)],
+        iterations=grouped(solver["MAX_ITER"]),
+        images_per_update=str(solver["IMS_PER_BATCH"]),
+        rate=str(solver["BASE_LR"]),
+        steps=steps,
+        weights=str(model.get("WEIGHTS") or ""),
+        setting=setting,
+    )
+
+
+def _facts(config: Mapping[str, Any], setting: Setting) -> list[tuple[str, str]]:
+    detector = ", ".join(part for part in (setting.detector, setting.neck) if part)
+    data = config.get("DATASETS")
+    trained_on = data.get("TRAIN") if isinstance(data, Mapping) else None
+    names = ", ".join(map(str, trained_on)) if isinstance(trained_on, list) else trained_on
+    sizes = {
+        "training": setting.train_size and "{} to {}".format(*setting.train_size),
+        "testing": setting.test_size,
+    }
+    if setting.train_size and len(set(setting.train_size)) == 1:
+        sizes["training"] = setting.train_size[0]
+    shown = ", ".join(f"{size} in {phase}" for phase, size in sizes.items() if size)
+    facts = {
+        "Detector": detector,
+        "Norm": setting.norm,
+        "Trained on": names,
+        "Shorter side": f"{shown} (pixels)" if shown else "",
+    }
+    return [(name, str(value)) for name, value in facts.items() if value]
+
+
+def grouped(number: object) -> str:
+    """Return a number with thin spaces between the thousands, and anything else as it is."""
+    return f"{number:,}".replace(",", "\u2009") if isinstance(number, int) else str(number)

@@ -1,0 +1,1 @@
+"""MODEL_ZOO.md, written from data."""

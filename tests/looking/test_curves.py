@@ -1,0 +1,95 @@
+"""Curves: thinned out, on the axis that reads best, with gaps where there is no number."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from resnext_det.looking.curves import (
+    Line,
+    line_of,
+    loss_curves,
+    precision_curves,
+    smoothed,
+)
+
+
+def test_curves_of_a_long_training_are_thinned_out_but_keep_their_ends() -> None:
+    records = [{"iteration": float(i), "total_loss": 1 + 9 / (1 + i)} for i in range(20_000)]
+    curves = loss_curves(records, [])
+    assert curves is not None
+    (line,) = curves.lines
+    assert len(line.x) <= 400
+    assert (line.x[0], line.y[0]) == (0, 10)
+    assert line.x[-1] == 19_999
+    assert line.last == pytest.approx(1 + 9 / 20_000)
+    assert len(curves.svg) < 100_000
+
+
+def test_losses_are_logarithmic_only_where_they_differ_tenfold() -> None:
+    near = loss_curves([{"iteration": 1, "total_loss": 2.0, "loss_cls": 1.0}], [])
+    far = loss_curves([{"iteration": 1, "total_loss": 2.0, "loss_cls": 0.1}], [])
+    zero = loss_curves([{"iteration": 1, "total_loss": 2.0, "loss_cls": 0.0}], [])
+    assert near is not None and far is not None and zero is not None
+    assert (near.logarithmic, far.logarithmic, zero.logarithmic) == (False, True, False)
+
+
+def test_values_that_are_not_finite_leave_gaps() -> None:
+    records = [{"iteration": 1, "bbox/AP": float("nan")}, {"iteration": 2, "bbox/AP": 5.0}]
+    curves = precision_curves(records, "bbox/", [], "precision")
+    assert curves is not None
+    assert [list(line.x) for line in curves.lines] == [[2]]
+    assert precision_curves(records[:1], "bbox/", [], "precision") is None
+
+
+def test_steps_are_marked_where_they_lie_in_the_figure() -> None:
+    records = [{"iteration": float(i), "total_loss": 1.0 + i} for i in range(100)]
+    marked, beyond, without = (loss_curves(records, steps) for steps in ([50], [5000], []))
+    assert marked is not None and beyond is not None and without is not None
+    assert marked.svg.count("<path") == without.svg.count("<path") + 1
+    assert beyond.svg == without.svg
+
+
+def test_nothing_is_drawn_without_losses() -> None:
+    assert loss_curves([], []) is None
+    assert loss_curves([{"iteration": 1, "lr": 0.1}], []) is None
+
+
+def test_the_running_mean_is_centred() -> None:
+    records = [{"iteration": float(i), "total_loss": float(i % 2)} for i in range(400)]
+    curves = loss_curves(records, [])
+    assert curves is not None
+    (line,) = curves.lines
+    assert (line.y[0], line.last) == (0, 1)
+    assert abs(line.y[50:-50] - 0.5).max() < 0.06
+    rising = [{"iteration": float(i), "total_loss": float(i)} for i in range(400)]
+    straight = loss_curves(rising, [])
+    assert straight is not None
+    assert straight.lines[0].y == pytest.approx(straight.lines[0].x)
+
+
+def test_figures_of_different_names_share_no_ids() -> None:
+    records = [{"iteration": float(i), "bbox/AP": 10.0 * i} for i in range(5)]
+    figures = [precision_curves(records, "bbox/", [], name) for name in ("one", "other")]
+    one, other = (set(re.findall(r'id="([^"]*)"', figure.svg)) for figure in figures if figure)
+    assert one
+    assert not one & other
+
+
+@pytest.mark.parametrize(("share", "reach"), [(0.1, 20), (1 / 40, 5), (0.0, 0)])
+def test_the_running_mean_is_over_the_share_that_is_asked_for(share: float, reach: int) -> None:
+    values = np.random.default_rng(0).random(400)
+    found = smoothed(Line("noise", np.arange(400.0), values), share).y
+    window = np.full(2 * reach + 1, 1 / (2 * reach + 1))
+    expected = np.convolve(values, window, mode="valid")
+    assert found[reach : 400 - reach] == pytest.approx(expected)
+
+
+def test_a_line_holds_the_values_that_there_are() -> None:
+    records = [{"iteration": 1.0}, {"iteration": 2.0, "lr": 0.5}, {"iteration": 5.0, "lr": 0.1}]
+    line = line_of(records, "lr", "rate")
+    assert line is not None
+    assert (line.name, list(line.x), list(line.y), line.last) == ("rate", [2, 5], [0.5, 0.1], 0.1)
+    assert line_of(records, "other", "other") is None
