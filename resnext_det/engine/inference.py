@@ -119,6 +119,21 @@ def remaining(records: list[dict[str, Any]], done: frozenset[int]) -> list[dict[
     return left
 
 
+def renamed(cfg: CfgNode, folder: str, weights: str) -> CfgNode:
+    """Return a config whose results go to a folder, and stand beside a name of the weights.
+
+    Args:
+        cfg: the config; it is not changed.
+        folder: for OUTPUT_DIR.
+        weights: for MODEL.WEIGHTS, which a test does not load.
+    """
+    changed: CfgNode = cfg.clone()
+    changed.defrost()
+    changed.OUTPUT_DIR, changed.MODEL.WEIGHTS = folder, weights
+    changed.freeze()
+    return changed
+
+
 def state_digest(model: nn.Module) -> str:
     """Return a digest of all parameters and buffers of a model, and of their names.
 

@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from detectron2.config import CfgNode
 from detectron2.engine import SimpleTrainer
+from detectron2.engine.defaults import create_ddp_model
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
@@ -37,6 +39,10 @@ Data = Callable[[int, int], Iterable[Batch]]
 """Gives the micro-batches of a process: (seed, updates done before) -> an endless iterable."""
 
 
+GLOBAL_NORM = "global_norm"
+"""SOLVER.CLIP_GRADIENTS.CLIP_TYPE for the norm of all gradients together, beside Detectron2's."""
+
+
 @dataclass(frozen=True)
 class Arithmetic:
     """How an update is computed.
@@ -52,6 +58,18 @@ class Arithmetic:
     largest_norm: float | None = None
     ema_decay: float | None = None
     skipped: int = 0
+
+    @classmethod
+    def of(cls, cfg: CfgNode) -> Arithmetic:
+        """Return what a config asks for."""
+        solver, clip = cfg.SOLVER, cfg.SOLVER.CLIP_GRADIENTS
+        clipped = clip.ENABLED and clip.CLIP_TYPE == GLOBAL_NORM
+        return cls(
+            precision=getattr(torch, solver.AMP.PRECISION) if solver.AMP.ENABLED else None,
+            largest_norm=clip.CLIP_VALUE if clipped else None,
+            ema_decay=solver.EMA.DECAY if solver.EMA.ENABLED else None,
+            skipped=solver.SKIP_BAD_UPDATES,
+        )
 
 
 class TrainLoop(SimpleTrainer):
@@ -241,6 +259,15 @@ class TrainLoop(SimpleTrainer):
         elif self.ema is not None:
             logger.warning("the checkpoint has no moving average: it begins with these weights.")
             self.ema.n_averaged.zero_()
+
+
+def distributed(model: nn.Module) -> nn.Module:
+    """Wrap a model for several processes; the buffers of each are its own, as in Detectron2."""
+    # create_ddp_model names the process's GPU, which a model on the CPU refuses.
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    more = {"device_ids": None} if on_cpu else {}
+    wrapped: nn.Module = create_ddp_model(model, broadcast_buffers=False, **more)
+    return wrapped
 
 
 def bare(model: nn.Module) -> nn.Module:

@@ -14,7 +14,6 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, build_detection_test_loader
 from detectron2.data.detection_utils import build_augmentation
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
-from detectron2.engine.defaults import create_ddp_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from fvcore.nn.precise_bn import get_bn_modules
@@ -28,18 +27,22 @@ from resnext_det.data.stream import Share, build_stream, seeded, training_record
 from resnext_det.engine.checkpoints import Checkpointer, Checkpoints
 from resnext_det.engine.evaluation_hook import Evaluation, Goal, validation_losses
 from resnext_det.engine.hooks import Progress, Throughput
-from resnext_det.engine.inference import evaluate_datasets, remaining
+from resnext_det.engine.inference import evaluate_datasets, remaining, renamed
 from resnext_det.engine.schedule import scale
 from resnext_det.engine.stopping import Stop, StopOnSignal
-from resnext_det.engine.train_loop import Arithmetic, TrainLoop, bare, shared_seed
+from resnext_det.engine.train_loop import (
+    GLOBAL_NORM,
+    Arithmetic,
+    TrainLoop,
+    bare,
+    distributed,
+    shared_seed,
+)
 from resnext_det.engine.writers import build_writers, forget_after, writing_period
 from resnext_det.evaluation.evaluator import BoxEvaluator, Engine
 from resnext_det.pretrained.loading import load_weights
 
 logger = logging.getLogger(__name__)
-
-_GLOBAL_NORM = "global_norm"
-"""SOLVER.CLIP_GRADIENTS.CLIP_TYPE for the norm of all gradients together, beside Detectron2's."""
 
 
 class Trainer(DefaultTrainer):
@@ -74,13 +77,13 @@ class Trainer(DefaultTrainer):
             self.plan.images_per_micro_batch,
         )
         self._trainer = TrainLoop(
-            _distributed(model),
+            distributed(model),
             functools.partial(self.build_train_loader, cfg, share),
             optimizer,
             share,
             shared_seed(cfg.SEED),
             Path(cfg.OUTPUT_DIR),
-            _arithmetic(cfg),
+            Arithmetic.of(cfg),
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)  # type: ignore[no-untyped-call]
         self.checkpointer = Checkpointer(
@@ -199,10 +202,10 @@ class Trainer(DefaultTrainer):
         """Evaluate the weights, their moving average, and the losses, as far as is asked for."""
         self._stop_on_signal.interruptible = True
         try:
-            results = self._tested(self.cfg, self._trainer.model)
+            results = self._tested(self.cfg.OUTPUT_DIR, self._trainer.model)
             self._last_eval_results = results
             if self._trainer.ema is not None:
-                average = self._tested(_in_folder(self.cfg, "ema"), self._trainer.ema.module)
+                average = self._tested(f"{self.cfg.OUTPUT_DIR}/ema", self._trainer.ema.module)
                 results = {**results, "ema": average}
             if self.cfg.TEST.VALIDATION_LOSS:
                 with seeded(self._trainer.seed, 2, self.iter):  # proposals are sampled
@@ -214,16 +217,16 @@ class Trainer(DefaultTrainer):
         finally:
             self._stop_on_signal.interruptible = False
 
-    def _tested(self, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
-        named: CfgNode = cfg.clone()  # for what is written: MODEL.WEIGHTS is what it began with
-        named.defrost()
-        named.MODEL.WEIGHTS = f"{self.cfg.OUTPUT_DIR}, iteration {self.iter + 1}"
-        named.freeze()
-        return self.test(named, model)
+    def _tested(self, folder: str, model: nn.Module) -> dict[str, Any]:
+        # For what is written: MODEL.WEIGHTS is what the training began with.
+        weights = f"{self.cfg.OUTPUT_DIR}, iteration {self.iter + 1}"
+        return self.test(renamed(self.cfg, folder, weights), model)
 
     def _validation_batches(self) -> Iterable[list[dict[str, Any]]]:
         # With annotations, and without augmentation.
-        mapper = NamingDatasetMapper(self.cfg, True, augmentations=_test_augmentations(self.cfg))
+        mapper = NamingDatasetMapper(
+            self.cfg, True, augmentations=build_augmentation(self.cfg, is_train=False)
+        )
         loader: Iterable[list[dict[str, Any]]] = build_detection_test_loader(
             self.cfg, self.cfg.DATASETS.TEST[0], mapper=mapper
         )
@@ -240,7 +243,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         """Return Detectron2's optimizer; the loop itself clips by the norm of all gradients."""
-        if cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE == _GLOBAL_NORM:
+        if cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE == GLOBAL_NORM:
             cfg = cfg.clone()
             cfg.defrost()
             cfg.SOLVER.CLIP_GRADIENTS.ENABLED = False
@@ -313,36 +316,3 @@ class Trainer(DefaultTrainer):
         description = {"weights": cfg.MODEL.WEIGHTS}
         engine = Engine(cfg.TEST.ENGINE, cfg.TEST.CROSS_CHECK)
         return BoxEvaluator(dataset_name, Path(cfg.OUTPUT_DIR), description, engine)
-
-
-def _distributed(model: nn.Module) -> nn.Module:
-    """Wrap a model for several processes; the buffers of each are its own, as in Detectron2."""
-    more = {} if torch.cuda.is_available() else {"device_ids": None}
-    wrapped: nn.Module = create_ddp_model(model, broadcast_buffers=False, **more)
-    return wrapped
-
-
-def _arithmetic(cfg: CfgNode) -> Arithmetic:
-    solver = cfg.SOLVER
-    clip = solver.CLIP_GRADIENTS
-    clipped = clip.ENABLED and clip.CLIP_TYPE == _GLOBAL_NORM
-    return Arithmetic(
-        precision=getattr(torch, solver.AMP.PRECISION) if solver.AMP.ENABLED else None,
-        largest_norm=clip.CLIP_VALUE if clipped else None,
-        ema_decay=solver.EMA.DECAY if solver.EMA.ENABLED else None,
-        skipped=solver.SKIP_BAD_UPDATES,
-    )
-
-
-def _in_folder(cfg: CfgNode, name: str) -> CfgNode:
-    """Return a config whose results go to a folder inside the run's."""
-    changed: CfgNode = cfg.clone()
-    changed.defrost()
-    changed.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR) / name)
-    changed.freeze()
-    return changed
-
-
-def _test_augmentations(cfg: CfgNode) -> list[Any]:
-    found: list[Any] = build_augmentation(cfg, is_train=False)
-    return found
