@@ -8,7 +8,6 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 
 from resnext_det.checkpoints.run import read_run
@@ -16,6 +15,7 @@ from resnext_det.engine.trainer import Trainer
 from resnext_det.errors import ConfigError, DatasetError
 from resnext_det.evaluation.engines import FIGURES
 from resnext_det.evaluation.proposals import PROPOSAL_FIGURES
+from resnext_det.modeling.detectors import build_detector
 from resnext_det.pretrained.loading import load_weights
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
         cfg.defrost()
         cfg.MODEL.WEIGHTS = str(checkpoint)
         cfg.freeze()
-    model = build_model(cfg)
+    model = build_detector(cfg)
     logger.info("%s", load_weights(model, cfg, whole_detector=True))
     check_classes(cfg)
     return Trainer.test(cfg, model)

@@ -12,13 +12,13 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
-from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
 from numpy.typing import NDArray
 from PIL import Image
 
 from resnext_det.checkpoints.run import read_run
+from resnext_det.modeling.detectors import build_detector
 from resnext_det.pretrained.loading import load_weights
 
 Record = dict[str, Any]
@@ -54,7 +54,7 @@ class Predictor:
         Raises:
             WeightsError: the weights do not fill the whole detector.
         """
-        self.model = build_model(cfg).eval()
+        self.model = build_detector(cfg).eval()
         self.report = load_weights(self.model, cfg, whole_detector=True)
         self._names = _class_names(cfg)
         self._resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)

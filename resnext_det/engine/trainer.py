@@ -40,6 +40,7 @@ from resnext_det.engine.train_loop import (
 )
 from resnext_det.engine.writers import build_writers, forget_after, writing_period
 from resnext_det.evaluation.evaluator import BoxEvaluator, Engine
+from resnext_det.modeling.detectors import check_names
 from resnext_det.pretrained.loading import load_weights
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ class Trainer(DefaultTrainer):
         # otherwise, and its create_ddp_model cannot be told that there is no GPU.
         TrainerBase.__init__(self)
         cfg, self.plan = scale(cfg, comm.get_world_size())
-        model = self.build_model(cfg)  # type: ignore[no-untyped-call]
+        model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         share = Share(
             comm.get_rank(),
@@ -102,6 +103,13 @@ class Trainer(DefaultTrainer):
         )
         self._stop_on_signal = StopOnSignal(self._checkpoints.save_now)
         self.register_hooks(list(self.build_hooks()))
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """Return the detector, on MODEL.DEVICE."""
+        check_names(cfg)
+        model: nn.Module = super().build_model(cfg)  # type: ignore[no-untyped-call]
+        return model
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Go on with the last good checkpoint of OUTPUT_DIR, or load MODEL.WEIGHTS.
