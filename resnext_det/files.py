@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import json
+import re
+import secrets
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from resnext_det.errors import ResNeXtError
+from resnext_det.errors import ConfigError, ResNeXtError
 
 
 @contextlib.contextmanager
@@ -15,6 +21,8 @@ def written_beside(target: Path, error_class: type[ResNeXtError] = ResNeXtError)
     """Give a path beside the target to write to, which becomes the target at the end.
 
     Where the body ends with an error, Ctrl-C included, nothing is left and the target is as before.
+    What a killed process left of the same file is removed once it is a day old: until then it may
+    be what another process is about to write.
 
     Args:
         target: the file; its folder is made where it is missing.
@@ -23,9 +31,11 @@ def written_beside(target: Path, error_class: type[ResNeXtError] = ResNeXtError)
     Raises:
         ResNeXtError: it cannot be written; of the class that was asked for.
     """
-    beside = target.with_name(f".{target.name}.partial")
+    # A name of its own, as two processes may write one file: the last one wins, as a whole.
+    beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(target)
         try:
             yield beside
             beside.replace(target)
@@ -33,6 +43,25 @@ def written_beside(target: Path, error_class: type[ResNeXtError] = ResNeXtError)
             beside.unlink(missing_ok=True)
     except OSError as error:
         raise error_class(f"{target} cannot be written: {error.strerror or error}.") from error
+
+
+def _remove_stale(target: Path) -> None:
+    yesterday = time.time() - 24 * 60 * 60
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.partial")
+    for file in _left_over(target.parent.absolute()):
+        if pattern.fullmatch(file.name):
+            with contextlib.suppress(OSError):
+                if file.lstat().st_mtime < yesterday:
+                    file.unlink()
+
+
+@functools.lru_cache(maxsize=64)
+def _left_over(folder: Path) -> tuple[Path, ...]:
+    """List the partial files of a folder.
+
+    Once for each folder: some are filled with a hundred thousand pictures, one by one.
+    """
+    return tuple(folder.glob(".*.partial"))
 
 
 def write_text(target: Path, text: str) -> None:
@@ -53,3 +82,32 @@ def write_json(target: Path, content: object, *, indent: int | None = 1) -> None
         TypeError: the content is not what JSON can hold.
     """
     write_text(target, json.dumps(content, indent=indent) + "\n")
+
+
+def file_digest(file: Path, algorithm: str = "sha256") -> str:
+    """Return the digest of a file, in hexadecimal."""
+    digest = hashlib.new(algorithm)
+    with file.open("rb") as stream:
+        while part := stream.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def check_writable(folder: Path, name: str) -> None:
+    """Refuse a folder that cannot be made or written to, before anything takes time.
+
+    Args:
+        folder: it is made where it is not there.
+        name: of the key or flag that named it, for the message.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{name} {folder} cannot be written: {error}. Name another: {name} FOLDER."
+        ) from error

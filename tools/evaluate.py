@@ -23,6 +23,7 @@ from resnext_det.evaluation.engines import ENGINES
 from resnext_det.evaluation.evaluator import Engine, evaluate_detections, write_evaluated
 from resnext_det.evaluation.proposals import proposal_figures, proposal_table
 from resnext_det.evaluation.truth import read_truth
+from resnext_det.files import check_writable, file_digest
 from resnext_det.report.page import write_report
 
 
@@ -54,12 +55,14 @@ def parse() -> argparse.Namespace:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Evaluate, print, and write where that is asked for."""
+    if arguments.output:
+        check_writable(arguments.output, "--output")
     truth = read_truth(arguments.annotations)
-    detections = read_detections(arguments.results)
+    detections = read_detections(arguments.results, classes=not arguments.proposals)
     print(f"{len(detections):,} detections: {arguments.results}")
     print(f"{len(truth.image_ids):,} images: {truth.file}\n")
     if arguments.proposals:
-        check_detections(detections, truth, str(arguments.results))
+        check_detections(detections, truth, str(arguments.results), classes=False)
         engine = {"engine": arguments.engine, "cross_check": arguments.cross_check}
         print(proposal_table(proposal_figures(truth, detections, **engine)))
         return
@@ -81,7 +84,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
         write_evaluated(
             arguments.output,
             arguments.annotations.stem,
-            {"weights": f"unknown; detections {arguments.results.name}"},
+            {
+                "weights": f"unknown; detections {arguments.results.name}",
+                "detections_sha256": file_digest(arguments.results),
+            },
             truth,
             arguments.results,
             evaluated,

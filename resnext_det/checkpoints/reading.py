@@ -12,7 +12,7 @@ import torch
 
 from resnext_det.checkpoints.writing import checksum_file
 from resnext_det.errors import WeightsError
-from resnext_det.pretrained.record import hexadecimal
+from resnext_det.files import file_digest
 
 # A line of `sha256sum`.
 _CHECKSUM = re.compile(r"([0-9a-f]{64}) [ *](.+)\n?")
@@ -106,7 +106,7 @@ def _agrees_with_checksum(file: Path) -> bool:
     with beside.open(encoding="utf-8", errors="replace") as stream:
         line = _CHECKSUM.fullmatch(stream.read(4096))
     recorded = line[1] if line is not None and line[2] == file.name else ""
-    found = hexadecimal(file)
+    found = file_digest(file)
     if found != recorded:
         raise WeightsError(
             f"{file} is damaged: its sha256 begins {found[:16]}, and {beside.name} has "

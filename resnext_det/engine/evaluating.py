@@ -11,6 +11,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
 from resnext_det.checkpoints.run import read_run
+from resnext_det.data.custom import class_names
 from resnext_det.engine.trainer import Trainer
 from resnext_det.errors import ConfigError, DatasetError
 from resnext_det.evaluation.engines import FIGURES
@@ -48,34 +49,41 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
 
 
 def check_expectations(cfg: CfgNode) -> None:
-    """Refuse a TEST.EXPECTED_RESULTS that Detectron2 could not hold against an evaluation.
+    """Refuse what would end an evaluation, or a training at its first one.
 
-    It does so at the very end, with a KeyError.
+    Detectron2 notices a wrong TEST.EXPECTED_RESULTS at the very end, with a KeyError.
 
     Args:
         cfg: the run's config.
 
     Raises:
         ConfigError: an entry has not the form [task, metric, value, tolerance], or names what an
-            evaluation does not give.
+            evaluation does not give; losses are wanted of no data set.
     """
+    if cfg.TEST.VALIDATION_LOSS and not cfg.DATASETS.TEST:
+        raise ConfigError(
+            "TEST.VALIDATION_LOSS is True and DATASETS.TEST is empty: name the data set that the "
+            "losses shall be of, or set TEST.VALIDATION_LOSS False."
+        )
     expected = cfg.TEST.EXPECTED_RESULTS
     if not expected:
         return
     of_proposals = cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork"
     task = "box_proposals" if of_proposals else "bbox"
     known = PROPOSAL_FIGURES if of_proposals else FIGURES
+    by_class = set() if of_proposals else {f"AP-{name}" for name in class_names(cfg)}
     for entry in expected:
         try:
             given, metric, value, tolerance = entry
-            sound = given == task and (metric in known or str(metric).startswith("AP-"))
+            sound = given == task and (metric in known or metric in by_class)
             sound = sound and float(value) == value and float(tolerance) >= 0
         except (TypeError, ValueError):
             sound = False
         if not sound:
             raise ConfigError(
                 f"TEST.EXPECTED_RESULTS has the entry {entry!r}. Entries are [{task!r}, METRIC, "
-                f"VALUE, TOLERANCE], in percent, and METRIC is one of {', '.join(known)}."
+                f"VALUE, TOLERANCE], in percent, and METRIC is one of {', '.join(known)}"
+                f"{' or AP-CLASS' if by_class else ''}."
             )
     if len(cfg.DATASETS.TEST) != 1:
         raise ConfigError(

@@ -54,6 +54,7 @@ class Evaluation(HookBase):
         period: int,
         goal: Goal,
         save_best: Callable[[], None],
+        results_needed: bool = False,
     ) -> None:
         """Prepare.
 
@@ -62,11 +63,13 @@ class Evaluation(HookBase):
             period: iterations from one evaluation to the next; 0 for the end alone.
             goal: what is the best, and when to end.
             save_best: called in all processes when there is a new best.
+            results_needed: at the end of a training, one that was at its end already included.
         """
         self._evaluate = evaluate
         self._period = period
         self._goal = goal
         self._save_best = save_best
+        self._results_needed = results_needed
         self.last = -1  # iteration of the last evaluation
         self.best: float | None = None
         self.best_iteration = -1
@@ -76,7 +79,8 @@ class Evaluation(HookBase):
     def before_train(self) -> None:
         """Do the evaluation that a killed training did not come to."""
         done = self.trainer.start_iter - 1
-        if done >= 0 and self._due(done) and self.last < done:
+        again = self._results_needed and done + 1 == self.trainer.max_iter
+        if done >= 0 and self._due(done) and (self.last < done or again):
             self.trainer.iter = self.trainer.storage.iter = done
             logger.info("evaluating iteration %d, as the training was ended before that", done)
             self._evaluate_now(done)

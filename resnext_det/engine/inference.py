@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
 from detectron2.evaluation.testing import print_csv_format
 from detectron2.utils import comm
@@ -18,9 +21,10 @@ from torch import nn
 from tqdm import tqdm
 
 from resnext_det.engine.train_loop import bare
-from resnext_det.environment import versions
-from resnext_det.errors import DatasetError
+from resnext_det.environment import commit, versions
+from resnext_det.errors import EvaluationError
 from resnext_det.evaluation.evaluator import BoxEvaluator
+from resnext_det.files import file_digest
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +36,7 @@ def evaluate_datasets(
     cfg: CfgNode,
     model: nn.Module,
     evaluator_of: Callable[[str], DatasetEvaluator],
-    loader_of: Callable[[str, frozenset[int]], Loader],
+    loader_of: Callable[[str], Loader],
 ) -> Results:
     """Evaluate a model on every data set of DATASETS.TEST.
 
@@ -42,81 +46,112 @@ def evaluate_datasets(
         cfg: the config.
         model: with its weights.
         evaluator_of: gives the evaluator of a data set.
-        loader_of: gives its images for this process, but for those of the given ids.
+        loader_of: gives its images for this process.
 
     Returns:
         {"bbox": {"AP": ...}}, by data set where there are several; nothing but on the main
         process.
+
+    Raises:
+        EvaluationError: the processes have different weights.
     """
     results: OrderedDict[str, Results] = OrderedDict()
     kept: list[BoxEvaluator] = []
-    digest = ""
-    for name in cfg.DATASETS.TEST:
-        evaluator = evaluator_of(name)
-        done: frozenset[int] = frozenset()
-        if isinstance(evaluator, BoxEvaluator):
-            logger.info(
-                "evaluating on %s: annotations %s, images %s",
-                name,
-                evaluator.annotations.resolve(),
-                evaluator.metadata.image_root,
-            )
-            digest = digest or state_digest(bare(model))
-            done = evaluator.keep(_identity(cfg, digest, evaluator))
-            kept.append(evaluator)
-        results[name] = _evaluate(model, evaluator, loader_of, name, done)
-        if comm.is_main_process():
-            print_csv_format(results[name])
+    with buffers_of_the_first(model):
+        digest = model_digest(cfg, model)
+        for name in cfg.DATASETS.TEST:
+            evaluator = evaluator_of(name)
+            done: frozenset[int] = frozenset()
+            if isinstance(evaluator, BoxEvaluator):
+                _tell_files(evaluator)
+                evaluator.description["model_sha256"] = digest
+                done = evaluator.keep(_identity(digest, evaluator))
+                kept.append(evaluator)
+            results[name] = _evaluate(model, evaluator, loader_of, name, done)
+            if comm.is_main_process():
+                print_csv_format(results[name])
     for evaluator in kept:  # only now: one that is killed at the last set repeats no other
         evaluator.forget()
     return next(iter(results.values())) if len(results) == 1 else results
 
 
+def _tell_files(evaluator: BoxEvaluator) -> None:
+    logger.info(
+        "evaluating on %s: annotations %s, images %s",
+        evaluator.dataset,
+        evaluator.annotations.resolve(),
+        evaluator.images,
+    )
+
+
 def _evaluate(
     model: nn.Module,
     evaluator: DatasetEvaluator,
-    loader_of: Callable[[str, frozenset[int]], Loader],
+    loader_of: Callable[[str], Loader],
     name: str,
     done: frozenset[int],
 ) -> Results:
     if done:
         logger.info("%d images were predicted before this evaluation was ended", len(done))
-    try:
-        loader = loader_of(name, done)
-    except NothingLeft:
-        evaluator.reset()
-        found: Results | None = evaluator.evaluate()
-        return found or {}
+        if isinstance(evaluator, BoxEvaluator) and evaluator.needs_none_but(done):
+            evaluator.reset()
+            return evaluator.evaluate()
     bar = tqdm(
-        loader,
+        Remaining(loader_of(name), done),
         desc=name,
         unit="batch",
         # In all processes but one it would repeat.
         disable=None if comm.is_main_process() else True,
         leave=False,
     )
-    found = inference_on_dataset(model, bar, evaluator)
+    found: Results | None = inference_on_dataset(model, bar, evaluator)
     return found or {}
 
 
-class NothingLeft(DatasetError):
-    """All images of a data set were predicted already."""
+class Remaining:
+    """The batches of a loader without the images that are done; those are read all the same."""
+
+    def __init__(self, loader: Loader, done: frozenset[int]) -> None:
+        """Wrap a loader.
+
+        Args:
+            loader: of records with "image_id", as lists.
+            done: ids of images.
+        """
+        self._loader = loader
+        self._done = done
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        for batch in self._loader:
+            left = [record for record in batch if record.get("image_id") not in self._done]
+            if left:
+                yield left
 
 
-def remaining(records: list[dict[str, Any]], done: frozenset[int]) -> list[dict[str, Any]]:
-    """Return the records of the images that are not done.
+@contextlib.contextmanager
+def buffers_of_the_first(model: nn.Module) -> Iterator[None]:
+    """Give all processes the buffers of the first one for a while.
+
+    Each has running statistics of its own, as in Detectron2, and a checkpoint has the first one's:
+    without this, a figure would be of no model that there is.
 
     Args:
-        records: of a data set, with "image_id".
-        done: ids of images.
-
-    Raises:
-        NothingLeft: there are none.
+        model: with the same weights in all processes.
     """
-    left = [record for record in records if record["image_id"] not in done]
-    if not left and records:
-        raise NothingLeft("all images were predicted already")
-    return left
+    if comm.get_world_size() == 1:
+        yield
+        return
+    own = [buffer.clone() for buffer in model.buffers()]
+    for buffer in model.buffers():
+        torch.distributed.broadcast(buffer, src=0)
+    try:
+        yield
+    finally:
+        for buffer, before in zip(model.buffers(), own):
+            buffer.copy_(before)
 
 
 def renamed(cfg: CfgNode, folder: str, weights: str) -> CfgNode:
@@ -151,18 +186,61 @@ def state_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _identity(cfg: CfgNode, weights: str, evaluator: BoxEvaluator) -> str:
-    """Return a digest of all that predictions depend on."""
-    settings = cfg.clone()
-    settings.defrost()
-    settings.MODEL.WEIGHTS = ""  # the weights themselves stand in the digest
+def model_digest(cfg: CfgNode, model: nn.Module) -> str:
+    """Return a digest of all that a prediction depends on but the image: weights and settings.
+
+    Called in all processes together.
+
+    Args:
+        cfg: the config.
+        model: with its weights.
+
+    Returns:
+        32 bytes in hexadecimal.
+
+    Raises:
+        EvaluationError: the processes have different weights.
+    """
+    digests = comm.all_gather(state_digest(bare(model)))
+    if len(set(digests)) > 1:
+        raise EvaluationError(
+            "the processes have different weights, so no figure would be of one model: load the "
+            "same file in all of them."
+        )
+    settings = renamed(cfg, "", "")  # the weights themselves stand in the digest
     said = {
-        "weights": weights,
+        "weights": digests[0],
         "model": settings.MODEL.dump(),
         "input": settings.INPUT.dump(),
         "augmentation": settings.TEST.AUG.dump(),
         "detections": settings.TEST.DETECTIONS_PER_IMAGE,
-        "annotations": hashlib.sha256(evaluator.annotations.read_bytes()).hexdigest(),
+        "precision": settings.get("FLOAT32_PRECISION", ""),  # of newer Detectron2s
+        "proposals": [
+            settings.MODEL.LOAD_PROPOSALS,
+            settings.DATASETS.PROPOSAL_FILES_TEST,
+            settings.DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST,
+        ],
         "versions": versions(),
+        "commit": commit(),
     }
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _identity(digest: str, evaluator: BoxEvaluator) -> str:
+    """Return a digest of a model and of the files that it is evaluated on, as the first has them.
+
+    Of images it is names, sizes and times: they may be gigabytes.
+    """
+    if not comm.is_main_process():
+        return str(comm.all_gather("")[0])
+    said = hashlib.sha256(digest.encode())
+    said.update(file_digest(evaluator.annotations).encode())
+    said.update(evaluator.images.encode())
+    for record in DatasetCatalog.get(evaluator.dataset):
+        file = record.get("file_name", "")
+        try:
+            status = Path(file).stat()
+            said.update(f"{file} {status.st_size} {status.st_mtime_ns};".encode())
+        except OSError:  # of no file of this machine's; reading it will tell
+            said.update(f"{file};".encode(errors="surrogateescape"))
+    return str(comm.all_gather(said.hexdigest())[0])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
@@ -14,7 +15,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from resnext_det.errors import ConfigError
-from resnext_det.files import written_beside
+from resnext_det.files import check_writable, written_beside
 
 logger = logging.getLogger(__name__)
 
@@ -78,29 +79,42 @@ def set_up(cfg: CfgNode, arguments: argparse.Namespace) -> None:
     Raises:
         ConfigError: OUTPUT_DIR cannot be written.
     """
-    _check_writable(Path(cfg.OUTPUT_DIR))
+    check_writable(Path(cfg.OUTPUT_DIR), "OUTPUT_DIR")
     rank = comm.get_rank()
     # Detectron2 keeps the logger that it makes for the same arguments: these are default_setup's.
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name="fvcore")
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank)
     quieten_detectron2()
-    config = Path(cfg.OUTPUT_DIR) / "config.yaml"
-    of_training = _config_of_training(config) if getattr(arguments, "eval_only", False) else None
-    default_setup(cfg, arguments)
-    if of_training is not None and comm.is_main_process():
-        # Detectron2 writes over it, and with it over what the training started from.
-        config.replace(config.with_name("evaluation.yaml"))
-        with written_beside(config) as beside:
-            beside.write_bytes(of_training)
+    with _config_of_training_kept(cfg, evaluating=getattr(arguments, "eval_only", False)):
+        default_setup(cfg, arguments)
     setup_logger(
         cfg.OUTPUT_DIR, distributed_rank=rank, name="resnext_det", abbrev_name="resnext_det"
     )
 
 
-def _config_of_training(config: Path) -> bytes | None:
-    """Return what stands in the config.yaml of a training, and None where there was none."""
-    begun = (config.parent / "last_checkpoint").is_file() and config.is_file()
-    return config.read_bytes() if begun else None
+@contextlib.contextmanager
+def _config_of_training_kept(cfg: CfgNode, *, evaluating: bool) -> Iterator[None]:
+    """Keep a training's config.yaml, which Detectron2 writes over when it is evaluated.
+
+    It stands on disk under another name meanwhile: a run that is killed in between leaves it there
+    for the next one.
+    """
+    folder = Path(cfg.OUTPUT_DIR)
+    config, aside = folder / "config.yaml", folder / ".config.yaml.of_training"
+    if not comm.is_main_process():
+        yield
+        return
+    if aside.is_file():
+        aside.replace(config)
+    begun = (folder / "last_checkpoint").is_file() and config.is_file()
+    if not (evaluating and begun):
+        yield
+        return
+    with written_beside(aside) as beside:
+        beside.write_bytes(config.read_bytes())
+    yield
+    config.replace(folder / "evaluation.yaml")
+    aside.replace(config)
 
 
 def quieten_detectron2() -> None:
@@ -110,14 +124,3 @@ def quieten_detectron2() -> None:
         for handler in logger.handlers:
             if type(handler) is logging.StreamHandler:
                 handler.setLevel(logging.WARNING)
-
-
-def _check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"OUTPUT_DIR {folder} cannot be written: {error}. Name another: OUTPUT_DIR FOLDER."
-        ) from error

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, build_detection_test_loader
+from detectron2.data import build_detection_test_loader
 from detectron2.data.detection_utils import build_augmentation
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
 from detectron2.utils import comm
@@ -27,7 +27,7 @@ from resnext_det.data.stream import Share, build_stream, seeded, training_record
 from resnext_det.engine.checkpoints import Checkpointer, Checkpoints
 from resnext_det.engine.evaluation_hook import Evaluation, Goal, validation_losses
 from resnext_det.engine.hooks import Progress, Throughput
-from resnext_det.engine.inference import evaluate_datasets, remaining, renamed
+from resnext_det.engine.inference import evaluate_datasets, renamed
 from resnext_det.engine.schedule import scale
 from resnext_det.engine.stopping import Stop, StopOnSignal
 from resnext_det.engine.train_loop import (
@@ -192,7 +192,10 @@ class Trainer(DefaultTrainer):
             found.append(self._precise_bn())
         # Before the evaluation: a crash in it loses nothing.
         found.append(self._checkpoints)
-        found.append(Evaluation(self._evaluate, cfg.TEST.EVAL_PERIOD, goal, self._save_best))
+        expected = bool(cfg.TEST.EXPECTED_RESULTS)
+        found.append(
+            Evaluation(self._evaluate, cfg.TEST.EVAL_PERIOD, goal, self._save_best, expected)
+        )
         found.append(Throughput(cfg.SOLVER.IMS_PER_BATCH))
         if comm.is_main_process():
             writers = hooks.PeriodicWriter(self.build_writers(), writing_period(self.max_iter))
@@ -295,28 +298,14 @@ class Trainer(DefaultTrainer):
             cfg,
             model,
             functools.partial(cls.build_evaluator, cfg),
-            lambda name, done: (
-                cls.build_test_loader(cfg, name, done) if done else cls.build_test_loader(cfg, name)
-            ),
+            functools.partial(cls.build_test_loader, cfg),
         )
 
     @classmethod
-    def build_test_loader(
-        cls, cfg: CfgNode, dataset_name: str, done: frozenset[int] = frozenset()
-    ) -> Any:
-        """Return Detectron2's loader for an evaluation, whose errors name the image.
-
-        Args:
-            cfg: the config.
-            dataset_name: a registered data set.
-            done: the ids of images to leave out.
-        """
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
+        """Return Detectron2's loader for an evaluation, whose errors name the image."""
         mapper = NamingDatasetMapper(cfg, False)
-        if not done:
-            return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
-        left = remaining(DatasetCatalog.get(dataset_name), done)
-        workers = cfg.DATALOADER.NUM_WORKERS
-        return build_detection_test_loader(left, mapper=mapper, num_workers=workers)
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> BoxEvaluator:

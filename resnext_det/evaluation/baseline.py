@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import hotcoco
+import numpy as np
 from tabulate import tabulate
 
 from resnext_det.errors import DatasetError
@@ -17,11 +19,13 @@ from resnext_det.evaluation.engines import FIGURES, hotcoco_evaluation
 from resnext_det.evaluation.figures import percent, shown
 from resnext_det.evaluation.run_folder import Evaluation, read_metrics
 from resnext_det.evaluation.truth import Truth
+from resnext_det.files import file_digest
 
 logger = logging.getLogger(__name__)
 
 RESAMPLES = 500
 _CONFIDENCE = 0.95
+_AREAS = {"s": (0.0, 32.0**2), "m": (32.0**2, 96.0**2), "l": (96.0**2, math.inf)}
 _TRIED = 5
 
 
@@ -82,7 +86,8 @@ def compare(
 
     The interval is that of a bootstrap over images (Efron and Tibshirani 1993, chapter 13): images
     are drawn anew, with replacement, for both detectors alike. It tells what other images like
-    these would have given, and nothing of what another training would.
+    these would have given, and nothing of what another training would. There is no interval where
+    more than 2.5 % of the draws have no object of the size in question.
 
     Args:
         truth: the annotations.
@@ -110,12 +115,25 @@ def compare(
         if figure is None or new is None:
             differences.append(Difference(name, figure, new, None, None, None))
             continue
-        interval = intervals.get(name)
+        interval = intervals.get(name) if _often_drawn(truth, name) else None
         lower, upper = (
             (100 * interval["lower"], 100 * interval["upper"]) if interval else (None, None)
         )
         differences.append(Difference(name, figure, new, new - figure, lower, upper))
     return tuple(differences)
+
+
+def _often_drawn(truth: Truth, figure: str) -> bool:
+    """Tell whether nearly every draw of images has an object of a figure's size.
+
+    hotcoco counts the others as no difference at all.
+    """
+    smallest, largest = _AREAS.get(figure[-1], (0.0, math.inf))
+    areas = truth.objects.areas
+    fit = ~truth.objects.crowds & (areas >= smallest) & (areas <= largest)
+    images = len(truth.image_ids)
+    share = len(np.unique(truth.objects.image_ids[fit])) / images
+    return bool((1 - share) ** images <= (1 - _CONFIDENCE) / 2)
 
 
 def compare_with(
@@ -133,7 +151,14 @@ def compare_with(
         DatasetError: the earlier evaluation cannot be read, or was made with other annotations.
     """
     earlier = find_baseline(metrics, truth)
-    return compare(truth, read_detections(earlier.detections), now, resamples)
+    before = read_detections(earlier.detections)
+    recorded = earlier.detections_sha256
+    if recorded and recorded != file_digest(earlier.detections):
+        raise DatasetError(
+            f"{earlier.detections} has changed since {metrics} was written: its figures are of "
+            "other detections. Evaluate the baseline again."
+        )
+    return compare(truth, before, now, resamples)
 
 
 def table(differences: tuple[Difference, ...]) -> str:
@@ -145,7 +170,7 @@ def table(differences: tuple[Difference, ...]) -> str:
             shown(each.now),
             "-" if each.difference is None else f"{each.difference:+.2f}",
             "-" if each.lower is None else f"{each.lower:+.2f} to {each.upper:+.2f}",
-            "" if each.certain else "may be chance",
+            _verdict(each),
         ]
         for each in differences
     ]
@@ -162,6 +187,12 @@ def _tell_duration(one: hotcoco.COCOeval, other: hotcoco.COCOeval, resamples: in
     seconds = (time.perf_counter() - start) * resamples / _TRIED
     if seconds > 2:
         logger.info("drawing images anew %d times, in about %.0f s", resamples, seconds)
+
+
+def _verdict(difference: Difference) -> str:
+    if difference.lower is None:
+        return ""
+    return "" if difference.certain else "may be chance"
 
 
 def document(metrics: Path, differences: tuple[Difference, ...]) -> dict[str, Any]:

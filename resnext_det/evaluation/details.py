@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tabulate import tabulate
 
-from resnext_det.evaluation.engines import Accumulated
+from resnext_det.evaluation.detections import Detections
+from resnext_det.evaluation.engines import Accumulated, hotcoco_evaluation
 from resnext_det.evaluation.truth import Truth
 
 CONFUSED_FROM = 0.5
@@ -59,7 +60,8 @@ class Details:
             ("0.50", "0.75", "0.50:0.95"); the mean of all classes under "". A class without
             objects is not there.
         confusion: (K + 1, K + 1) counts: true class by detected class, the last of both being
-            background; at an IoU of 0.5, detections with a score of 0.5 or more.
+            background; at an IoU of 0.5, detections with a score of 0.5 or more, but for those
+            in a crowd of their class.
         errors: TIDE's kinds, for AP50.
     """
 
@@ -87,13 +89,16 @@ class Details:
         }
 
 
-def details_of(evaluation: hotcoco.COCOeval, found: Accumulated, truth: Truth) -> Details:
+def details_of(
+    evaluation: hotcoco.COCOeval, found: Accumulated, truth: Truth, detections: Detections
+) -> Details:
     """Return where a detector errs.
 
     Args:
         evaluation: of `engines.hotcoco_evaluation`, with COCO's own protocol.
         found: what it accumulated.
         truth: the annotations.
+        detections: that were evaluated.
     """
     precision = found.precision[:, :, :, 0, -1]  # of objects of any size, 100 per image
     present = np.flatnonzero((precision > -1).any(axis=(0, 1)))
@@ -101,14 +106,25 @@ def details_of(evaluation: hotcoco.COCOeval, found: Accumulated, truth: Truth) -
     curves = {names[position]: _curves(precision[:, :, [position]]) for position in present}
     if len(present):
         curves = {"": _curves(precision[:, :, present]), **curves}
-    matrix = evaluation.confusion_matrix(iou_thr=OVERLAP, min_score=CONFUSED_FROM)["matrix"]
     errors = evaluation.tide_errors(pos_thr=OVERLAP, bg_thr=BACKGROUND)
     kinds = tuple(
         ErrorKind(kind, int(errors["counts"][kind]), 100 * float(errors["delta_ap"][kind]))
         for kind in ERROR_KINDS
     )
     recalls = np.linspace(0, 1, precision.shape[1])
-    return Details(recalls, curves, np.asarray(matrix).astype(np.int64), kinds)
+    return Details(recalls, curves, _confusion(evaluation, truth, detections), kinds)
+
+
+def _confusion(
+    evaluation: hotcoco.COCOeval, truth: Truth, detections: Detections
+) -> NDArray[np.int64]:
+    """Count true classes by detected ones, without what COCO ignores: detections in a crowd."""
+    counted = evaluation.image_diagnostics(iou_thr=OVERLAP)["dt_status"]
+    numbers = np.arange(1, len(detections) + 1)  # as hotcoco numbers them
+    kept = np.isin(numbers, np.fromiter(counted, np.int64, len(counted)))
+    shown = detections.where(kept & (detections.scores >= CONFUSED_FROM))
+    found = hotcoco_evaluation(truth, shown).confusion_matrix(iou_thr=OVERLAP)
+    return np.asarray(found["matrix"]).astype(np.int64)
 
 
 def _curves(precision: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:

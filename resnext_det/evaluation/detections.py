@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from resnext_det.data.record_forms import GREATEST_ID
 from resnext_det.errors import DatasetError
 from resnext_det.evaluation.truth import Truth
 
@@ -38,26 +39,24 @@ class Detections:
         return len(self.scores)
 
     @classmethod
-    def of(cls, results: Sequence[dict[str, Any]]) -> Detections:
+    def of(cls, results: Sequence[dict[str, Any]], *, classes: bool = True) -> Detections:
         """Return the detections of a list in COCO's results format.
 
         Args:
             results: each with image_id, category_id, bbox (x, y, width, height) and score.
+            classes: False for proposals, whose category_id is not looked at.
 
         Raises:
             DatasetError: one has not this form; the message shows it.
         """
         try:
-            rows = [
-                (each["image_id"], *each["bbox"], each["score"], each["category_id"])
-                for each in results
-            ]
+            rows = [_row(each, classes) for each in results]
             table = _numbers(rows).reshape(len(rows), len(_COLUMNS))
             sound = _are_sound(table)
         except (KeyError, TypeError, ValueError):
             sound = False
         if not sound:
-            raise DatasetError(_complaint(results))
+            raise DatasetError(_complaint(results, classes))
         return cls.of_table(table)
 
     @classmethod
@@ -81,6 +80,12 @@ class Detections:
         columns = self.image_ids, self.category_ids, self.boxes, self.scores
         keys = "image_id", "category_id", "bbox", "score"
         return [dict(zip(keys, row)) for row in zip(*(column.tolist() for column in columns))]
+
+    def where(self, kept: NDArray[np.bool_]) -> Detections:
+        """Return the detections for which `kept`, of shape (N,), is true."""
+        return Detections(
+            self.image_ids[kept], self.category_ids[kept], self.boxes[kept], self.scores[kept]
+        )
 
     def in_order(self, image_ids: NDArray[np.int64]) -> Detections:
         """Return the detections in the order of their images; those of one keep their own.
@@ -108,15 +113,22 @@ def _are_sound(table: NDArray[np.float64]) -> bool:
     """Tell whether a table as `of_table` takes it holds nothing but finite numbers, boxes, ids."""
     ids = table[:, [0, 6]]
     return bool(
-        np.isfinite(table).all() and (table[:, 3:5] >= 0).all() and (ids == np.floor(ids)).all()
+        np.isfinite(table).all()
+        and (table[:, 3:5] >= 0).all()
+        and (ids == np.floor(ids)).all()
+        and (np.abs(ids) <= GREATEST_ID).all()
     )
 
 
-def _complaint(results: Sequence[dict[str, Any]]) -> str:
+def _row(result: dict[str, Any], classes: bool) -> tuple[Any, ...]:
+    category = result["category_id"] if classes else 0
+    return (result["image_id"], *result["bbox"], result["score"], category)
+
+
+def _complaint(results: Sequence[dict[str, Any]], classes: bool) -> str:
     for position, each in enumerate(results):
         try:
-            row = (each["image_id"], *each["bbox"], each["score"], each["category_id"])
-            sound = _are_sound(_numbers(row).reshape(1, len(_COLUMNS)))
+            sound = _are_sound(_numbers(_row(each, classes)).reshape(1, len(_COLUMNS)))
         except (KeyError, TypeError, ValueError):
             sound = False
         if not sound:
@@ -128,12 +140,13 @@ def _complaint(results: Sequence[dict[str, Any]]) -> str:
     return "the detections have not the form of COCO's results."
 
 
-def read_detections(file: Path) -> Detections:
+def read_detections(file: Path, *, classes: bool = True) -> Detections:
     """Read a file in COCO's results format.
 
     Args:
         file: JSON: a list of objects with image_id, category_id, bbox and score, as this package,
             Detectron2 (coco_instances_results.json), mmdetection and others write it.
+        classes: False for proposals, whose category_id is not looked at.
 
     Returns:
         The detections, in the order of the file.
@@ -154,12 +167,14 @@ def read_detections(file: Path) -> Detections:
             "image_id, category_id, bbox and score."
         )
     try:
-        return Detections.of(content)
+        return Detections.of(content, classes=classes)
     except DatasetError as error:
         raise DatasetError(f"{file}: {error}") from error
 
 
-def check_detections(detections: Detections, truth: Truth, source: str) -> None:
+def check_detections(
+    detections: Detections, truth: Truth, source: str, *, classes: bool = True
+) -> None:
     """Refuse detections of images or classes that the annotations do not have.
 
     pycocotools refuses other images as well; other classes it leaves out without a word.
@@ -168,6 +183,7 @@ def check_detections(detections: Detections, truth: Truth, source: str) -> None:
         detections: of which figures are wanted.
         truth: the annotations.
         source: where the detections are from, for the message.
+        classes: False for proposals, which have none.
 
     Raises:
         DatasetError: there are such; the message lists the first.
@@ -182,7 +198,7 @@ def check_detections(detections: Detections, truth: Truth, source: str) -> None:
         (
             "classes",
             detections.category_ids,
-            np.array(list(truth.categories), np.int64),
+            np.array(list(truth.categories), np.int64) if classes else detections.category_ids,
             "A category_id is the annotations' own, such as COCO's 1 to 90, and not a model's "
             "class, which is counted from 0.",
         ),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.data import MetadataCatalog
+from detectron2.data.datasets.coco import convert_to_coco_json
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
@@ -18,11 +19,11 @@ from resnext_det.evaluation.details import Details, details_of
 from resnext_det.evaluation.detections import Detections, check_detections
 from resnext_det.evaluation.engines import ENGINES, accumulated, compute, hotcoco_evaluation
 from resnext_det.evaluation.figures import BoxFigures, figures_of
-from resnext_det.evaluation.metrics_file import write_detections, write_metrics
+from resnext_det.evaluation.metrics_file import file_name_of, write_detections, write_metrics
 from resnext_det.evaluation.predictions import Predictions, rows_of
 from resnext_det.evaluation.proposals import proposal_figures, proposal_table
 from resnext_det.evaluation.truth import Truth, read_truth
-from resnext_det.files import write_json
+from resnext_det.files import file_digest, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ def evaluate_detections(
     found = fast
     if engine != Engine():
         found = compute(truth, ordered, engine=engine.name, cross_check=engine.cross_check)
-    return Evaluated(figures_of(found, truth), details_of(evaluation, fast, truth))
+    return Evaluated(figures_of(found, truth), details_of(evaluation, fast, truth, ordered))
 
 
 def evaluate_boxes(annotations: Path, detections: Sequence[dict[str, Any]]) -> BoxFigures:
@@ -119,11 +120,11 @@ def write_evaluated(
         entry: what else stands with the data set, such as the folder of the images.
     """
     if isinstance(detections, Detections):
-        file = Path(f"detections_{dataset}.json")
+        file = Path(f"detections_{file_name_of(dataset)}.json")
         write_detections(folder / file, detections)
     else:
         file = detections.resolve()
-    details = f"details_{dataset}.json"
+    details = f"details_{file_name_of(dataset)}.json"
     write_json(folder / details, evaluated.details.document(truth), indent=None)
     write_metrics(
         folder,
@@ -134,6 +135,7 @@ def write_evaluated(
             "annotations_sha256": truth.sha256,
             "image_count": len(truth.image_ids),
             "detections": str(file),
+            "detections_sha256": file_digest(folder / file),
             "details": details,
             **entry,
             **evaluated.figures.document(),
@@ -168,14 +170,28 @@ class BoxEvaluator(DatasetEvaluator):
         self.description = description
         self.engine = engine
         self.metadata = MetadataCatalog.get(dataset)
+        if "json_file" not in self.metadata.as_dict():
+            self.metadata.json_file = _converted(dataset, output)
         self._predictions = Predictions()
         self._kept = False
-        self._of_proposals = False
 
     @property
     def annotations(self) -> Path:
         """The annotation file."""
         return Path(self.metadata.json_file)
+
+    @property
+    def images(self) -> str:
+        """The folder of the images, "" where the data set names none."""
+        folder = self.metadata.get("image_root", "")
+        return str(Path(folder).resolve()) if folder else ""
+
+    def needs_none_but(self, done: frozenset[int]) -> bool:
+        """Tell whether all images are among those that are done; the same in all processes."""
+        found = comm.is_main_process() and done.issuperset(
+            read_truth(self.annotations).image_ids.tolist()
+        )
+        return any(comm.all_gather(found))
 
     def keep(self, identity: str) -> frozenset[int]:
         """Keep predictions on disk until `forget`, and go on from those there are.
@@ -188,9 +204,10 @@ class BoxEvaluator(DatasetEvaluator):
         Returns:
             The ids of the images that need not be predicted again.
         """
-        folder = self.output / f"predictions_{self.dataset}.partial"
         self._predictions = Predictions()
-        done = self._predictions.keep_in(folder, identity)
+        done = self._predictions.keep_in(
+            self.output, f"predictions_{file_name_of(self.dataset)}", identity
+        )
         self._kept = True
         return done
 
@@ -208,8 +225,9 @@ class BoxEvaluator(DatasetEvaluator):
             outputs: the model's outputs, with `Instances` under "instances", or under "proposals".
         """
         for record, output in zip(inputs, outputs):
-            self._of_proposals = "instances" not in output
-            self._predictions.add(int(record["image_id"]), rows_of(output))
+            of_proposals = "instances" not in output
+            image_id = int(record["image_id"])
+            self._predictions.add(image_id, rows_of(output), of_proposals=of_proposals)
 
     def evaluate(self) -> OrderedDict[str, dict[str, float]]:
         """Compute the figures of all processes' detections.
@@ -223,10 +241,13 @@ class BoxEvaluator(DatasetEvaluator):
             EvaluationError: images were left out, the model has other classes than the data, or
                 the engines differ.
         """
-        of_proposals = any(comm.all_gather(self._of_proposals))
+        of_proposals = any(comm.all_gather(self._predictions.of_proposals))
         truth = read_truth(self.annotations)
-        positions = self.metadata.thing_dataset_id_to_contiguous_id
-        categories = {position: category for category, position in positions.items()}
+        # A data set without such a table counts its categories as a model does.
+        table = self.metadata.get("thing_dataset_id_to_contiguous_id")
+        categories = dict(enumerate(truth.categories))
+        if table is not None:
+            categories = {position: category for category, position in table.items()}
         detections = self._predictions.gather(truth.image_ids.tolist(), categories)
         results: OrderedDict[str, dict[str, float]] = OrderedDict()
         if detections is not None:
@@ -242,7 +263,7 @@ class BoxEvaluator(DatasetEvaluator):
 
     def _boxes(self, truth: Truth, detections: Detections) -> tuple[str, dict[str, float]]:
         evaluated = evaluate_detections(truth, detections, self.engine)
-        images = {"images": str(Path(self.metadata.image_root).resolve())}
+        images = {"images": self.images}
         arguments = self.output, self.dataset, self.description, truth, detections, evaluated
         write_evaluated(*arguments, {**images, "engine": vars(self.engine)})
         self._tell(truth, evaluated.figures.table())
@@ -256,7 +277,7 @@ class BoxEvaluator(DatasetEvaluator):
             "annotations": str(truth.file.resolve()),
             "annotations_sha256": truth.sha256,
             "image_count": len(truth.image_ids),
-            "images": str(Path(self.metadata.image_root).resolve()),
+            "images": self.images,
             "proposals": figures,
         }
         write_metrics(self.output, self.dataset, self.description, entry)
@@ -266,6 +287,17 @@ class BoxEvaluator(DatasetEvaluator):
     def _tell(self, truth: Truth, table: str) -> None:
         logger.info("%s, %d images, by %s:", self.dataset, len(truth.image_ids), truth.file)
         logger.info("\n%s", table)
+
+
+def _converted(dataset: str, output: Path) -> str:
+    """Write a data set that was registered without a file into one, as Detectron2 does."""
+    file = output / f"{file_name_of(dataset)}_coco_format.json"
+    if comm.is_main_process():
+        output.mkdir(parents=True, exist_ok=True)
+        logger.info("%s has no annotation file: it is written to %s", dataset, file)
+        convert_to_coco_json(dataset, str(file), allow_cached=False)
+    comm.synchronize()
+    return str(file)
 
 
 def box_evaluator(dataset: str, output: str, weights: str) -> BoxEvaluator:

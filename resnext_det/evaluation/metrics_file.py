@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from resnext_det.environment import commit, hardware, versions
 from resnext_det.evaluation.detections import Detections
@@ -15,6 +19,14 @@ from resnext_det.files import write_json
 logger = logging.getLogger(__name__)
 
 METRICS = "metrics.json"
+
+
+def file_name_of(dataset: str) -> str:
+    """Return the name of a data set as it may stand in a file's: for each name another one."""
+    plain = re.sub(r"[^\w.-]", "_", dataset)
+    if plain == dataset:
+        return plain
+    return f"{plain}_{hashlib.sha256(dataset.encode()).hexdigest()[:8]}"
 
 
 def write_detections(target: Path, detections: Detections) -> None:
@@ -34,14 +46,16 @@ def write_metrics(
         entry: of the data set.
     """
     target = folder / METRICS
-    document = {
-        **description,
-        "versions": versions(),
-        "hardware": hardware(),
-        "commit": commit(),
-        "datasets": {**_other_datasets(target, description), dataset: entry},
-    }
-    write_json(target, document)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / f".{METRICS}.lock"):  # two evaluations would lose one another's
+        document = {
+            **description,
+            "versions": versions(),
+            "hardware": hardware(),
+            "commit": commit(),
+            "datasets": {**_other_datasets(target, description), dataset: entry},
+        }
+        write_json(target, document)
     logger.info("wrote %s", target)
 
 
@@ -51,5 +65,5 @@ def _other_datasets(target: Path, description: Mapping[str, str]) -> dict[str, A
         earlier = json.loads(target.read_text(encoding="utf-8"))
         same = all(earlier[key] == value for key, value in description.items())
         return dict(earlier["datasets"]) if same else {}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}

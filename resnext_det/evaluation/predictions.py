@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import json
 import logging
 import os
@@ -22,7 +24,8 @@ from resnext_det.evaluation.detections import Detections
 
 logger = logging.getLogger(__name__)
 
-_IDENTITY = "identity.json"
+_DIGITS = 16  # of the identity, in the folder's name
+_ABANDONED = 24 * 3600  # seconds since anything was written
 
 Rows = NDArray[np.float64]
 """(N, 6): x, y, width and height in pixels, score, class of the model."""
@@ -55,45 +58,76 @@ class Predictions:
     In a folder, every image is a line of a file that the process alone writes. An evaluation that
     was killed leaves it behind, and the next one of the same weights, images and settings goes on
     from there, on any number of processes.
+
+    Attributes:
+        of_proposals: whether they are an RPN's, which have no class.
     """
 
     def __init__(self) -> None:
         """Begin with no image, and keep nothing on disk."""
+        self.of_proposals = False
         self._rows: dict[int, Rows] = {}
         self._folder: Path | None = None
         self._file: IO[str] | None = None
 
-    def keep_in(self, folder: Path, identity: str) -> frozenset[int]:
-        """Keep what comes in a folder, and take over what an evaluation that was killed left.
+    def keep_in(self, parent: Path, name: str, identity: str) -> frozenset[int]:
+        """Keep what comes on disk, and take over what an evaluation that was killed left.
 
         Called in all processes together.
 
         Args:
-            folder: for these predictions alone; made where it is not there.
-            identity: of weights, images and settings; what another one left is removed.
+            parent: the folder in which one of their own is made.
+            name: that the name of it begins with.
+            identity: of weights, images and settings, in hexadecimal digits, the same in all
+                processes; predictions of another one are not looked at.
 
         Returns:
             The ids of the images that need not be predicted again, the same in all processes.
         """
-        if comm.get_local_rank() == 0:
-            _prepare(folder, identity)
-        comm.synchronize()
+        self._folder = parent / f"{name}.{identity[:_DIGITS]}.partial"
         # One process of each machine reads, which may have a disk of its own.
-        rows = _read(folder) if comm.get_local_rank() == 0 else {}
+        if comm.get_local_rank() == 0:
+            _remove_abandoned(parent, name)
+            self._rows, self.of_proposals = _read(self._folder)
         comm.synchronize()
-        self._rows = rows
-        self._folder = folder
-        name = f"{comm.get_rank()}-{os.getpid()}-{time.time_ns()}.jsonl"
-        self._file = (folder / name).open("x", buffering=1, encoding="utf-8")
-        return frozenset().union(*comm.all_gather(frozenset(rows)))
+        file = f"{comm.get_rank()}-{os.getpid()}-{time.time_ns()}.jsonl"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._file = (self._folder / file).open("x", buffering=1, encoding="utf-8")
+        except OSError as error:
+            self._keep_no_more(error)
+        return frozenset().union(*comm.all_gather(frozenset(self._rows)))
 
-    def add(self, image_id: int, rows: Rows) -> None:
-        """Add what was found in an image; a second time is passed over."""
+    def add(self, image_id: int, rows: Rows, *, of_proposals: bool = False) -> None:
+        """Add what was found in an image; a second time is passed over.
+
+        Args:
+            image_id: of the image.
+            rows: what was found.
+            of_proposals: whether it is an RPN's.
+        """
         if image_id in self._rows:
             return
+        self.of_proposals = of_proposals
         self._rows[image_id] = rows
+        if self._file is None:
+            return
+        try:
+            self._file.write(json.dumps([image_id, rows.tolist(), of_proposals]) + "\n")
+        except OSError as error:
+            self._keep_no_more(error)
+
+    def _keep_no_more(self, error: OSError) -> None:
+        """Go on in memory: a full disk is no reason to end an evaluation, or a training."""
+        logger.warning(
+            "predictions cannot be kept in %s (%s): if this evaluation is killed, it begins anew",
+            self._folder,
+            error,
+        )
         if self._file is not None:
-            self._file.write(json.dumps([image_id, rows.tolist()]) + "\n")
+            with contextlib.suppress(OSError):
+                self._file.close()
+        self._file = None
 
     def gather(
         self, image_ids: Iterable[int], category_ids: Mapping[int, int]
@@ -133,7 +167,8 @@ class Predictions:
     def forget(self) -> None:
         """Forget all, on disk as well: the figures are written. Called in all processes."""
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):
+                self._file.close()
         comm.synchronize()
         if self._folder is not None and comm.get_local_rank() == 0:
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -164,31 +199,29 @@ def _check_classes(classes: NDArray[np.int64], category_ids: Mapping[int, int]) 
         )
 
 
-def _prepare(folder: Path, identity: str) -> None:
-    """Make the folder, empty but for what was left by an evaluation of the same identity."""
-    file = folder / _IDENTITY
-    try:
-        same = json.loads(file.read_text(encoding="utf-8")) == identity
-    except (OSError, ValueError, RecursionError):
-        same = False
-    if same:
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    beside = folder / f"{_IDENTITY}.partial"
-    beside.write_text(json.dumps(identity) + "\n", encoding="utf-8")
-    beside.replace(file)
+def _remove_abandoned(parent: Path, name: str) -> None:
+    """Remove predictions that nobody will go on with; others may be of an evaluation that runs."""
+    for folder in parent.glob(f"{glob.escape(name)}.*.partial"):
+        with contextlib.suppress(OSError, ValueError):
+            newest = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+            if time.time() - newest > _ABANDONED:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
-def _read(folder: Path) -> dict[int, Rows]:
-    """Read what was left; of a line that is none, such as half a line, the image counts as open."""
+def _read(folder: Path) -> tuple[dict[int, Rows], bool]:
+    """Read what was left, and whether it is of proposals.
+
+    Of a line that is none, such as half a line, the image counts as open.
+    """
     rows: dict[int, Rows] = {}
+    of_proposals = False
     for file in sorted(folder.glob("*.jsonl")):
         for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                image_id, found = json.loads(line)
-                table = np.array(found, np.float64)
-                rows[int(image_id)] = table.reshape(len(found), 6)
+                image_id, found, kind = json.loads(line)
+                table = np.array(found, np.float64).reshape(len(found), 6)
             except (ValueError, TypeError, LookupError, RecursionError):
                 continue
-    return rows
+            if isinstance(image_id, int) and isinstance(kind, bool):
+                rows[image_id], of_proposals = table, kind
+    return rows, of_proposals

@@ -42,6 +42,7 @@ class Evaluation:
         annotations_sha256: of that file, when it was evaluated; "" where that is not known.
         images: the folder of the pictures.
         detections: the list of COCO results in the run's folder.
+        detections_sha256: of that file, when it was evaluated; "" where that is not known.
         image_count: images that were evaluated.
         figures: the 12 COCO figures by name, in percent; None where there is nothing to measure.
         per_class: one entry for every class.
@@ -55,6 +56,7 @@ class Evaluation:
     annotations_sha256: str
     images: Path
     detections: Path
+    detections_sha256: str
     image_count: int
     figures: dict[str, float | None]
     per_class: list[ClassResult]
@@ -185,6 +187,7 @@ def _evaluation(run: Path, name: str, entry: Mapping[str, Any]) -> Evaluation:
         annotations_sha256=str(entry.get("annotations_sha256", "")),
         images=Path(entry["images"]),
         detections=run / entry["detections"],
+        detections_sha256=str(entry.get("detections_sha256", "")),
         image_count=int(entry["image_count"]),
         figures=_percents(entry["figures"]),
         per_class=[_class_result(result) for result in entry["per_class"]],

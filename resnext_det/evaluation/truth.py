@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +15,9 @@ from resnext_det.data.checks import read_annotations
 from resnext_det.data.columns import Columns
 from resnext_det.data.findings import Record
 from resnext_det.data.health import Document
-from resnext_det.data.record_forms import is_box, is_whole, repeated
+from resnext_det.data.record_forms import is_area, is_box, is_whole, repeated
 from resnext_det.errors import DatasetError
+from resnext_det.files import file_digest
 
 logger = logging.getLogger(__name__)
 
@@ -76,9 +76,11 @@ def read_truth(file: Path) -> Truth:
             (~known).sum(),
         )
     names = tuple(str(image.get("file_name", "")) for image in document["images"])
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
     objects = _with_areas(columns.where(known), file)
-    return Truth(file, digest, image_ids, names, categories, objects)
+    negative = int((objects.boxes[:, 2:] < 0).any(axis=1).sum())
+    if negative:
+        logger.warning("%s: %d boxes of negative width or height cannot be found", file, negative)
+    return Truth(file, file_digest(file), image_ids, names, categories, objects)
 
 
 def _image_ids(document: Document, file: Path) -> NDArray[np.int64]:
@@ -95,7 +97,13 @@ def _image_ids(document: Document, file: Path) -> NDArray[np.int64]:
 
 def _is_sound(record: Record) -> bool:
     ids = is_whole(record.get("image_id")) and is_whole(record.get("category_id"))
-    return ids and is_box(record.get("bbox"))
+    area = record.get("area")
+    return (
+        ids
+        and is_box(record.get("bbox"))
+        and record.get("iscrowd") in (0, 1, None)
+        and (area is None or is_area(area))
+    )
 
 
 def _check(
@@ -105,8 +113,9 @@ def _check(
     if bad:
         raise DatasetError(
             f"{file}: {len(bad)} of the {len(records)} {kind} have not COCO's form, such as "
-            f"{str(bad[0])[:200]}. Ids are whole numbers from 0 on, and a bbox is 4 numbers: x, "
-            "y, width, height. (python tools/check_data.py --json FILE tells more.)"
+            f"{str(bad[0])[:200]}. Ids are whole numbers from 0 on, a bbox is 4 numbers (x, y, "
+            "width, height), an area is a number from 0 on, and iscrowd is 0 or 1. (python "
+            "tools/check_data.py --json FILE tells more.)"
         )
 
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from resnext_det.errors import ConfigError, WeightsError
+from resnext_det.files import file_digest
 from resnext_det.pretrained import catalog_others, catalog_timm
 from resnext_det.pretrained.catalog_entry import Entry
-from resnext_det.pretrained.record import hexadecimal
 
 ENTRIES: Mapping[str, Entry] = {
     known.name: known for known in (*catalog_timm.ENTRIES, *catalog_others.ENTRIES)
@@ -90,7 +90,7 @@ def of_file(file: Path, entries: Mapping[str, Entry] = ENTRIES) -> Entry | None:
     }
     try:
         digests = {
-            algorithm: hexadecimal(file, algorithm)
+            algorithm: file_digest(file, algorithm)
             for algorithm in {checksum.algorithm for checksum in checksums.values()}
         }
     except OSError as error:

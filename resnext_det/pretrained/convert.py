@@ -12,14 +12,14 @@ import numpy as np
 import torch
 
 from resnext_det.errors import WeightsError
-from resnext_det.files import written_beside
+from resnext_det.files import file_digest, written_beside
 from resnext_det.modeling.forms import convert_form, in_form_of
 from resnext_det.modeling.template import Template
 from resnext_det.pretrained.catalog_entry import Entry
 from resnext_det.pretrained.completeness import check_backbone, describe
 from resnext_det.pretrained.pixels import Pixels, fold
 from resnext_det.pretrained.readers import Checkpoint, read_checkpoint, read_tensors
-from resnext_det.pretrained.record import Record, hexadecimal
+from resnext_det.pretrained.record import Record
 from resnext_det.pretrained.sources import CLASSIFIER, is_backbone, recognise
 
 _COUNTER = "num_batches_tracked"
@@ -189,7 +189,7 @@ def _record(weights: BackboneWeights, depth: int, published: Entry | None) -> Re
     accuracy = published.accuracy if published else None
     return Record(
         source=weights.source.name,
-        sha256=hexadecimal(weights.source),
+        sha256=file_digest(weights.source),
         layout=weights.layout,
         depth=depth,
         template=str(weights.template),

@@ -18,8 +18,8 @@ from typing import Any
 from tqdm import tqdm
 
 from resnext_det.errors import WeightsError
+from resnext_det.files import file_digest
 from resnext_det.pretrained.catalog_entry import Checksum
-from resnext_det.pretrained.record import hexadecimal
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def check(file: Path, checksum: Checksum, url: str) -> None:
     Raises:
         WeightsError: it is another file.
     """
-    digits = hexadecimal(file, checksum.algorithm)
+    digits = file_digest(file, checksum.algorithm)
     if not digits.startswith(checksum.digits):
         raise WeightsError(
             f"{file} is not the file of {url}, or it is damaged: its {checksum.algorithm} begins "

@@ -20,11 +20,11 @@ from tqdm import tqdm
 
 from resnext_det.environment import hardware, versions
 from resnext_det.errors import ConfigError, DatasetError, WeightsError
+from resnext_det.files import file_digest
 from resnext_det.pretrained.catalog_entry import Entry
 from resnext_det.pretrained.classifier import Classifier
 from resnext_det.pretrained.imagenet_images import Preprocessing
 from resnext_det.pretrained.network import network_input
-from resnext_det.pretrained.record import hexadecimal
 
 IMAGES = 50_000
 """Of ImageNet-1K's validation set, on which published figures are measured."""
@@ -232,7 +232,7 @@ class Evaluation:
         weights = self.classifier.weights
         return {
             "file": weights.source.name,
-            "sha256": hexadecimal(weights.source),
+            "sha256": file_digest(weights.source),
             "catalog": None if self.known is None else self.known.name,
             "network": str(weights),
             "layout": weights.layout,

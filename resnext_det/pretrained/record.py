@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 from resnext_det.errors import WeightsError
@@ -92,12 +90,3 @@ def _pixels(content: Any) -> Pixels | None:
         tuple(float(value) for value in content["mean"]),  # type: ignore[arg-type]
         tuple(float(value) for value in content["std"]),  # type: ignore[arg-type]
     )
-
-
-def hexadecimal(file: Path, algorithm: str = "sha256") -> str:
-    """Return the digest of a file, in hexadecimal."""
-    digest = hashlib.new(algorithm)
-    with file.open("rb") as stream:
-        while part := stream.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()

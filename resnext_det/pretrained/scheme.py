@@ -13,11 +13,11 @@ from detectron2.utils.file_io import PathHandler, PathManager
 from filelock import FileLock, Timeout
 
 from resnext_det.errors import WeightsError
+from resnext_det.files import file_digest
 from resnext_det.pretrained.catalog import ENTRIES, entry
 from resnext_det.pretrained.catalog_entry import Entry
 from resnext_det.pretrained.convert import BackboneWeights, read_backbone, write_detectron2
 from resnext_det.pretrained.download import Patience, check, download
-from resnext_det.pretrained.record import hexadecimal
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +173,7 @@ def _converted(found: Entry, folder: Path) -> Path | None:
     if found.checksum is not None:
         digits = found.checksum.digits[:16]
     elif source.is_file():
-        digits = hexadecimal(source, "sha256")[:16]
+        digits = file_digest(source, "sha256")[:16]
     else:
         return None
     return folder / f"{found.name}-{digits}-format{FORMAT}.pkl"

@@ -16,7 +16,7 @@ from resnext_det.checkpoints.reading import iteration_of, read_outline, read_ver
 from resnext_det.checkpoints.run import read_run
 from resnext_det.checkpoints.writing import checksum_file, write_checkpoint
 from resnext_det.errors import TrainingError, WeightsError
-from resnext_det.pretrained.record import hexadecimal
+from resnext_det.files import file_digest
 
 CONTENT = {
     "model": {"w": torch.arange(64.0), "b": torch.ones(3)},
@@ -102,7 +102,7 @@ def test_checksums_that_were_left_out_are_not_asked_for(tmp_path: Path) -> None:
     "text", ["", "\0\xff" * 40, "0" * 64 + "  model_0000024.pth\n", "{right}  other.pth\n"]
 )
 def test_a_checksum_of_another_file_condemns(file: Path, text: str) -> None:
-    text = text.replace("{right}", hexadecimal(file))
+    text = text.replace("{right}", file_digest(file))
     checksum_file(file).write_text(text, encoding="latin1")
     with pytest.raises(WeightsError, match=r"remove model_0000024\.pth\.sha256"):
         read_verified(file)
@@ -136,7 +136,7 @@ def test_a_hostile_file_is_never_executed(tmp_path: Path, kind: str) -> None:
         torch.save(hostile, file, _use_new_zipfile_serialization=kind != "legacy")
     if kind == "hidden":
         hide(file, mark)
-    checksum_file(file).write_text(f"{hexadecimal(file)}  {file.name}\n")
+    checksum_file(file).write_text(f"{file_digest(file)}  {file.name}\n")
     archive = kind in ("zip", "hidden")
     for read in (read_verified, read_outline, *([read_run] if archive else [])):
         with pytest.raises(WeightsError, match="asks for" if kind == "zip" else "cannot be read"):

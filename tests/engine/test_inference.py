@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+from detectron2.engine import DefaultTrainer
 from detectron2.modeling import build_model
 from torch import nn
 
 from resnext_det import load_config
 from resnext_det.engine.evaluating import check_expectations
-from resnext_det.engine.inference import NothingLeft, remaining, state_digest
+from resnext_det.engine.inference import Remaining, state_digest
 from resnext_det.engine.trainer import Trainer
 from resnext_det.errors import ConfigError, EvaluationError
 
@@ -124,8 +126,10 @@ def test_one_that_was_killed_at_the_last_data_set_repeats_no_other(
         MetadataCatalog.remove("second_test")
 
 
-@pytest.mark.parametrize("change", ["weights", "size", "limit"])
-def test_other_weights_or_settings_begin_anew(cfg: CfgNode, model: nn.Module, change: str) -> None:
+@pytest.mark.parametrize("change", ["weights", "size", "limit", "image"])
+def test_other_weights_settings_or_images_begin_anew(
+    cfg: CfgNode, model: nn.Module, change: str
+) -> None:
     with pytest.raises(Killed):
         Trainer.test(cfg, Counting(model, last=4))
     cfg.defrost()
@@ -135,9 +139,78 @@ def test_other_weights_or_settings_begin_anew(cfg: CfgNode, model: nn.Module, ch
         cfg.TEST.DETECTIONS_PER_IMAGE = 50
     if change == "weights":
         next(iter(model.parameters())).data.flatten()[0] += 1e-3
+    if change == "image":
+        file = Path(DatasetCatalog.get(NAME)[0]["file_name"])
+        os.utime(file, (1, 1))
     rest = Counting(model)
     Trainer.test(cfg, rest)
     assert rest.images == 6
+
+
+def test_a_subclass_with_a_loader_of_its_own_goes_on_as_well(
+    cfg: CfgNode, model: nn.Module
+) -> None:
+    class Own(Trainer):
+        @classmethod
+        def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
+            return DefaultTrainer.build_test_loader(cfg, dataset_name)
+
+    with pytest.raises(Killed):
+        Own.test(cfg, Counting(model, last=4))
+    rest = Counting(model)
+    Own.test(cfg, rest)
+    assert rest.images == 2
+
+
+def test_a_killed_rpn_is_one_still(cfg: CfgNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg.defrost()
+    cfg.MODEL.META_ARCHITECTURE = "ProposalNetwork"
+    torch.manual_seed(0)
+    rpn = build_model(cfg)
+    expected = Trainer.test(cfg, rpn)
+    with monkeypatch.context() as patched:
+
+        def killed(*_: object, **__: object) -> None:
+            raise Killed
+
+        patched.setattr("resnext_det.evaluation.evaluator.proposal_figures", killed)
+        with pytest.raises(Killed):
+            Trainer.test(cfg, rpn)
+    rest = Counting(rpn)
+    assert Trainer.test(cfg, rest) == expected
+    assert rest.images == 0
+
+
+def test_a_data_set_without_a_file_is_evaluated(
+    cfg: CfgNode, model: nn.Module, tmp_path: Path
+) -> None:
+    expected = Trainer.test(cfg, model)
+    records, names = DatasetCatalog.get(NAME), MetadataCatalog.get(NAME).thing_classes
+    DatasetCatalog.remove(NAME)
+    MetadataCatalog.remove(NAME)
+    DatasetCatalog.register(NAME, lambda: records)
+    MetadataCatalog.get(NAME).thing_classes = names
+    found = Trainer.test(cfg, model)
+    # Areas are those of the boxes then, so AP by size may differ.
+    for name in ("AP", "AP50", "AR100", f"AP-{names[0]}"):
+        assert found["bbox"][name] == pytest.approx(expected["bbox"][name], nan_ok=True)
+    assert (tmp_path / f"{NAME}_coco_format.json").is_file()
+
+
+def test_other_weights_do_not_share_a_heading(
+    cfg: CfgNode, model: nn.Module, tmp_path: Path
+) -> None:
+    (tmp_path / "metrics.json").write_text(
+        json.dumps({"weights": "", "model_sha256": "0" * 64, "datasets": {"other": {}}})
+    )
+    Trainer.test(cfg, model)
+    document = json.loads((tmp_path / "metrics.json").read_text())
+    assert list(document["datasets"]) == [NAME]
+    document["datasets"]["other"] = {}
+    (tmp_path / "metrics.json").write_text(json.dumps(document))
+    Trainer.test(cfg, model)
+    document = json.loads((tmp_path / "metrics.json").read_text())
+    assert set(document["datasets"]) == {NAME, "other"}
 
 
 def test_an_rpn_alone_gives_the_recall_of_its_proposals(
@@ -176,11 +249,10 @@ def test_the_digest_is_of_every_tensor_and_name() -> None:
 
 
 def test_what_remains() -> None:
-    records: list[dict[str, Any]] = [{"image_id": 1}, {"image_id": 2}]
-    assert remaining(records, frozenset([1])) == [{"image_id": 2}]
-    assert remaining([], frozenset([1])) == []
-    with pytest.raises(NothingLeft):
-        remaining(records, frozenset([1, 2]))
+    batches: list[list[dict[str, Any]]] = [[{"image_id": 1}, {"image_id": 2}], [{"image_id": 3}]]
+    assert list(Remaining(batches, frozenset([1, 3]))) == [[{"image_id": 2}]]
+    assert list(Remaining(batches, frozenset())) == batches
+    assert len(Remaining(batches, frozenset([1]))) == 2
 
 
 @pytest.mark.parametrize(
@@ -191,6 +263,7 @@ def test_what_remains() -> None:
         [["bbox", "mAP", 40.0, 1.0]],
         [["bbox", "AP", "40", 1.0]],
         [["bbox", "AP", 40.0, -1.0]],
+        [["bbox", "AP-dog", 40.0, 1.0]],
         [40],
     ],
 )
@@ -208,4 +281,10 @@ def test_expectations_that_nothing_could_meet_are_refused(expected: Any) -> None
 def test_expectations_are_of_one_data_set() -> None:
     words = ["DATASETS.TEST", "('a', 'b')", "TEST.EXPECTED_RESULTS", "[['bbox', 'AP', 1, 1]]"]
     with pytest.raises(ConfigError, match="is of one data set"):
+        check_expectations(load_config(TOY, words))
+
+
+def test_losses_of_nothing_are_refused() -> None:
+    words = ["DATASETS.TEST", "()", "TEST.VALIDATION_LOSS", "True"]
+    with pytest.raises(ConfigError, match=r"VALIDATION_LOSS is True and DATASETS\.TEST is empty"):
         check_expectations(load_config(TOY, words))

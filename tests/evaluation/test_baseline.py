@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ from resnext_det.evaluation.baseline import compare, compare_with, table
 from resnext_det.evaluation.detections import Detections
 from resnext_det.evaluation.engines import by_hotcoco
 from resnext_det.evaluation.evaluator import evaluate_detections, write_evaluated
+from resnext_det.evaluation.metrics_file import write_detections
 from resnext_det.evaluation.truth import Truth, read_truth
 
 
@@ -126,3 +128,24 @@ def test_other_annotations_are_no_baseline(truth: Truth, tmp_path: Path) -> None
         compare_with(file, truth, now)
     with pytest.raises(DatasetError, match="evaluate the run first"):
         compare_with(tmp_path / "nowhere" / "metrics.json", truth, now)
+
+
+def test_detections_that_were_written_over_are_no_baseline(truth: Truth, tmp_path: Path) -> None:
+    metrics = run_folder(tmp_path, truth, detections(truth, 0.2))
+    write_detections(tmp_path / "detections_toy.json", detections(truth, 0.1))
+    with pytest.raises(DatasetError, match=r"detections_toy\.json has changed since"):
+        compare_with(metrics, truth, detections(truth, 0.1), resamples=0)
+
+
+def test_a_size_that_most_draws_lack_has_no_interval(truth: Truth) -> None:
+    objects = truth.objects
+    areas = np.full(len(objects.areas), 50.0**2)
+    areas[0] = 200.0**2
+    one_large = dataclasses.replace(truth, objects=dataclasses.replace(objects, areas=areas))
+    before, now = detections(truth, 0.2), detections(truth, 0.02)
+    found = {each.figure: each for each in compare(one_large, before, now, resamples=20)}
+    assert found["APm"].lower is not None
+    assert found["APl"].difference is not None
+    assert found["APl"].lower is None
+    assert found["APs"].difference is None
+    assert "may be chance" not in table((found["APl"],))

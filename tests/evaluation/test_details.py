@@ -92,6 +92,21 @@ def test_detections_of_low_score_are_not_confused(tmp_path: Path) -> None:
     assert confusion[1].tolist() == [0, 0, 0, 2]
 
 
+def test_a_detection_in_a_crowd_is_no_mistake(tmp_path: Path) -> None:
+    truth_of(tmp_path)
+    file = tmp_path / "truth.json"
+    document = json.loads(file.read_text())
+    document["annotations"][0]["iscrowd"] = 1
+    file.write_text(json.dumps(document))
+    rows = [
+        {"image_id": 1, "category_id": kind, "bbox": [10, 10, 30, 30], "score": 0.9}
+        for kind in (CAT, DOG)
+    ]
+    found = evaluate_detections(read_truth(file), Detections.of(rows)).details.confusion
+    background = 3
+    assert found[background].tolist() == [0, 1, 0, 0]  # the crowd is of cats
+
+
 def test_curves(tmp_path: Path) -> None:
     found = details(tmp_path, *DETECTIONS)
     assert set(found.curves) == {"", "cat", "dog"}  # there is no owl

@@ -56,6 +56,7 @@ def test_a_file_of_nothing_is_a_file(tmp_path: Path) -> None:
     [
         result(image="5"),
         result(image=1.5),
+        result(image=1e300),
         result(category=None),
         result(bbox=(1, 2, 3)),
         result(bbox=(1, 2, 3, 4, 5)),
@@ -114,3 +115,13 @@ def test_other_images_and_classes_are_refused(truth: Truth) -> None:
         check_detections(Detections.of([result(), result(7), result(7)]), truth, "mine.json")
     with pytest.raises(DatasetError, match=r"1 of 2 .* 1 classes .*: 0\. A category_id is"):
         check_detections(Detections.of([result(), result(category=0)]), truth, "mine.json")
+
+
+def test_proposals_need_no_class(tmp_path: Path, truth: Truth) -> None:
+    rows = [result(category="none"), {k: v for k, v in result().items() if k != "category_id"}]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    proposals = read_detections(tmp_path / "a.json", classes=False)
+    assert proposals.category_ids.tolist() == [0, 0]
+    check_detections(proposals, truth, "a.json", classes=False)
+    with pytest.raises(DatasetError, match="detection 0 of 2"):
+        read_detections(tmp_path / "a.json")

@@ -83,6 +83,20 @@ def test_what_is_not_listed_is_left_out_and_said(
     assert "2 annotations are left out" in caplog.text
 
 
+def test_flags_may_be_truth_values_and_boxes_turned_round_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    document = sound()
+    flags = (True, False, None, 0)
+    document["annotations"] = [
+        annotation(n, 5, 9, [0, 0, 9, -9], iscrowd=flag) for n, flag in enumerate(flags)
+    ]
+    with caplog.at_level(logging.WARNING):
+        crowds = read_truth(saved(tmp_path, document)).objects.crowds
+    assert crowds.tolist() == [True, False, False, False]
+    assert "4 boxes of negative width or height" in caplog.text
+
+
 def test_a_missing_area_is_that_of_the_box(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -104,6 +118,10 @@ def test_a_missing_area_is_that_of_the_box(
         ("annotations", annotation(1, 5, 9, [0, 0, 1])),
         ("annotations", annotation(1, 5, 9, [0, 0, 1, float("nan")])),
         ("annotations", [1]),
+        ("annotations", annotation(1, 5, 9, [0, 0, 1, 1], iscrowd="1")),
+        ("annotations", annotation(1, 5, 9, [0, 0, 1, 1], iscrowd=2)),
+        ("annotations", annotation(1, 5, 9, [0, 0, 1, 1], area=-1)),
+        ("annotations", annotation(1, 5, 9, [0, 0, 1, 1], area="60")),
     ],
 )
 def test_what_is_malformed_is_shown(tmp_path: Path, part: str, entry: object) -> None:
