@@ -83,15 +83,15 @@ def test_a_killed_evaluation_goes_on_with_what_it_has(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    kept = tmp_path / "predictions_toy_coco_train.partial"
+    kept = "predictions_toy_coco_train.*.partial/*.jsonl"
     limit = time.monotonic() + 200
-    while not any(file.stat().st_size > 20_000 for file in kept.glob("*.jsonl")):
+    while not any(file.stat().st_size > 20_000 for file in tmp_path.glob(kept)):
         assert process.poll() is None, "it was over before it could be killed"
         assert time.monotonic() < limit
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    lines = sum(file.read_text().count("\n") for file in kept.glob("*.jsonl"))
+    lines = sum(file.read_text().count("\n") for file in tmp_path.glob(kept))
     assert 0 < lines < 12
     assert not (tmp_path / "metrics.json").exists()
 
@@ -100,7 +100,7 @@ def test_a_killed_evaluation_goes_on_with_what_it_has(
     assert f"{lines} images were predicted before this evaluation was ended" in done.stdout
     assert entry(tmp_path)["figures"] == entry(whole)["figures"]
     assert (tmp_path / RESULTS).read_bytes() == (whole / RESULTS).read_bytes()
-    assert not kept.exists()
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_a_file_of_detections_gives_the_same_without_a_model(
@@ -112,7 +112,7 @@ def test_a_file_of_detections_gives_the_same_without_a_model(
     done = tool("evaluate.py", [*words, "--images", datasets / "toy_coco" / "train2017"])
     assert done.returncode == 0, done.stderr
     assert "hotcoco and pycocotools agree" in done.stdout
-    assert done.stdout.count("may be chance") == 12
+    assert done.stdout.count("+0.00") >= 12
     document = json.loads((tmp_path / "metrics.json").read_text())["datasets"]
     written = document["instances_train2017"]
     assert written["figures"] == entry(whole)["figures"]
