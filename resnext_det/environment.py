@@ -29,7 +29,8 @@ def hardware() -> str:
     """Return the GPU's name, or the processor architecture and the number of its threads."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads, no GPU"
+    count = torch.get_num_threads()
+    return f"{platform.machine()} CPU, {count} thread{'' if count == 1 else 's'}, no GPU"
 
 
 def commit(source: Path = Path(__file__)) -> str | None:

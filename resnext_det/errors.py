@@ -32,14 +32,21 @@ class TrainingError(ResNeXtError):
 
 
 @contextlib.contextmanager
-def reported() -> Iterator[None]:
-    """Turn the errors of this package into one line on standard error and exit code 2."""
+def reported(code: int = 2) -> Iterator[None]:
+    """Turn the errors of this package, and Ctrl-C, into one line on standard error.
+
+    Args:
+        code: the exit code after an error; after Ctrl-C it is 130, as in a shell.
+    """
     try:
         yield
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped by Ctrl-C\n")
+        sys.exit(130)
     except ResNeXtError as error:
         line = " ".join(_without_traceback(str(error)).split())
         sys.stderr.write(f"error: {line}\n")
-        sys.exit(2)
+        sys.exit(code)
 
 
 def _without_traceback(text: str) -> str:

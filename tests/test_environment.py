@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from resnext_det.environment import commit, hardware, versions
 from resnext_det.evaluation.metrics_file import write_metrics
@@ -90,6 +91,13 @@ def test_without_git_there_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     broken.write_text("#!/nowhere\n")
     broken.chmod(0o755)
     assert commit() is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="hardware() tells the GPU")
+def test_one_thread_is_no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    for count, words in ((1, "CPU, 1 thread, no GPU"), (2, "CPU, 2 threads, no GPU")):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
+        assert hardware().endswith(words)
 
 
 def test_metrics_have_the_commit_beside_versions_and_hardware(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,26 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
         raise KeyboardInterrupt
     assert target.read_text() == "old"
     assert list(target.parent.iterdir()) == [target]
+
+
+def test_what_a_killed_run_left_is_removed_a_day_later(tmp_path: Path) -> None:
+    """Of the same file alone, and not what another process may be writing just now."""
+    target = tmp_path / "a.json"
+    stale = tmp_path / ".a.json.0123abcd.partial"
+    kept = [
+        tmp_path / ".a.json.fresh000.partial",
+        tmp_path / ".a.json.0123abce.partial",
+        tmp_path / ".b.a.json.0123abcd.partial",
+        tmp_path / ".a.json.b.0123abcd.partial",
+        tmp_path / ".axjson.0123abcd.partial",
+    ]
+    for file in (stale, *kept):
+        file.write_text("")
+        if file != kept[1]:
+            os.utime(file, (time.time() - 25 * 3600,) * 2)
+    with written_beside(target) as beside:
+        beside.write_text("new")
+    assert sorted(tmp_path.iterdir()) == sorted([target, *kept])
 
 
 def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -4,9 +4,9 @@
         --opts MODEL.WEIGHTS model_final.pth
     python tools/demo.py --config-file F --webcam --output DIR --opts MODEL.WEIGHTS model_final.pth
 
-Writes each picture as .jpg, each video as .mp4 without its sound, and detections.json. The camera
-is recorded until Ctrl-C; it was not tried with a camera. A file that cannot be read, or only in
-part, is named, and the exit code is 1.
+Writes each picture as .jpg, each video as .mp4 without its sound, and detections.json. Boxes only:
+masks and keypoints are not drawn. The camera is recorded until Ctrl-C; it was not tried with a
+camera. A file that cannot be read, or only in part, is named, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from resnext_det import load_config
-from resnext_det.engine.predictor import Predictor
+from resnext_det.engine.predictor import Predictor, with_threshold
 from resnext_det.errors import reported
 from resnext_det.looking.camera import open_camera
 from resnext_det.looking.demonstration import FILE, Demonstration
@@ -43,7 +43,7 @@ def parse() -> argparse.Namespace:
         *("--threshold", "--confidence-threshold"),
         type=float,
         default=0.5,
-        help="lowest score drawn and written down (default: 0.5)",
+        help="lowest score drawn and written down, below SCORE_THRESH_TEST too (default: 0.5)",
     )
     parser.add_argument(
         "--images-per-batch",
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> Demonstration:
         with open_camera(arguments.webcam):
             pass  # it is there: else this is told before the detector is built
     cfg = load_config(arguments.config_file, [*arguments.overrides, *arguments.opts])
-    predictor = Predictor(cfg)
+    predictor = Predictor(with_threshold(cfg, arguments.threshold))
     print(predictor.report)
     demonstration = Demonstration(
         predictor, arguments.output, arguments.threshold, arguments.images_per_batch

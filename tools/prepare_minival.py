@@ -8,7 +8,7 @@ to DIR/annotations; none is ever lost. Images that are still in val2014.zip and 
 unpacked, as Detectron2 reads folders: --unpack does it, and goes on where it was stopped.
 
 Exit code 0: minival is ready to be evaluated on (with --dry-run: it would be); 1: it is not, and
-the last lines say what is missing.
+the last lines say what is missing; 130: stopped by Ctrl-C, and the same command goes on.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from resnext_det.data.coco.names import SPLITS
 from resnext_det.data.coco.preparing import prepare_minival
 from resnext_det.data.splits import datasets_root
-from resnext_det.errors import DatasetError
+from resnext_det.errors import reported
 
 
 def main() -> None:
@@ -45,12 +45,10 @@ def main() -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would be done")
     arguments = parser.parse_args()
-    try:
+    with reported(code=1):
         ready = prepare_minival(
             arguments.coco, print, unpacked=arguments.unpack, dry_run=arguments.dry_run
         )
-    except DatasetError as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")  # code 1
     if ready:
         tell_place(arguments.coco)
     sys.exit(0 if ready else 1)

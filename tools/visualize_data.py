@@ -3,7 +3,8 @@
     python tools/visualize_data.py --config-file F [--count 16] [--output DIR] [KEY VALUE ...]
 
 The first images are those of the first iterations of a training with the same SEED, pixel by pixel.
---split test shows what is evaluated. Writes one PNG per image and contact_sheet.png.
+--split test shows what is evaluated. Writes one PNG per image and contact_sheet.png, in place of
+those that an earlier run wrote to the same folder.
 """
 
 from __future__ import annotations

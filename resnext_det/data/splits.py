@@ -55,7 +55,7 @@ def register_datasets(root: Path) -> None:
     """Register COCO's sets of 2014 and the toy data set; doing so again is harmless.
 
     Detectron2 registers those of 2014 itself, from the 2014 files alone: these entries are
-    replaced. It is looked which files and folders are there, and none is opened.
+    replaced. It is looked which files are there, and which folders have an image; none is opened.
 
     Args:
         root: the folder that holds the data sets.

@@ -223,7 +223,8 @@ def model_digest(cfg: CfgNode, model: nn.Module) -> str:
         "versions": versions(),
         "commit": commit(),
     }
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    found = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    return str(comm.all_gather(found)[0])  # git may have been too busy in another
 
 
 def _identity(digest: str, evaluator: BoxEvaluator) -> str:

@@ -18,10 +18,17 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from resnext_det.checkpoints.run import read_run
+from resnext_det.errors import ConfigError
 from resnext_det.modeling.detectors import build_detector
 from resnext_det.pretrained.loading import load_weights
 
 Record = dict[str, Any]
+
+_WITHOUT_CLASSES = {
+    "ProposalNetwork": "proposals without classes",
+    "SemanticSegmentor": "a class for each pixel, and no boxes",
+}
+_THRESHOLDS = ("ROI_HEADS", "RETINANET")
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ class Detection:
 
 
 class Predictor:
-    """Runs a trained detector on single pictures."""
+    """Runs a trained detector on single pictures: boxes, classes and scores, and no masks."""
 
     def __init__(self, cfg: CfgNode) -> None:
         """Build the detector and load MODEL.WEIGHTS.
@@ -52,8 +59,13 @@ class Predictor:
                 DATASETS.TEST where it holds none.
 
         Raises:
+            ConfigError: the network is none that gives boxes and classes.
             WeightsError: the weights do not fill the whole detector.
         """
+        architecture = cfg.MODEL.META_ARCHITECTURE
+        if architecture in _WITHOUT_CLASSES:
+            raise _no_boxes(architecture, _WITHOUT_CLASSES[architecture])
+        self._architecture = architecture
         self.model = build_detector(cfg).eval()
         self.report = load_weights(self.model, cfg, whole_detector=True)
         self._names = _class_names(cfg)
@@ -97,8 +109,14 @@ class Predictor:
 
         Returns:
             The detections of each picture, best first.
+
+        Raises:
+            ConfigError: the network is none that gives boxes and classes.
         """
         outputs = self.model(list(records))
+        for output in outputs:
+            if "instances" not in output:
+                raise _no_boxes(self._architecture, ", ".join(output) or "nothing")
         return [self._detections(output["instances"].to("cpu")) for output in outputs]
 
     def _detections(self, found: Instances) -> list[Detection]:
@@ -111,6 +129,29 @@ class Predictor:
 
     def _name(self, label: int) -> str:
         return self._names[label] if label < len(self._names) else f"class {label}"
+
+
+def with_threshold(cfg: CfgNode, score: float) -> CfgNode:
+    """Return a config whose detector gives all that has a score, below SCORE_THRESH_TEST too.
+
+    Args:
+        cfg: it is not changed.
+        score: the lowest, 0 to 1; what is higher than the config's changes nothing.
+    """
+    changed: CfgNode = cfg.clone()
+    changed.defrost()
+    for name in _THRESHOLDS:
+        part = changed.MODEL[name]
+        part.SCORE_THRESH_TEST = min(part.SCORE_THRESH_TEST, score)
+    changed.freeze()
+    return changed
+
+
+def _no_boxes(architecture: str, given: str) -> ConfigError:
+    return ConfigError(
+        f"MODEL.META_ARCHITECTURE {architecture} gives {given}; detections have a box and a class. "
+        "Name the config and the weights of a detector, such as GeneralizedRCNN."
+    )
 
 
 def _class_names(cfg: CfgNode) -> list[str]:

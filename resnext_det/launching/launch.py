@@ -27,13 +27,14 @@ from detectron2.utils import comm
 from torch.multiprocessing.spawn import ProcessException
 
 from resnext_det.errors import ResNeXtError, TrainingError, reported
-from resnext_det.launching.endings import End, first_end, run_to_the_end
+from resnext_det.launching.endings import STOPPED, End, first_end, run_to_the_end
 from resnext_det.launching.explanations import explain
 from resnext_det.launching.processes import Where
 from resnext_det.launching.roll_call import roll_call
 
 # Seconds in which a repeated signal is the same one: some schedulers signal the group as well.
 _SAME_SIGNAL = 1.0
+_DONE = "done-{}"  # left by a process that came to its end in order
 
 
 def run_everywhere(
@@ -107,6 +108,9 @@ def _spawn(function: Callable[..., None], where: Where, arguments: tuple[Any, ..
                 end = End.found_at(file)
             except ProcessException as error:
                 end = first_end(error, file, signals)
+                if len(list(file.parent.glob(_DONE.format("*")))) == where.processes:
+                    # All had done their work: gloo's threads can abort a process that leaves.
+                    end = End.found_at(file)
     if end is not None:
         end.tell()
 
@@ -120,13 +124,25 @@ def _work(
     # 0.2 to 0.35 s with one. A number that the user has set stands, and so does torchrun's.
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // processes))
-    end = run_to_the_end(function, arguments)
+    end = run_to_the_end(_mark, (function, arguments, file.parent))
     if end.code:
         end.leave_at(file)
     if not end.is_in_order():
         sys.exit(end.code)
     # An exit code other than 0 would make launch end the processes that are still at it.
     dist.destroy_process_group()
+
+
+def _mark(function: Callable[..., None], arguments: tuple[Any, ...], folder: Path) -> None:
+    """Call the function, and leave a mark where it came to its end in order."""
+    mark = folder / _DONE.format(comm.get_rank())
+    try:
+        function(*arguments)
+    except SystemExit as stop:
+        if stop.code in (None, 0, STOPPED):
+            mark.touch()
+        raise
+    mark.touch()
 
 
 @contextlib.contextmanager

@@ -36,7 +36,7 @@ _VARIABLES = {
     **{colour: f"var(--series-{n})" for n, colour in enumerate(_SERIES, start=1)},
 }
 _MOST_POINTS = 400
-_SMOOTHED = 1 / 40  # of a line, averaged around each of its points
+_SMOOTHED = 1 / 40  # of a training, averaged around each of its points
 _INCHES = (4.8, 3.0)
 
 
@@ -74,11 +74,11 @@ def loss_curves(records: Sequence[Record], steps: Sequence[int]) -> Curves | Non
         The figure, on a logarithmic axis where the losses differ tenfold, or None where there
         are no losses.
     """
-    lines = [
-        smoothed(line) for key, name in LOSSES.items() if (line := line_of(records, key, name))
-    ]
-    if not lines:
+    found = [line for key, name in LOSSES.items() if (line := line_of(records, key, name))]
+    if not found:
         return None
+    window = max(window_of(line) for line in found)
+    lines = [smoothed(line, window) for line in found]
     logarithmic = differ_tenfold(lines)
 
     def draw(axes: Axes) -> None:
@@ -147,20 +147,34 @@ def line_of(records: Sequence[Record], key: str, name: str) -> Line | None:
     return Line(name, x, y)
 
 
-def smoothed(line: Line, share: float = _SMOOTHED) -> Line:
-    """Return a centred running mean, thinned out to few points.
+def window_of(line: Line, share: float = _SMOOTHED) -> float:
+    """Return how many iterations a share of a line is.
 
     Args:
         line: of any length.
-        share: of the line that each mean is over, 0 to 1; 0 for the values themselves.
+        share: 0 to 1.
     """
-    reach = int(len(line.y) * share / 2)
+    return share * float(line.x[-1] - line.x[0] + 1)
+
+
+def smoothed(line: Line, window: float) -> Line:
+    """Return a running mean, thinned out to few points.
+
+    Args:
+        line: of any length.
+        window: iterations that each mean is over; 0 for the values themselves. It is centred on
+            its point; near the ends of the line it is as long, and reaches further to one side. A
+            window that shrank there would leave a single value at the end, which is chance.
+    """
+    reach = np.floor(window / 2)
+    latest = max(line.x[0], line.x[-1] - 2 * reach)
+    starts = np.clip(line.x - reach, line.x[0], latest)
+    first = np.searchsorted(line.x, starts, side="left")
+    beyond = np.searchsorted(line.x, starts + 2 * reach, side="right")
     sums = np.cumsum(np.concatenate([[0.0], line.y]))
-    positions = np.arange(len(line.y))
-    # The window shrinks towards both ends, alike on both sides, so that it stays centred.
-    reaches = np.minimum(reach, np.minimum(positions, positions[::-1]))
-    means = (sums[positions + reaches + 1] - sums[positions - reaches]) / (2 * reaches + 1)
-    means = np.where(reaches, means, line.y)  # without what the sums have rounded
+    counts = beyond - first
+    means = (sums[beyond] - sums[first]) / counts
+    means = np.where(counts > 1, means, line.y)  # without what the sums have rounded
     count = min(len(line.y), _MOST_POINTS)
     kept = np.unique(np.linspace(0, len(line.y) - 1, count).round().astype(np.int64))
     return Line(line.name, line.x[kept], means[kept])

@@ -22,6 +22,7 @@ from resnext_det.looking.curves import (
     line_of,
     set_logarithmic,
     smoothed,
+    window_of,
 )
 
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -124,7 +125,8 @@ def plot_runs(
         runs: of `read_runs`.
         output: the picture; .png, .svg or .pdf.
         metrics: such as "total_loss" or "bbox/AP"; `default_metrics` where there are none.
-        smooth: share of a curve that each of its points is the mean of; 0 for none.
+        smooth: share of the longest curve of a panel that each point is the mean of, of all its
+            curves: so they are as smooth as each other; 0 for none.
 
     Returns:
         What is missing: sentences, for people.
@@ -162,7 +164,8 @@ def _known(runs: Sequence[Run]) -> list[str]:
 def _lines(runs: Sequence[Run], metric: str, smooth: float) -> list[Line | None]:
     share = 0.0 if metric == _RATE else smooth
     lines = [line_of(run.records, metric, run.name) for run in runs]
-    return [line if line is None else smoothed(line, share) for line in lines]
+    window = max((window_of(line, share) for line in lines if line is not None), default=0.0)
+    return [line if line is None else smoothed(line, window) for line in lines]
 
 
 def _figure(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,13 @@ from resnext_det.data.checks import NamingDatasetMapper
 from resnext_det.data.custom import class_names
 from resnext_det.data.stream import Share, build_stream
 from resnext_det.engine.schedule import scale
-from resnext_det.errors import ConfigError
+from resnext_det.errors import ConfigError, ResNeXtError
 from resnext_det.looking.drawing import LabelledBox, class_colour, draw_boxes
-from resnext_det.looking.pictures import save_png
+from resnext_det.looking.pictures import made_by, save_png
 
 SHEET = "contact_sheet.png"
 
+_MAKER = "resnext_det, images of a training"
 _CELL = 320  # pixels, a side of the contact sheet's cells
 _CAPTION = 18
 _GAP = 8
@@ -133,6 +134,8 @@ def draw_image(image: TrainingImage) -> Image.Image:
 def write_images(images: Iterable[TrainingImage], folder: Path) -> Iterator[TrainingImage]:
     """Write one PNG per image, and at the end a contact sheet of them all.
 
+    What an earlier call wrote to the folder is removed at the end, and nothing else.
+
     Args:
         images: to write.
         folder: to write to.
@@ -144,12 +147,28 @@ def write_images(images: Iterable[TrainingImage], folder: Path) -> Iterator[Trai
         ResNeXtError: something cannot be written.
     """
     cells = []
+    written = set()
     for image in images:
         drawn = draw_image(image)
-        save_png(drawn, folder / f"{image.position:04d}_{image.file.stem[:_LONGEST_STEM]}.png")
+        name = f"{image.position:04d}_{image.file.stem[:_LONGEST_STEM]}.png"
+        save_png(drawn, folder / name, _MAKER)
+        written.add(name)
         cells.append(_cell(image, drawn))
         yield image
+    _remove_earlier(folder, written)
     save_png(contact_sheet(cells), folder / SHEET)
+
+
+def _remove_earlier(folder: Path, written: Set[str]) -> None:
+    """Remove what an earlier call wrote: it would lie between the new ones."""
+    try:
+        for file in folder.glob("[0-9][0-9][0-9][0-9]*_*.png"):
+            if file.name not in written and made_by(file, _MAKER):
+                file.unlink(missing_ok=True)
+    except OSError as error:
+        raise ResNeXtError(
+            f"{error.filename}, of an earlier run, cannot be removed: {error.strerror}."
+        ) from error
 
 
 def contact_sheet(cells: Sequence[Image.Image]) -> Image.Image:

@@ -158,7 +158,15 @@ _WEAK_ANCHOR = (
 _STANDARDISED = (
     "Neither Detectron2 nor Detectron nor mmdetection publishes a ResNeXt-50 with batch norms in "
     "Faster R-CNN with FPN. The nearest is this one of mmdetection, with group norms and "
-    "standardised weights (GN + WS): 40.7, where its ResNet-50 of the same kind has 39.7.",
+    "standardised weights (GN + WS): 40.7, where its ResNet-50 of the same kind has 39.7. Its neck "
+    "and head have these norms as well, and its box head 4 convolutions and 1 linear layer where "
+    "others have 2 linear layers: how much of it is the backbone's cannot be told.",
+)
+
+# Its gn+ws configs take Shared4Conv1FCBBoxHead.
+_OTHER_HEAD = (
+    "box head of 4 convolutions and 1 linear layer, not 2 linear layers",
+    "GN + WS in neck and head as well",
 )
 
 
@@ -184,6 +192,7 @@ def _standardised(
         *(depth, template, MMDETECTION, "1x", setting, AP, None),
         document="configs/gn+ws/README.md",
         weights="weights trained with these norms",
+        differences=_OTHER_HEAD,
         caveats=caveats,
     )
 

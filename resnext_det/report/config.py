@@ -118,5 +118,5 @@ def _facts(config: Mapping[str, Any], setting: Setting) -> list[tuple[str, str]]
 
 
 def grouped(number: object) -> str:
-    """Return a number with thin spaces between the thousands, and anything else as it is."""
-    return f"{number:,}".replace(",", "\u2009") if isinstance(number, int) else str(number)
+    """Return a number with commas between the thousands, and anything else as it is."""
+    return f"{number:,}" if isinstance(number, int) else str(number)

@@ -36,12 +36,13 @@ class Gallery:
     """The pictures, by what they were chosen for; none is in two of the groups.
 
     Attributes:
-        best: the highest scores, see `gallery_matching.compare`.
+        best: the highest scores above 0, see `matching.compare`.
         worst: the lowest.
         confused: of the others, those with most objects that are taken for another class.
         missing: pictures that are not on disk or cannot be read.
         classes: names by id, of the boxes in the pictures, in the order of the names.
         other_annotations: whether the annotations are others now than when they were evaluated.
+        detections: how many the evaluation has, whatever their scores.
     """
 
     best: list[Entry]
@@ -50,6 +51,7 @@ class Gallery:
     missing: int
     classes: dict[int, str]
     other_annotations: bool
+    detections: int
 
     @property
     def entries(self) -> list[Entry]:
@@ -130,6 +132,7 @@ def make_gallery(evaluation: Evaluation, limit: int) -> Gallery:
         *(best, worst, confused, missing),
         classes=dict(sorted(classes.items(), key=lambda item: (item[1].casefold(), item[0]))),
         other_annotations=bool(known) and known != truth.sha256,
+        detections=len(detections.scores),
     )
 
 
@@ -203,10 +206,13 @@ def _choose(scored: Sequence[_Scored], limit: int) -> list[list[_Scored]]:
     """Return the best, the worst and the most confused, best or worst first."""
     ordered = sorted(scored, key=lambda each: (each.score, each.objects, each.position))
     count = min(limit, len(ordered))
+    # Where nothing was found, nothing is best.
+    good = sum(each.score > 0 for each in ordered)
     # Where fewer than a third remain that have any, more go to the two ends.
     for confused_count in range(count // 3, -1, -1):
-        worst_count = (count - confused_count) // 2
-        best_count = count - confused_count - worst_count
+        of_ends = count - confused_count
+        best_count = min(of_ends - of_ends // 2, good)
+        worst_count = of_ends - best_count
         worst, best = ordered[:worst_count], ordered[::-1][:best_count]
         others = ordered[worst_count : len(ordered) - best_count]
         # Python's sort is stable: of as many confused objects the worse picture comes first.

@@ -10,6 +10,8 @@ from resnext_det.published.setting import MINIVAL, setting_of
 from resnext_det.report.config import ConfigSummary
 
 MINIVAL_IMAGES = 5000
+# An evaluation of a file of annotations names it by its stem: COCO's own file, and Detectron's.
+_STEMS = {"instances_val2017": "coco_2017_val", "instances_minival2014": "coco_2014_minival"}
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ def published_beside(evaluation: Evaluation, config: ConfigSummary | None) -> Pu
         evaluation: on one data set.
         config: of the run, None where it is not known.
     """
-    if setting_of({"DATASETS": {"TEST": [evaluation.name]}}).test_set != MINIVAL:
+    name = _STEMS.get(evaluation.name, evaluation.name)
+    if setting_of({"DATASETS": {"TEST": [name]}}).test_set != MINIVAL:
         reason = "Published figures are of COCO minival and cannot be compared with these."
         return Published(reason=reason)
     if evaluation.image_count != MINIVAL_IMAGES:

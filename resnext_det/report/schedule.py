@@ -65,7 +65,7 @@ def _planned(config: ConfigSummary) -> list[tuple[str, str]]:
 
 
 def _falls(config: ConfigSummary) -> str:
-    return ", ".join(grouped(step) for step in config.steps) or "never"
+    return "; ".join(grouped(step) for step in config.steps) or "never"
 
 
 def _iterations(done: int, config: ConfigSummary | None) -> str:

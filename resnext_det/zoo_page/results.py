@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import ast
 import datetime
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
-
-import yaml
-from detectron2.config import CfgNode, get_cfg
 
 from resnext_det import model_zoo
-from resnext_det.config import add_resnext_config
 from resnext_det.data.splits import TOY_MINIVAL
 from resnext_det.data.toy import ToySpec
 from resnext_det.errors import ConfigError, DatasetError
@@ -28,24 +22,10 @@ from resnext_det.evaluation.run_folder import (
 )
 from resnext_det.files import write_json
 from resnext_det.published.setting import MINIVAL, setting_of
+from resnext_det.zoo_page.origin import began_with, evaluated_checkpoint
+from resnext_det.zoo_page.shipped import read_config, shipped_config
 
-_MOST_BYTES = 1_000_000  # of a config.yaml; a dumped one has 9,000
 _TEST_IMAGES = {MINIVAL: 5000, TOY_MINIVAL: ToySpec().val_images}
-
-_SAME_RESULT = {
-    # How and where it is computed, and how often it is saved and looked at.
-    *("MODEL.WEIGHTS", "MODEL.DEVICE", "OUTPUT_DIR", "SEED", "VERSION", "VIS_PERIOD"),
-    *("CUDNN_BENCHMARK", "DATALOADER.NUM_WORKERS", "DATALOADER.BAD_IMAGES"),
-    *("MODEL.RESNEXT.FORM", "MODEL.RESNEXT.CHECKPOINT_STAGES"),
-    *("SOLVER.SCALING", "SOLVER.REFERENCE_WORLD_SIZE", "SOLVER.IMS_PER_MICRO_BATCH"),
-    *("SOLVER.LR_PER_IMAGE", "SOLVER.AMP.ENABLED", "SOLVER.AMP.PRECISION"),
-    *("SOLVER.SKIP_BAD_UPDATES", "SOLVER.KEEP_LAST", "SOLVER.CHECKPOINT_PERIOD"),
-    *("TEST.EVAL_PERIOD", "TEST.VALIDATION_LOSS", "TEST.EXPECTED_RESULTS", "TEST.BEST.METRIC"),
-    *("WANDB.ENABLED", "WANDB.PROJECT"),
-    # Compared by what their names stand for.
-    *("DATASETS.TRAIN", "DATASETS.TEST"),
-}
-"""Keys in which a run may differ from a shipped config and still be a run of it."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +43,9 @@ class OwnResult:
         versions: of Python and the packages, by name.
         date: of the evaluation, YYYY-MM-DD.
         metrics_sha256: of the run's metrics.json, in hexadecimal digits.
+        weights: the run's checkpoint that was evaluated, a file name.
+        weights_sha256: of that file.
+        trained_from: what the training began with, in words.
     """
 
     config: str
@@ -75,6 +58,9 @@ class OwnResult:
     versions: Mapping[str, str]
     date: str
     metrics_sha256: str
+    weights: str
+    weights_sha256: str
+    trained_from: str
 
 
 def read_results(folder: Path) -> dict[str, OwnResult]:
@@ -103,11 +89,16 @@ def _read(path: Path) -> OwnResult:
             "AP50": _is_percent(result.AP50),
             "images": isinstance(result.images, int) and result.images > 0,
             "date": _matches(r"\d{4}-\d\d-\d\d", result.date),
-            "metrics_sha256": _matches("[0-9a-f]{64}", result.metrics_sha256),
+            **{
+                name: _matches("[0-9a-f]{64}", getattr(result, name))
+                for name in ("metrics_sha256", "weights_sha256")
+            },
             "versions": isinstance(result.versions, dict)
             and all(map(_is_line, [*result.versions, *result.versions.values()])),
-            **{name: _is_line(getattr(result, name)) for name in ("command", "hardware")},
-            "dataset": _is_line(result.dataset),
+            **{
+                name: _is_line(getattr(result, name))
+                for name in ("command", "hardware", "dataset", "weights", "trained_from")
+            },
         }.items()
         if not right
     ]
@@ -144,19 +135,27 @@ def result_of_run(run: Path, command: str) -> OwnResult:
     """Return what a run of a shipped config reached.
 
     Args:
-        run: the folder of a training that was evaluated: config.yaml, metrics.jsonl, metrics.json.
+        run: the folder of a training that was evaluated: config.yaml, metrics.jsonl, metrics.json,
+            and the checkpoint that was evaluated.
         command: that made it, to stand beside the figures.
 
     Raises:
         DatasetError: a file is missing or broken, the training is not finished, or the evaluation
             is none of the whole test set.
-        ConfigError: it is no run of a shipped config, or the command is no line of text.
+        ConfigError: it is no run of a shipped config, it began with weights that saw more than
+            ImageNet-1K, or the command is no line of text.
+        WeightsError: the figures are not of its last checkpoint, or that cannot be read.
     """
     if not _is_line(command):
         raise ConfigError(f"--command {command!r} must be one line, without ` | < and >.")
     metrics = read_metrics(run)
-    name = _shipped_config(run)
-    _check_finished(run, model_zoo.get_config(name).SOLVER.MAX_ITER)
+    config = read_config(run / "config.yaml")
+    name = shipped_config(config, run)
+    iterations = model_zoo.get_config(name).SOLVER.MAX_ITER
+    _check_finished(run, iterations)
+    checkpoint = evaluated_checkpoint(
+        run, metrics.weights, str(config.get("OUTPUT_DIR", "")), name, iterations
+    )
     evaluation = _evaluation(run, metrics, name)
     AP, AP50 = evaluation.figures.get("AP"), evaluation.figures.get("AP50")
     if AP is None or AP50 is None:
@@ -170,6 +169,9 @@ def result_of_run(run: Path, command: str) -> OwnResult:
         versions=metrics.versions,
         date=written.date().isoformat(),
         metrics_sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
+        weights=checkpoint.file.name,
+        weights_sha256=checkpoint.sha256,
+        trained_from=began_with(checkpoint.began_with, run),
     )
 
 
@@ -192,78 +194,4 @@ def _evaluation(run: Path, metrics: Metrics, name: str) -> Evaluation:
     raise DatasetError(
         f"{run / 'metrics.json'} has no evaluation on the {_TEST_IMAGES[wanted]:,} images of "
         f"{wanted}: evaluate the run with tools/train_net.py --config-file {name} --eval-only."
-    )
-
-
-def _shipped_config(run: Path) -> str:
-    """Return the name of the config that a run is one of."""
-    given = _read_config(run / "config.yaml")
-    changes = {name: list(_changes(given, name)) for name in model_zoo.names()}
-    nearest = min(changes, key=lambda name: len(changes[name]))
-    if changes[nearest]:
-        raise ConfigError(
-            f"{run} is no run of a shipped config. The nearest is {nearest}, and unlike there: "
-            f"{', '.join(changes[nearest][:5])}."
-        )
-    return nearest
-
-
-def _read_config(path: Path) -> Mapping[str, Any]:
-    try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise DatasetError(f"{path} is too large for a config.")
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise DatasetError(f"{path} cannot be read as a config: {error}") from error
-    if not isinstance(found, dict):
-        raise DatasetError(f"{path} is no config: name the folder of a training.")
-    return found
-
-
-def _changes(given: Mapping[str, Any], name: str) -> Iterator[str]:
-    """Yield every key, and the shipped value, in which a config is not the shipped one."""
-    shipped = model_zoo.get_config(name)
-    theirs, ours = setting_of(given), setting_of(shipped)
-    if theirs.train_set != ours.train_set:
-        yield f"DATASETS.TRAIN {ours.train_set}"
-    if theirs.test_set != ours.test_set:
-        yield f"DATASETS.TEST {ours.test_set}"
-    defaults = dict(_leaves(_default_config()))
-    for key, value in _leaves(shipped):
-        found: Any = given
-        for part in key.split("."):
-            # What a config does not say has its default: keys are added from version to version.
-            found = found.get(part, defaults[key]) if isinstance(found, dict) else defaults[key]
-        if key not in _SAME_RESULT and not _same(found, value):
-            yield f"{key} {value}"
-
-
-def _default_config() -> CfgNode:
-    cfg = get_cfg()
-    add_resnext_config(cfg)
-    return cfg
-
-
-def _leaves(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in node.items():
-        if isinstance(value, CfgNode):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
-def _same(found: Any, value: Any) -> bool:
-    """Whether a value out of yaml is the config's; it is looked at no deeper than the config is."""
-    if not isinstance(value, list | tuple):
-        return not isinstance(found, list | tuple | dict) and found == value
-    if isinstance(found, str) and len(found) < 1000:
-        # yacs dumps some tuples as text.
-        try:
-            found = ast.literal_eval(found)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            return False
-    return (
-        isinstance(found, list | tuple)
-        and len(found) == len(value)
-        and all(map(_same, found, value))
     )

@@ -250,6 +250,33 @@ def test_the_disk_is_asked_first(
     assert not (coco / "val2017").exists()
 
 
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_a_folder_that_is_none_is_named(kind: str, coco: Path, generated: GeneratedCoco) -> None:
+    pack(coco / "val2017.zip", images(generated, "val2017"))
+    if kind == "file":
+        (coco / "val2017").write_text("")
+    else:
+        (coco / "val2017").symlink_to(coco / "nowhere")
+    with pytest.raises(DatasetError, match=r"val2017 is no folder, but .* Move it away\.$"):
+        prepare(coco, unpacked=["val2017"])
+    ready = prepare(coco)[0]
+    assert not ready
+    (coco / "annotations" / "instances_val2014.json").unlink()
+    (coco / "annotations" / "instances_minival2014.json").unlink()
+    assert "val2017 is no folder, but a file or a link to nothing: move it away" in prepare(coco)[1]
+
+
+def test_links_to_nothing_are_unpacked_over(coco: Path, generated: GeneratedCoco) -> None:
+    wanted = images(generated, "val2017")
+    pack(coco / "val2017.zip", wanted)
+    (coco / "val2017").mkdir()
+    for name in list(wanted)[:2]:
+        (coco / name).symlink_to(coco / "nowhere")
+    assert prepare(coco, unpacked=["val2017"])[0]
+    assert below(coco / "val2017") == wanted
+    assert not (coco / "nowhere").exists()
+
+
 def test_a_zip_file_that_is_not_there_is_named(coco: Path) -> None:
     with pytest.raises(DatasetError, match=r"--unpack val2014: .*val2014\.zip is not there"):
         prepare(coco, unpacked=["val2014"])

@@ -9,7 +9,10 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
+import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -18,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 from detectron2.data.datasets import load_coco_json
+from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -228,7 +232,9 @@ def test_the_published_file_is_mended_from_val2014(coco: Path, generated: Genera
     assert ready
     assert "annotation ids written as floats: 2 (9" in said
     assert "1 annotations have the id of another (1 are crowds)" in said
-    assert "pycocotools keeps one annotation per id" in said
+    assert said.count("pycocotools keeps one annotation per id") == 1
+    assert "minival has 12 images, as it should have; whether they are those of val2017 is" in said
+    assert "minival is val2017" not in said
     for split, name in (("minival", MINIVAL_FILE), ("valminusminival", REMAINDER_FILE)):
         assert_same(read(coco, name), expected(generated, "val2014", split))
         kept = annotations / name.replace(".json", ".original.json")
@@ -280,6 +286,167 @@ def test_a_file_that_differs_is_replaced_and_kept(coco: Path, generated: Generat
     assert f"annotations with another bbox: 1 ({number}: [" in said
     assert_same(read(coco, MINIVAL_FILE), expected(generated, "val2014", "minival"))
     assert (coco / "annotations" / "instances_minival2014.original.json").is_file()
+
+
+def test_a_file_that_differs_from_the_other_year_is_replaced_and_kept(
+    coco: Path, generated: GeneratedCoco
+) -> None:
+    """Only val2017's annotations are there, and the file was made of them."""
+    lay(coco, generated, ("val2017",), ("val2014",))
+    assert prepare(coco)[0]
+    right = read(coco, MINIVAL_FILE)
+    harmed = read(coco, MINIVAL_FILE)
+    for annotation in harmed["annotations"][:20]:
+        annotation["bbox"] = [1.0, 2.0, 3.0, 4.0]
+        annotation["category_id"] = 1 if annotation["category_id"] != 1 else 2
+    (coco / "annotations" / MINIVAL_FILE).write_text(json.dumps(harmed))
+    ready, said = prepare(coco)
+    assert ready
+    assert "annotations with another category_id: 20 (" in said
+    assert "annotations with another bbox: 20 (" in said
+    assert "is already right" not in said
+    assert read(coco, MINIVAL_FILE) == right
+    kept = coco / "annotations" / "instances_minival2014.original.json"
+    assert json.loads(kept.read_text()) == harmed
+    assert "is already right" in prepare(coco)[1]
+
+
+@pytest.mark.parametrize("there", ["nothing", "half", "hollow", "links"])
+def test_a_set_that_can_be_read_is_not_broken(
+    there: str, coco: Path, generated: GeneratedCoco
+) -> None:
+    """val2017 and train2017 are whole, and of val2014 there is not enough."""
+    lay(coco, generated, ALL, ("val2017", "train2017"))
+    (coco / "val2014").mkdir()
+    names = [generated.image_name("val2014", number) for number in sorted(generated.val2014)]
+    for at, name in enumerate(names):
+        if there == "hollow" or (there == "half" and at % 2):
+            (coco / "val2014" / name).write_bytes(b"" if there == "hollow" else b"jpeg")
+        elif there == "links":
+            (coco / "val2014" / name).symlink_to(coco / "nowhere")
+    ready, said = prepare(coco)
+    assert ready, said
+    for name, split in ((MINIVAL, "val2017"), (VALMINUSMINIVAL, "train2017")):
+        assert locate(coco, name)[1] == coco / split
+        assert f"{name}: ready, from " in said
+    assert ("minival2014.json is not written: val2014 lacks some" in said) == (there == "half")
+    for name in names:
+        (coco / "val2014" / name).unlink(missing_ok=True)
+        (coco / "val2014" / name).write_bytes(b"jpeg")
+    assert prepare(coco)[0]
+    assert locate(coco, MINIVAL) == (coco / "annotations" / MINIVAL_FILE, coco / "val2014")
+
+
+@pytest.mark.parametrize("hollow", ["empty", "link", "folder"])
+def test_files_without_content_are_no_images(
+    hollow: str, coco: Path, generated: GeneratedCoco
+) -> None:
+    lay(coco, generated, ("val2014", "val2017"), ("val2014",))
+    for number in sorted(generated.minival)[:3]:
+        image = coco / "val2014" / generated.image_name("val2014", number)
+        image.unlink()
+        if hollow == "empty":
+            image.touch()
+        elif hollow == "link":
+            image.symlink_to(coco / "nowhere")
+        else:
+            image.mkdir()
+    image = coco / "val2014" / generated.image_name("val2014", max(generated.minival))
+    image.unlink()
+    ready, said = prepare(coco)
+    assert not ready
+    assert f"4 of 12 images are not in {coco / 'val2014'}" in said
+    assert "3 of these are there, but empty or links to nothing" in said
+
+
+def test_files_that_do_not_go_together_are_refused_before_anything_is_written(
+    coco: Path, generated: GeneratedCoco
+) -> None:
+    """train2014 has an id of val2014's: that shows when the years are compared."""
+    lay(coco, generated, ALL, ("val2014",))
+    file = coco / "annotations" / "instances_train2014.json"
+    document = json.loads(file.read_text())
+    document["annotations"][0]["id"] = generated.document("val2014")["annotations"][0]["id"]
+    file.write_text(json.dumps(document))
+    before = state(coco)
+    with pytest.raises(DatasetError, match="annotation ids that repeat: 1"):
+        prepare(coco)
+    assert state(coco) == before
+
+
+def test_images_of_2017_and_the_published_file_lack_one_file_alone(
+    coco: Path, generated: GeneratedCoco
+) -> None:
+    lay(coco, generated, ("val2014",), ("val2017",))
+    prepare(coco)
+    generated.write("minival", coco / "annotations" / MINIVAL_FILE)
+    ready, said = prepare(coco)
+    assert not ready
+    assert f"{coco / 'val2017'} has them all, and only its annotations are missing" in said
+    assert f"put instances_val2017.json into {coco / 'annotations'}" in said
+    (coco / "val2014").mkdir()
+    assert "and only its annotations are missing" in prepare(coco)[1]
+    generated.write("val2017", coco / "annotations" / "instances_val2017.json")
+    assert prepare(coco)[0]
+
+
+@pytest.mark.parametrize(
+    ("annotations", "needed"),
+    [
+        ((), "annotations_trainval2014.zip and annotations_trainval2017.zip there"),
+        (("val2014",), "annotations_trainval2017.zip there"),
+        (("train2014", "val2014"), "annotations_trainval2017.zip there"),
+        (("train2014", "val2017"), "trainval2014.zip or annotations_trainval2017.zip there"),
+    ],
+)
+def test_only_the_year_that_is_missing_is_asked_for(
+    annotations: tuple[str, ...], needed: str, coco: Path, generated: GeneratedCoco
+) -> None:
+    lay(coco, generated, annotations, ())
+    lines = prepare(coco)[1].splitlines()
+    (line,) = [line for line in lines if line.startswith("coco_2014_valminusminival")]
+    assert line.endswith(needed)
+    assert line.count(".zip") == needed.count(".zip")
+
+
+def test_what_lies_one_level_off_is_told(coco: Path, generated: GeneratedCoco) -> None:
+    lay(coco, generated, ("val2017", "val2014"), ("val2017",))
+    (coco / "images").mkdir()
+    (coco / "val2017").rename(coco / "images" / "val2017")
+    nested = coco / "annotations" / "annotations"
+    nested.mkdir()
+    (coco / "annotations" / "instances_val2017.json").rename(nested / "instances_val2017.json")
+    ready, said = prepare(coco)
+    assert not ready
+    assert f"{coco / 'images' / 'val2017'} is not where it is looked for: move it to {coco}" in said
+    for line in said.splitlines():
+        if "is not where it is looked for" in line:
+            place, home = line.split(" is not where it is looked for: move it to ")
+            Path(place).rename(home)
+    ready, said = prepare(coco)
+    assert ready
+    assert "is not where" not in said
+
+
+def test_a_zip_file_without_a_folder_is_read(coco: Path, generated: GeneratedCoco) -> None:
+    lay(coco, generated, ("val2017",), ("val2017",))
+    file = coco / "annotations" / "instances_val2017.json"
+    with zipfile.ZipFile(coco / "annotations_trainval2017.zip", "w") as archive:
+        archive.write(file, file.name)
+    file.unlink()
+    assert prepare(coco)[0]
+    assert_same(read(coco, file.name), generated.document("val2017"))
+
+
+def test_what_is_in_a_zip_file_is_not_told_to_be_elsewhere(
+    coco: Path, generated: GeneratedCoco
+) -> None:
+    lay(coco, generated, ("val2017",), ())
+    pack(coco / "annotations", coco / "annotations_trainval2017.zip")
+    generated.write("val2017", coco / "instances_val2017.json")
+    assert "is not where" not in prepare(coco, dry_run=True)[1]
+    (coco / "annotations_trainval2017.zip").unlink()
+    assert "instances_val2017.json is not where" in prepare(coco, dry_run=True)[1]
 
 
 @pytest.mark.parametrize(
@@ -367,7 +534,8 @@ def test_derived_files_are_checked_by_themselves(coco: Path, generated: Generate
     before = state(coco)
     ready, said = prepare(coco)
     assert ready
-    assert said.count("is already right") == 3
+    assert said.count("is already right") == 1
+    assert said.count("stays as it is") == said.count("not compared") == 2
     assert state(coco) == before
     file = coco / "annotations" / "instances_valminusminival2014_from2017.json"
     document = json.loads(file.read_text())
@@ -418,6 +586,7 @@ def test_other_categories_are_refused(coco: Path, generated: GeneratedCoco) -> N
 
 def test_missing_images_are_counted_and_named(coco: Path, generated: GeneratedCoco) -> None:
     lay(coco, generated, ("val2014", "val2017"), ("val2014", "val2017"))
+    assert prepare(coco)[0]
     gone = sorted(generated.image_name("val2014", number) for number in generated.minival)[:5]
     for name in gone:
         (coco / "val2014" / name).unlink()
@@ -450,7 +619,7 @@ def test_annotations_are_read_from_the_zip_files(coco: Path, generated: Generate
     assert state(coco) == before
 
 
-def figures(annotations: Path, detections: list[dict[str, Any]]) -> np.ndarray:
+def figures(annotations: Path, detections: list[dict[str, Any]]) -> NDArray[np.float64]:
     truth = COCO(str(annotations))
     evaluation = COCOeval(truth, truth.loadRes([dict(each) for each in detections]), "bbox")
     evaluation.evaluate()
@@ -494,11 +663,11 @@ def test_a_killed_run_leaves_nothing_half_written(
     def killed() -> None:
         remaining = iter(range(writes - 1))
 
-        def fsync(descriptor: int) -> None:
+        def fsync(descriptor: object) -> None:
             if next(remaining, None) is None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        os.fsync = fsync
+        os.fsync = fsync  # type: ignore[assignment]
         prepare(coco)
 
     process = multiprocessing.get_context("fork").Process(target=killed)
@@ -510,6 +679,8 @@ def test_a_killed_run_leaves_nothing_half_written(
         json.loads(file.read_bytes())
     for name, content in whole.items():
         assert (coco / "annotations" / name).read_bytes() == content
+    for file in coco.rglob(".*.partial"):  # it was yesterday
+        os.utime(file, (time.time() - 100_000,) * 2)
     assert prepare(coco)[0]
     assert_same(read(coco, MINIVAL_FILE), expected(generated, "val2014", "minival"))
     assert_same(read(coco, REMAINDER_FILE), expected(generated, "val2014", "valminusminival"))
@@ -559,6 +730,26 @@ def test_the_command_refuses_small_sets_with_code_1(
     assert "Traceback" not in done.stderr
 
 
+def test_ctrl_c_is_one_line_and_code_130(coco: Path) -> None:
+    """The command is stopped while it waits for a file that never ends."""
+    (coco / "annotations").mkdir()
+    (coco / "annotations" / "instances_val2017.json").write_text("[")
+    root = Path(__file__).resolve().parents[2]
+    program = (
+        "import os, runpy, signal, sys\n"
+        "from resnext_det.data.coco import preparing\n"
+        "preparing.read_document = lambda source: os.kill(os.getpid(), signal.SIGINT)\n"
+        f"sys.argv = ['prepare_minival.py', '--coco', {str(coco)!r}]\n"
+        f"runpy.run_path({str(root / 'tools' / 'prepare_minival.py')!r}, run_name='__main__')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=100, cwd=root
+    )
+    assert done.returncode == 130
+    assert done.stderr.splitlines()[-1:] == ["stopped by Ctrl-C"]
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.slow
 def test_files_of_the_true_size(tmp_path: Path, tool: Tool) -> None:
     """All of COCO's annotations, in under 3 minutes and 6 GB, the published flaws mended."""
@@ -569,7 +760,7 @@ def test_files_of_the_true_size(tmp_path: Path, tool: Tool) -> None:
         made.write_published(split, coco / "annotations" / name)
     (coco / "val2014").mkdir()
     for number in made.val2014:
-        (coco / "val2014" / made.image_name("val2014", number)).touch()
+        (coco / "val2014" / made.image_name("val2014", number)).write_bytes(b"jpeg")
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = tool("prepare_minival.py", ["--coco", coco])
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

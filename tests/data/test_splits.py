@@ -53,6 +53,9 @@ def registered_again() -> Iterator[None]:
         ((TRAIN, TRAIN_OF_2017, "train2014"), (TRAIN, "train2014")),
         ((TRAIN, TRAIN_OF_2017, "train2017"), (TRAIN_OF_2017, "train2017")),
         ((TRAIN,), (TRAIN, "train2014")),
+        ((MINIVAL, VAL, "empty val2014", "val2017"), (VAL, "val2017")),
+        ((MINIVAL, VAL, "empty val2014", "empty val2017"), (MINIVAL, "val2014")),
+        ((REMAINDER, OF_2017, "empty val2014", "train2017"), (OF_2017, "train2017")),
     ],
 )
 def test_files_and_folders_that_fit_together_are_chosen(
@@ -64,12 +67,41 @@ def test_files_and_folders_that_fit_together_are_chosen(
         if name.endswith(".json"):
             (coco / "annotations" / name).touch()
         else:
-            (coco / name).mkdir()
+            (coco / name.removeprefix("empty ")).mkdir()
+            if not name.startswith("empty "):
+                begins = "" if "2017" in name else f"COCO_{name}_"
+                (coco / name / f"{begins}000000000009.jpg").write_bytes(b"jpeg")
     locate = {"instances_minival2014": locate_minival, "instances_val2017": locate_minival}.get(
         expected[0].removesuffix(".json"),
         locate_train2014 if "train2014" in expected[0] else locate_valminusminival,
     )
     assert locate(tmp_path) == (coco / "annotations" / expected[0], coco / expected[1])
+
+
+@pytest.mark.parametrize("content", ["others", "hollow", "links", "folders"])
+def test_a_folder_without_an_image_of_its_split_is_not_there(content: str, tmp_path: Path) -> None:
+    coco = tmp_path / "coco"
+    (coco / "annotations").mkdir(parents=True)
+    for name in (MINIVAL, VAL):
+        (coco / "annotations" / name).touch()
+    for split in ("val2014", "val2017"):
+        (coco / split).mkdir()
+    (coco / "val2017" / "000000000009.jpg").write_bytes(b"jpeg")
+    image = coco / "val2014" / "COCO_val2014_000000000009.jpg"
+    if content == "others":
+        (coco / "val2014" / "000000000009.jpg").write_bytes(b"jpeg")
+        (coco / "val2014" / ".DS_Store").write_bytes(b"x")
+    elif content == "hollow":
+        image.touch()
+    elif content == "links":
+        image.symlink_to(tmp_path / "nowhere")
+    else:
+        image.mkdir()
+    assert locate_minival(tmp_path)[1] == coco / "val2017"
+    (coco / "val2014" / "COCO_val2014_000000000010.jpg").symlink_to(
+        coco / "val2017" / "000000000009.jpg"
+    )
+    assert locate_minival(tmp_path)[1] == coco / "val2014"
 
 
 def test_registering_opens_nothing_and_is_harmless_twice(tmp_path: Path) -> None:
@@ -97,7 +129,7 @@ def test_the_registered_names_load_from_2017_files(tmp_path: Path) -> None:
     for split in ("train2017", "val2017"):
         (tmp_path / "coco" / split).mkdir()
         for number in made.ids(split):
-            (tmp_path / "coco" / split / made.image_name(split, number)).touch()
+            (tmp_path / "coco" / split / made.image_name(split, number)).write_bytes(b"jpeg")
     assert prepare_minival(tmp_path / "coco", lambda line: None, counts=SMALL)
     register_datasets(tmp_path)
     for name, split in zip(NAMES, ("minival", "valminusminival", "train2014")):

@@ -12,7 +12,8 @@ from PIL import Image
 from resnext_det import load_config
 from resnext_det.data.checks import NamingDatasetMapper
 from resnext_det.engine.checkpoints import Checkpointer
-from resnext_det.engine.predictor import Predictor
+from resnext_det.engine.predictor import Predictor, with_threshold
+from resnext_det.errors import ConfigError
 from resnext_det.looking.pictures import read_picture
 
 CLASSES = ("a", "b", "c", "d", "e", "f")
@@ -76,3 +77,38 @@ def test_a_batch_finds_what_single_pictures_give(config: CfgNode) -> None:
     for picture, found in zip(pictures, together):
         alone = predictor(picture)
         assert [each.box for each in found] == [pytest.approx(e.box, abs=0.01) for e in alone]
+
+
+def changed(config: CfgNode, *words: object) -> CfgNode:
+    cfg: CfgNode = config.clone()
+    cfg.defrost()
+    cfg.merge_from_list([str(word) for word in words])
+    cfg.freeze()
+    return cfg
+
+
+def test_an_rpn_is_refused_in_words(config: CfgNode) -> None:
+    cfg = changed(config, "MODEL.META_ARCHITECTURE", "ProposalNetwork")
+    with pytest.raises(ConfigError, match="ProposalNetwork gives proposals without classes"):
+        Predictor(cfg)
+
+
+def test_other_networks_without_boxes_are_refused_in_words(config: CfgNode) -> None:
+    predictor = Predictor(config)
+    cfg = changed(config, "MODEL.META_ARCHITECTURE", "ProposalNetwork")
+    predictor.model = build_model(cfg).eval()
+    with pytest.raises(ConfigError, match="GeneralizedRCNN gives proposals; detections have"):
+        predictor(noise(0))
+
+
+def test_a_low_threshold_is_the_detectors_too(config: CfgNode) -> None:
+    """And a high one is not: what the detector gives above it is the same without."""
+    key = "MODEL.ROI_HEADS.SCORE_THRESH_TEST"
+    usual = changed(config, key, 0.6, "TEST.DETECTIONS_PER_IMAGE", 1000)
+    assert min(each.score for each in Predictor(usual)(noise(0))) > 0.6
+    low = with_threshold(usual, 0.1)
+    assert 0.1 < min(each.score for each in Predictor(low)(noise(0))) < 0.3
+    assert low.MODEL.RETINANET.SCORE_THRESH_TEST == usual.MODEL.RETINANET.SCORE_THRESH_TEST
+    assert with_threshold(usual, 0.01).MODEL.RETINANET.SCORE_THRESH_TEST == 0.01
+    assert with_threshold(usual, 0.9) == usual
+    assert usual.MODEL.ROI_HEADS.SCORE_THRESH_TEST == 0.6

@@ -58,6 +58,19 @@ def killed(folder):
     comm.synchronize()
 
 
+def aborted(folder):
+    # As the threads of a library do that are still at it when the process leaves.
+    atexit.register(os.abort)
+    (folder / f"done-{comm.get_rank()}").touch()
+
+
+def aborted_at_work(folder):
+    comm.synchronize()
+    if comm.get_rank() == 1:
+        os.abort()
+    comm.synchronize()
+
+
 def joined(folder):
     total = torch.ones(1)
     dist.all_reduce(total)
@@ -96,10 +109,11 @@ ENDS = """
 from job import *
 
 if __name__ == "__main__":
-    for function in (refused, killed):
+    for function in (refused, killed, aborted, aborted_at_work):
         print(f"-- {function.__name__}", file=sys.stderr, flush=True)
         try:
             run_everywhere(function, Where(processes=2), (Path(sys.argv[1]),))
+            print("code 0", file=sys.stderr, flush=True)
         except SystemExit as end:
             print(f"code {end.code}", file=sys.stderr, flush=True)
 """
@@ -143,11 +157,15 @@ def stderr_of(process: subprocess.Popen[str]) -> str:
 
 def test_the_first_to_fail_says_why(scripts: Path) -> None:
     told = stderr_of(start(scripts / "ends.py", scripts))
-    refused, killed = (part.splitlines() for part in told.split("-- ")[1:])
+    refused, killed, aborted, at_work = (part.splitlines() for part in told.split("-- ")[1:])
     assert refused == ["refused", "error: rank 1 fails", "code 2"]
     assert killed[0] == "killed"
     assert killed[1].startswith("error: a training process was killed (signal 9); this is mostly")
     assert killed[2:] == ["code 137"]
+    assert aborted == ["aborted", "code 0"]
+    assert (scripts / "done-1").is_file()
+    assert at_work[1].startswith("error: a training process was killed (signal 6)")
+    assert at_work[-1] == "code 134"
 
 
 def test_under_torchrun(scripts: Path) -> None:

@@ -24,7 +24,8 @@ def test_demo(tool: Tool, detector: CfgNode, frames: Callable[..., Path], tmp_pa
     frames(folder / "a.mkv", [0.0, 0.1, 0.2])
     arguments = ["INPUT.MIN_SIZE_TEST", 64, *TOY, "--input", folder / "*.jpg", folder / "a.mkv"]
     arguments += ["--output", output, "MODEL.WEIGHTS", detector.MODEL.WEIGHTS]
-    done = tool("demo.py", [*arguments, "--threshold", 0, "--opts", "INPUT.MAX_SIZE_TEST", 96])
+    arguments += ["--threshold", 0, "--opts", "INPUT.MAX_SIZE_TEST", 96]
+    done = tool("demo.py", [*arguments, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.999])
     assert done.returncode == 1, done.stderr
     assert done.stderr.splitlines()[-1].startswith(f"error: {folder / 'broken.jpg'} cannot be read")
     assert f"drawn into {output}: 2 images, 1 videos of 3 frames" in done.stdout
@@ -32,7 +33,9 @@ def test_demo(tool: Tool, detector: CfgNode, frames: Callable[..., Path], tmp_pa
     assert last.startswith("network: ") and "(median of 4, the first batch left out)" in last
     drawn = sorted(each.name for each in output.iterdir())
     assert drawn == ["a.jpg", "a.mp4", "b.jpg", "detections.json"]
-    assert len(json.loads((output / "detections.json").read_text())["images"]) == 2
+    images = json.loads((output / "detections.json").read_text())["images"]
+    assert len(images) == 2
+    assert any(found["score"] < 0.9 for image in images for found in image["detections"])
 
 
 def test_a_missing_camera_is_told_before_the_detector_is_built(tool: Tool, tmp_path: Path) -> None:
@@ -41,6 +44,15 @@ def test_a_missing_camera_is_told_before_the_detector_is_built(tool: Tool, tmp_p
     assert done.returncode == 2
     assert "error: --webcam 93: camera 93 cannot be opened" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_demo_of_an_rpn(tool: Tool, detector: CfgNode, tmp_path: Path) -> None:
+    Image.new("RGB", (60, 40)).save(tmp_path / "a.png")
+    arguments = [*TOY, "--input", tmp_path / "a.png", "--output", tmp_path / "out", "--opts"]
+    arguments += ["MODEL.WEIGHTS", detector.MODEL.WEIGHTS]
+    done = tool("demo.py", [*arguments, "MODEL.META_ARCHITECTURE", "ProposalNetwork"])
+    assert done.returncode == 2
+    assert "error: MODEL.META_ARCHITECTURE ProposalNetwork" in done.stderr.splitlines()[-1]
 
 
 def test_visualize_data(tool: Tool, datasets: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from resnext_det.looking.curves import (
     loss_curves,
     precision_curves,
     smoothed,
+    window_of,
 )
 
 
@@ -22,9 +23,10 @@ def test_curves_of_a_long_training_are_thinned_out_but_keep_their_ends() -> None
     assert curves is not None
     (line,) = curves.lines
     assert len(line.x) <= 400
-    assert (line.x[0], line.y[0]) == (0, 10)
-    assert line.x[-1] == 19_999
-    assert line.last == pytest.approx(1 + 9 / 20_000)
+    values = np.array([record["total_loss"] for record in records])
+    assert (line.x[0], line.x[-1]) == (0, 19_999)
+    assert line.y[0] == pytest.approx(values[:501].mean())
+    assert line.last == pytest.approx(values[-501:].mean())
     assert len(curves.svg) < 100_000
 
 
@@ -62,12 +64,23 @@ def test_the_running_mean_is_centred() -> None:
     curves = loss_curves(records, [])
     assert curves is not None
     (line,) = curves.lines
-    assert (line.y[0], line.last) == (0, 1)
-    assert abs(line.y[50:-50] - 0.5).max() < 0.06
+    assert abs(line.y - 0.5).max() < 0.06
     rising = [{"iteration": float(i), "total_loss": float(i)} for i in range(400)]
     straight = loss_curves(rising, [])
     assert straight is not None
-    assert straight.lines[0].y == pytest.approx(straight.lines[0].x)
+    (rise,) = straight.lines
+    assert rise.y[5:-5] == pytest.approx(rise.x[5:-5])
+    assert list(rise.y[-6:]) == pytest.approx([394] * 6)
+
+
+def test_a_last_value_by_chance_does_not_bend_the_end() -> None:
+    """The end, and the number of the legend, is a mean of as many values as everywhere."""
+    losses = np.random.default_rng(0).normal(1, 0.1, 300)
+    losses[-1] = 5.0
+    records = [{"iteration": float(i), "total_loss": loss} for i, loss in enumerate(losses)]
+    curves = loss_curves(records, [])
+    assert curves is not None
+    assert curves.lines[0].last == pytest.approx(losses[-7:].mean())
 
 
 def test_figures_of_different_names_share_no_ids() -> None:
@@ -78,13 +91,27 @@ def test_figures_of_different_names_share_no_ids() -> None:
     assert not one & other
 
 
+@pytest.mark.parametrize("period", [1, 20])
 @pytest.mark.parametrize(("share", "reach"), [(0.1, 20), (1 / 40, 5), (0.0, 0)])
-def test_the_running_mean_is_over_the_share_that_is_asked_for(share: float, reach: int) -> None:
+def test_the_running_mean_is_over_the_share_that_is_asked_for(
+    share: float, reach: int, period: int
+) -> None:
     values = np.random.default_rng(0).random(400)
-    found = smoothed(Line("noise", np.arange(400.0), values), share).y
-    window = np.full(2 * reach + 1, 1 / (2 * reach + 1))
-    expected = np.convolve(values, window, mode="valid")
+    line = Line("noise", period * np.arange(1.0, 401) - 1, values)
+    found = smoothed(line, share * 400 * period).y
+    weights = np.full(2 * reach + 1, 1 / (2 * reach + 1))
+    expected = np.convolve(values, weights, mode="valid")
     assert found[reach : 400 - reach] == pytest.approx(expected)
+    assert found[:reach] == pytest.approx([expected[0]] * reach)
+    assert found[400 - reach :] == pytest.approx([expected[-1]] * reach)
+
+
+def test_a_window_beyond_the_line_is_the_mean_of_all() -> None:
+    line = Line("short", np.arange(5.0), np.array([1.0, 2, 3, 4, 10]))
+    assert list(smoothed(line, 100).y) == [4] * 5
+    assert window_of(line, 0.5) == 2.5
+    single = Line("one", np.array([7.0]), np.array([3.0]))
+    assert (window_of(single, 0.5), list(smoothed(single, 100).y)) == (0.5, [3])
 
 
 def test_a_line_holds_the_values_that_there_are() -> None:

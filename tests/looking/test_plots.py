@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -137,6 +138,20 @@ def test_smoothing_can_be_turned_off_and_spares_the_learning_rate(
     for wrong in (-0.1, 1.0, float("nan")):
         with pytest.raises(ConfigError, match="--smooth is"):
             plot_runs(runs, tmp_path / "a.png", smooth=wrong)
+
+
+def test_curves_of_runs_of_any_length_are_as_smooth_as_each_other(
+    write: Write, tmp_path: Path
+) -> None:
+    """The short one is the beginning of the long one: they part only at its end."""
+    losses = np.random.default_rng(0).random(120)
+    lines = [{"iteration": n, "total_loss": float(loss)} for n, loss in enumerate(losses)]
+    folders = [write("short", *lines[:40]), write("long", *lines)]
+    plot_runs(read_runs(folders), tmp_path / "a.svg", ["total_loss"], 0.1)
+    short, long = heights(tmp_path / "a.svg")
+    assert (len(short), len(long)) == (40, 120)
+    assert short[:34] == pytest.approx(long[:34])
+    assert short[34:] != pytest.approx(long[34:40])
 
 
 def test_many_metrics_take_several_rows(write: Write, tmp_path: Path) -> None:

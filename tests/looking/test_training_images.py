@@ -109,6 +109,19 @@ def test_pictures_and_a_contact_sheet_are_written(datasets: Path, tmp_path: Path
     assert (last == 255).all()  # five of six places are taken
 
 
+def test_a_second_run_leaves_none_of_the_first(datasets: Path, tmp_path: Path) -> None:
+    """But all that is somebody else's, whatever it is called."""
+    others = {"0002_mine.png", "0003_broken.png", "notes.png", "0004_a.jpg"}
+    for name in others - {"0003_broken.png"}:
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    (tmp_path / "0003_broken.png").write_bytes(b"\x89PNG")
+    for count, seed in ((5, SEED), (2, SEED + 1)):
+        images = list(write_images(training_images(config(datasets), count, seed), tmp_path))
+    files = {each.name for each in tmp_path.iterdir()}
+    assert files - others == {SHEET, *(f"{n:04d}_{i.file.stem}.png" for n, i in enumerate(images))}
+    assert files > others
+
+
 def test_boxes_are_drawn_where_they_are(datasets: Path) -> None:
     image = next(iter(training_images(config(datasets), 1, SEED)))
     drawn = np.asarray(draw_image(image)).astype(int)

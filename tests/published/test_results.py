@@ -92,7 +92,8 @@ def test_the_paper_as_its_table_and_its_text_say() -> None:
     # What the paper does not say is not known here either.
     for row in of_paper.values():
         setting = row.setting
-        assert setting.train_size is setting.test_size is setting.test_longest is None
+        sizes = (setting.train_size, setting.test_size, setting.test_longest)
+        assert sizes == (None, None, None)
         assert setting.images is None
 
 
@@ -305,3 +306,15 @@ def test_a_training_of_no_length_has_neighbours_all_the_same(iterations: int) ->
     found = published_results(101, "32x8d", setting_of(config))
     assert len(found) == 5
     assert "epochs, not" not in what_differs(found[0], setting_of(config))
+
+
+def test_the_head_of_the_standardised_ones_is_another() -> None:
+    """mmdetection's gn+ws configs have Shared4Conv1FCBBoxHead, and these norms everywhere."""
+    rows = [row for row in ROWS if row.setting.norm == "GN + WS"]
+    assert len(rows) == 4
+    for row in rows:
+        told = what_differs(row, SHIPPED)
+        assert "box head of 4 convolutions and 1 linear layer, not 2 linear layers" in told
+        assert "GN + WS in neck and head as well" in told
+    (x50,) = (row for row in rows if (row.depth, row.template) == (50, "32x4d"))
+    assert "box head 4 convolutions and 1 linear layer" in x50.caveats[0]

@@ -21,7 +21,7 @@ SOLVER: {MAX_ITER: 180000, BASE_LR: 0.02, STEPS: [120000, 160000], IMS_PER_BATCH
 @pytest.mark.parametrize(
     ("steps", "expected", "shown"),
     [
-        ("[120000, 160000]", [120_000, 160_000], "120\u2009000, 160\u2009000"),
+        ("[120000, 160000]", [120_000, 160_000], "120,000; 160,000"),
         ('"(280,)"', [280], "280"),
         ("[]", [], "never"),
     ],
@@ -39,7 +39,7 @@ def test_the_config_is_summarised(
         "Template": "32x4d",
     }
     assert dict(schedule_facts(tmp_path, summary, [])) == {
-        "Iterations": "180\u2009000",
+        "Iterations": "180,000",
         "Images per update": "16",
         "Learning rate": "0.02",
         "Rate falls at": shown,

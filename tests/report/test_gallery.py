@@ -59,6 +59,20 @@ def test_sure_predictions_come_first_and_unsure_ones_do_not_count(
     assert [box.right for box in entry.predictions] == [True, False, False]
 
 
+def test_nothing_is_best_where_nothing_was_found(run: Path) -> None:
+    evaluation = read_metrics(run).evaluations[0]
+    results = json.loads((run / "results.json").read_text())
+    some = make_gallery(evaluation, 3)
+    (run / "results.json").write_text(json.dumps([]))
+    gallery = make_gallery(evaluation, 3)
+    assert (gallery.best, len(gallery.worst), gallery.detections) == ([], 3, 0)
+    kept = [each for each in results if each["image_id"] == results[0]["image_id"]]
+    (run / "results.json").write_text(json.dumps(kept))
+    gallery = make_gallery(evaluation, 6)
+    assert (len(gallery.best), len(gallery.worst), gallery.detections) == (1, 5, len(kept))
+    assert some.detections == len(results) > len(kept)
+
+
 def test_names_that_lead_out_of_the_folder_are_not_opened(
     run: Path, annotation_file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

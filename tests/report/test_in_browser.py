@@ -347,6 +347,113 @@ def test_a_phone_scrolls_one_way_only(opened: Opened) -> None:
 
 
 @pytest.mark.parametrize(
+    "opened", [{"viewport": {"width": 360, "height": 740}, "has_touch": True}], indirect=True
+)
+def test_a_phone_has_letters_to_read_and_room_for_pictures(opened: Opened) -> None:
+    heights = opened.script(
+        "() => [...document.querySelectorAll('.recall svg text')]"
+        ".map((text) => text.getBoundingClientRect().height)"
+    )
+    # The box of a text is about 1.15 of its size.
+    assert min(heights) > 11.5
+    opened.page.locator(".pair").last.scroll_into_view_if_needed()
+    bottom = "() => document.querySelector('.controls').getBoundingClientRect().bottom"
+    assert opened.script(bottom) < 0
+
+
+LABELS = """() => [...document.querySelectorAll('.chosen + .label')]
+  .filter((label) => label.checkVisibility({ visibilityProperty: true }))
+  .map((label) => label.textContent)"""
+
+
+@pytest.mark.parametrize(
+    "opened", [{"viewport": {"width": 360, "height": 740}, "has_touch": True}], indirect=True
+)
+def test_a_tap_on_a_box_shows_its_label_and_the_next_that_of_the_box_beneath(
+    opened: Opened,
+) -> None:
+    move(opened, 0.05)
+    # Where a box without room for its label is, some number of taps shows it.
+    box = opened.page.locator(".box:not([hidden]):has(+ .label.covered)").first
+    wanted = box.evaluate("(one) => one.nextElementSibling.textContent")
+    box.scroll_into_view_if_needed()
+    place = box.bounding_box()
+    assert place is not None
+    middle = place["x"] + place["width"] / 2, place["y"] + place["height"] / 2
+    seen: list[str] = []
+    for _ in range(30):
+        opened.page.touchscreen.tap(*middle)
+        shown = opened.script(LABELS)
+        assert len(shown) <= 1
+        if not shown:
+            break
+        seen += shown
+    assert wanted in seen
+    assert opened.script(LABELS) == []
+    opened.page.touchscreen.tap(*middle)
+    assert opened.script(LABELS) == seen[:1]
+    opened.page.touchscreen.tap(5, 5)
+    assert opened.script(LABELS) == []
+    # One that the slider hides is not chosen any more.
+    opened.page.locator(".predicted .box:not([hidden])").last.tap()
+    assert len(opened.script(LABELS)) == 1
+    opened.script(
+        "() => { const slider = document.querySelector('.pictures input'); slider.value = 1;"
+        "slider.dispatchEvent(new Event('input')); }"
+    )
+    assert opened.page.locator(".chosen").count() == 0
+    # A first tap is none from the keyboard, which would have chosen this box already.
+    first = opened.page.locator(".pair").nth(1).locator(".true .box").last
+    first.tap(force=True)
+    assert "chosen" in (first.get_attribute("class") or "")
+
+
+def test_the_arrow_keys_go_from_box_to_box(opened: Opened) -> None:
+    opened.page.get_by_label("Score from").focus()
+    opened.page.keyboard.press("Tab")
+    pair = opened.page.locator(".pair").first
+    boxes = pair.locator(".box:not([hidden]) + .label").all_text_contents()
+    assert len(boxes) > 2
+    seen = []
+    for _ in boxes:
+        seen += opened.script(LABELS)
+        assert opened.page.locator(".pictures .told").text_content() == seen[-1]
+        opened.page.keyboard.press("ArrowRight")
+    assert sorted(seen) == sorted(boxes)
+    assert opened.script(LABELS) == seen[-1:]
+    opened.page.keyboard.press("ArrowLeft")
+    assert opened.script(LABELS) == seen[-2:-1]
+    opened.page.keyboard.press("Tab")
+    assert opened.script(LABELS) == []
+    button = opened.page.get_by_role("button", name="Enlarge").first
+    button.press("Enter")
+    assert pair.get_by_role("button").inner_text() == "Reduce"
+    assert pair.get_by_role("button").get_attribute("aria-pressed") is None
+
+
+def test_long_names_leave_the_picture_to_be_seen(
+    browser: Browser, evaluated_run: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(evaluated_run, tmp_path / "run")
+    document = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    (entry,) = document["datasets"].values()
+    truth = json.loads(Path(entry["annotations"]).read_text())
+    for each in truth["categories"]:
+        each["name"] = f"{each['name']} with a very long name " * 6
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    entry.update(annotations=str(tmp_path / "truth.json"), annotations_sha256="")
+    (tmp_path / "run" / "metrics.json").write_text(json.dumps(document))
+    page = browser.new_page()
+    page.goto(write_report(tmp_path / "run").as_uri())
+    widths = page.evaluate(
+        "() => [...document.querySelectorAll('.label')].map((one) => one.offsetWidth)"
+    )
+    # 12 letters of 11 pixels, or twice 7, and the words and numbers beside them.
+    assert 130 < max(widths) < 14 * 11 + 60
+    page.close()
+
+
+@pytest.mark.parametrize(
     ("opened", "dark"),
     [({"color_scheme": "light"}, False), ({"color_scheme": "dark"}, True)],
     indirect=["opened"],
@@ -362,6 +469,37 @@ def test_both_colour_schemes_can_be_read(opened: Opened, dark: bool) -> None:
     assert (page < 60) == dark
     line = opened.script("() => getComputedStyle(document.querySelector('.recall path')).stroke")
     assert (line == "rgb(242, 243, 245)") == dark
+
+
+# The least contrast of the numbers in the table of confused classes, as WCAG defines it.
+CONTRAST = """(share) => {
+  const paint = document.createElement('canvas').getContext('2d', { willReadFrequently: true });
+  const luminance = (colour) => {
+    paint.fillStyle = colour;
+    paint.fillRect(0, 0, 1, 1);
+    const [r, g, b] = [...paint.getImageData(0, 0, 1, 1).data].map((value) => value / 255)
+      .map((one) => one <= 0.04045 ? one / 12.92 : ((one + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  return Math.min(...[...document.querySelectorAll('.heat tbody td:not(.none)')].map((cell) => {
+    if (share !== null && !cell.matches('.zero')) {
+      cell.style.setProperty('--share', share);
+      cell.classList.toggle('strong', share > 0.5);
+    }
+    const style = getComputedStyle(cell);
+    const [one, other] = [luminance(style.color), luminance(style.backgroundColor)];
+    if (style.opacity !== '1') return 0;
+    return (Math.max(one, other) + 0.05) / (Math.min(one, other) + 0.05);
+  }));
+}"""
+
+
+@pytest.mark.parametrize(
+    "opened", [{"color_scheme": "light"}, {"color_scheme": "dark"}], indirect=True
+)
+def test_the_numbers_of_confused_classes_can_be_read_on_every_shade(opened: Opened) -> None:
+    for share in (None, 0.05, 0.3, 0.5, 0.51, 0.74, 1.0):
+        assert opened.script(CONTRAST, share) >= 4.5, share
 
 
 def many_classes(run: Path, output: Path) -> None:

@@ -18,10 +18,23 @@ def config(name: str = "faster_rcnn_X_101_32x4d_FPN_1x") -> ConfigSummary:
 
 
 def evaluation(name: str, images: int = 5000) -> Evaluation:
-    return Evaluation(name, Path("a"), "", Path("b"), Path("c"), images, {}, [])
+    return Evaluation(
+        name=name,
+        annotations=Path("a"),
+        annotations_sha256="",
+        images=Path("b"),
+        detections=Path("c"),
+        detections_sha256="",
+        image_count=images,
+        figures={},
+        per_class=[],
+    )
 
 
-@pytest.mark.parametrize("name", ["coco_2014_minival", "coco_2017_val"])
+@pytest.mark.parametrize(
+    "name",
+    ["coco_2014_minival", "coco_2017_val", "instances_val2017", "instances_minival2014"],
+)
 def test_all_that_is_published_of_the_network_stands_there(name: str) -> None:
     found = published_beside(evaluation(name), config())
     assert found.reason == ""
@@ -42,6 +55,8 @@ def test_all_that_is_published_of_the_network_stands_there(name: str) -> None:
         ("toy_coco_minival", 5000, "of COCO minival and cannot be compared"),
         ("coco_2014_minival_100", 100, "of COCO minival and cannot be compared"),
         ("coco_2017_val", 4999, "all 5,000 images"),
+        ("instances_val2017", 100, "all 5,000 images"),
+        ("instances_val2014", 5000, "of COCO minival and cannot be compared"),
     ],
 )
 def test_other_images_are_not_compared(name: str, images: int, reason: str) -> None:

@@ -24,11 +24,11 @@ def lines(last: int, **more: Any) -> list[dict[str, float]]:
 def test_a_finished_training_on_coco(tmp_path: Path) -> None:
     facts = dict(schedule_facts(tmp_path, paper(), lines(179_999)))
     assert facts == {
-        "Iterations": "180\u2009000",
+        "Iterations": "180,000",
         "Images per update": "16",
         "Learning rate": "0.02",
-        "Rate falls at": "120\u2009000",
-        "Epochs": "24.35 of 118\u2009287 images",
+        "Rate falls at": "120,000",
+        "Epochs": "24.35 of 118,287 images",
     }
 
 
@@ -39,11 +39,11 @@ def test_one_that_was_stopped_and_scaled_tells_what_it_did(tmp_path: Path) -> No
     for record in training[:-1]:
         record["lr"] = 0.01
     facts = dict(schedule_facts(tmp_path, paper(), training))
-    assert facts["Iterations"] == "1\u2009000 of 180\u2009000"
+    assert facts["Iterations"] == "1,000 of 180,000"
     assert facts["Images per update"] == "4 (16 in the config)"
     assert facts["Learning rate"] == "at most 0.01 (0.02 in the config)"
     assert facts["Time per iteration"] == "0.50 s (median)"
-    assert facts["Epochs"] == "0.03 of 118\u2009287 images"
+    assert facts["Epochs"] == "0.03 of 118,287 images"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,9 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +23,11 @@ import torchvision
 import yaml
 
 from resnext_det import Template, load_config, model_zoo
-from resnext_det.errors import ConfigError, DatasetError, ResNeXtError
+from resnext_det.checkpoints.run import run_record
+from resnext_det.checkpoints.writing import RUN, write_checkpoint
+from resnext_det.errors import ConfigError, DatasetError, ResNeXtError, WeightsError
 from resnext_det.files import write_text
-from resnext_det.pretrained.catalog import entry
+from resnext_det.pretrained.catalog import ENTRIES, entry
 from resnext_det.pretrained.fit import Needs, check_config
 from resnext_det.published import results as published
 from resnext_det.published.results import ROWS
@@ -256,6 +260,9 @@ def own_result() -> OwnResult:
         versions={"torch": "2.9.1"},
         date="2026-11-22",
         metrics_sha256="0" * 64,
+        weights="model_final.pth",
+        weights_sha256="1" * 64,
+        trained_from="nothing, at random",
     )
 
 
@@ -265,6 +272,8 @@ def test_results_of_this_checkout(page: str) -> None:
         assert result.command in section(page, "What was measured here")
         assert "/" not in result.hardware
         assert lines_of(page)[name][7].startswith(f"{result.AP:.1f} (AP50 {result.AP50:.1f})")
+        assert f"Trained from: {result.trained_from}." in page
+        assert f"Evaluated: `{result.weights}`, SHA-256 `{result.weights_sha256}`." in page
 
 
 def write_run(
@@ -275,6 +284,8 @@ def write_run(
     images: int = 120,
     iterations: int = 300,
     AP: float | None = 61.25,
+    weights: str | None = None,
+    began_with: str = "",
 ) -> Path:
     """Write what a training and an evaluation leave in their folder."""
     folder.mkdir()
@@ -291,8 +302,14 @@ def write_run(
         "figures": {"AP": AP, "AP50": 82.5},
         "per_class": [],
     }
+    cfg.defrost()
+    cfg.MODEL.WEIGHTS = began_with
+    record = run_record(cfg, (), {})
+    for name, last in (("model_final", iterations), ("model_0000100", 100)):
+        content = {"model": {"a": torch.zeros(1)}, "iteration": last - 1, RUN: record}
+        write_checkpoint(content, folder / f"{name}.pth")
     metrics = {
-        "weights": "model_final.pth",
+        "weights": str(folder / "model_final.pth") if weights is None else weights,
         "versions": {"torch": "2.9.1"},
         "hardware": "2 cores",
         "datasets": {dataset: evaluation},
@@ -310,6 +327,9 @@ def test_a_run_becomes_a_result(tmp_path: Path) -> None:
         versions={"torch": "2.9.1"},
         date="2023-11-14",
         metrics_sha256=hashlib.sha256((run / "metrics.json").read_bytes()).hexdigest(),
+        weights="model_final.pth",
+        weights_sha256=hashlib.sha256((run / "model_final.pth").read_bytes()).hexdigest(),
+        trained_from="nothing, at random",
     )
     results = tmp_path / "results"
     written = write_result(results, result)
@@ -367,6 +387,95 @@ def test_what_is_no_run_of_a_shipped_config(
         result_of_run(run, "it")
 
 
+def test_the_figures_must_be_of_the_runs_own_last_checkpoint(tmp_path: Path) -> None:
+    """Whatever evaluated them names it in one of two ways."""
+    other = write_run(tmp_path / "other")
+    own = write_run(tmp_path / "own", overrides=["OUTPUT_DIR", "output/own"], began_with="a.pth")
+    for weights in ("output/own/model_final.pth", "output/own, iteration 300"):
+        set_weights(own, weights)
+        result = result_of_run(own, "it")
+        assert (result.weights, result.trained_from) == (
+            *("model_final.pth", "a.pth, which is not in the catalog"),
+        )
+    for weights in (
+        str(other / "model_final.pth"),
+        "/somewhere/else/other_model.pth",
+        "/somewhere/else/model_final.pth",
+        "output/own, iteration 200",
+        "output/other, iteration 300",
+        "",
+        "a" * 5000,
+        "\0/model_final.pth",
+    ):
+        set_weights(own, weights)
+        with pytest.raises(WeightsError, match=r"which are no checkpoint of .*Evaluate the run: "):
+            result_of_run(own, "it")
+    set_weights(own, "output/own/model_0000100.pth")
+    with pytest.raises(WeightsError, match=r"model_0000100\.pth, which is not .* iteration, 300"):
+        result_of_run(own, "it")
+    set_weights(own, str(tmp_path / "same" / "model_final.pth"))
+    shutil.copytree(own, tmp_path / "same")
+    assert result_of_run(own, "it").weights == "model_final.pth"
+
+
+def set_weights(run: Path, weights: str) -> None:
+    """Write what metrics.json has of the evaluated weights."""
+    metrics = json.loads((run / "metrics.json").read_text())
+    (run / "metrics.json").write_text(json.dumps({**metrics, "weights": weights}))
+
+
+def test_checkpoints_that_were_changed_or_are_of_another_config(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    file, checksum = run / "model_final.pth", run / "model_final.pth.sha256"
+    sound = checksum.read_text()
+    checksum.write_text("0" * 64 + sound[64:])
+    with pytest.raises(WeightsError, match="is not what the training wrote: its SHA-256"):
+        result_of_run(run, "it")
+    checksum.unlink()
+    with pytest.raises(WeightsError, match="sha256 cannot be read"):
+        result_of_run(run, "it")
+    write_checkpoint({"model": {"a": torch.zeros(1)}, "iteration": 299}, file)
+    with pytest.raises(WeightsError, match="is not what the training wrote after its last"):
+        result_of_run(run, "it")
+    record = run_record(model_zoo.get_config(X50), (), {})
+    write_checkpoint({"model": {"a": torch.zeros(1)}, "iteration": 299, RUN: record}, file)
+    with pytest.raises(WeightsError, match=f"trained with another config than {TOY}"):
+        result_of_run(run, "it")
+
+
+def test_what_a_training_began_with_is_told(tmp_path: Path) -> None:
+    tv = "resnext50_32x4d.tv_in1k"
+    assert began(tmp_path, f"resnext://{tv}") == tv
+    assert began(tmp_path, entry(tv).url) == tv
+    assert began(tmp_path, "") == "nothing, at random"
+    assert began(tmp_path, "https://a:b@c.org/d.pth?e=|f") == "d.pth, which is not in the catalog"
+    names = (f"layer{n}.0.conv2.weight" for n in (1, 2, 3, 4))
+    file = tmp_path / "mine`.pth"
+    torch.save({"conv1.weight": torch.zeros(1), **{n: torch.zeros(1) for n in names}}, file)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    expected = f"mine_.pth (SHA-256 {digest}), which is not in the catalog"
+    assert began(tmp_path, str(file)) == expected
+
+
+def began(folder: Path, weights: str) -> str:
+    run = Path(tempfile.mkdtemp(dir=folder)) / "run"
+    return result_of_run(write_run(run, began_with=weights), "it").trained_from
+
+
+@pytest.mark.parametrize("name", [e.name for e in ENTRIES.values() if not e.imagenet_1k_only])
+def test_weights_of_more_than_imagenet_1k_are_refused(name: str, tmp_path: Path) -> None:
+    for weights in (f"resnext://{name}", entry(name).url):
+        with pytest.raises(ConfigError, match=f"began with {name}, which saw more images"):
+            began(tmp_path, weights)
+
+
+def test_a_training_that_began_with_a_detector_is_refused(tmp_path: Path) -> None:
+    detector = {"roi_heads.a": torch.zeros(1), "backbone.bottom_up.a": torch.zeros(1)}
+    torch.save({"model": detector}, tmp_path / "detector.pth")
+    with pytest.raises(ConfigError, match=r"detector\.pth, a whole detector"):
+        began(tmp_path, str(tmp_path / "detector.pth"))
+
+
 BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
     f"{chr(98 + n)}: &{chr(98 + n)} [{', '.join([f'*{chr(97 + n)}'] * 9)}]\n" for n in range(12)
 )
@@ -416,6 +525,9 @@ def test_commands_that_would_break_the_page(command: str, tmp_path: Path) -> Non
         ("dataset", ["a"]),
         ("date", "yesterday"),
         ("metrics_sha256", "12"),
+        ("weights_sha256", None),
+        ("weights", "a\nb"),
+        ("trained_from", "<b>"),
         ("versions", {"torch": "a\nb"}),
         ("versions", []),
     ],

@@ -57,8 +57,11 @@ def find_source(coco: Path, split: str) -> Source | None:
     for archive_file in (coco / packed, coco / "annotations" / packed):
         if archive_file.is_file():
             with opened(archive_file) as archive:
-                if f"annotations/{name}" in archive.namelist():
-                    return Source(archive_file, f"annotations/{name}")
+                names = set(archive.namelist())
+                # COCO's own have the folder; somebody who packs them again may leave it out.
+                for member in (f"annotations/{name}", name):
+                    if member in names:
+                        return Source(archive_file, member)
     return None
 
 

@@ -19,10 +19,11 @@ from resnext_det.data.coco.annotation_files import (
 )
 from resnext_det.data.coco.comparing import differences
 from resnext_det.data.coco.counts import Counts, looks_like
-from resnext_det.data.coco.flaws import EFFECT, Flaws, find_flaws, mend
+from resnext_det.data.coco.flaws import Flaws, find_flaws, mend
 from resnext_det.data.coco.members import Members
 from resnext_det.data.coco.names import (
     MINIVAL_FILE,
+    SERVED,
     TRAIN_FROM_2017,
     VALMINUSMINIVAL_FILE,
     VALMINUSMINIVAL_FROM_2017,
@@ -157,6 +158,7 @@ def decide(
     releases: Mapping[str, Release],
     existing: Existing | None,
     folders: Collection[str],
+    complete: Collection[str],
 ) -> tuple[Job | None, list[str]]:
     """Return what is to be done about a part, and what there is to say about it.
 
@@ -165,7 +167,8 @@ def decide(
         members: the images of each set, as far as they are known.
         releases: COCO's own files, by split.
         existing: the part that is there, if it is.
-        folders: the splits whose image folders are there, or will be.
+        folders: the splits whose image folders have images, or will have.
+        complete: those of them that have all images of the part's set.
 
     Raises:
         DatasetError: the part that is there has other images than it should.
@@ -175,30 +178,69 @@ def decide(
     if image_ids is None:  # then nothing of this part is there that would tell them
         return None, []
     if existing is None:
-        wanted = release and _is_wanted(part, releases, folders)
-        return (Job(part, image_ids, release, False), []) if wanted else (None, [])
+        if release is None or not _is_wanted(part, releases, folders, complete):
+            return None, []
+        if better := _better(part, releases, folders, complete):
+            return None, [
+                f"{part.file} is not written: {part.images} lacks some of its images, and {better} "
+                "has them all and serves them"
+            ]
+        return Job(part, image_ids, release, False), []
     strange = np.setdiff1d(existing.table.image_ids, image_ids)
     if len(strange):
         raise DatasetError(
             f"{part.file} has other images than {part.members}: {len(strange):,} of them (such as "
             f"image {strange[0]}). It is some other choice from COCO's images. Move it away."
         )
-    said = [f"{part.file}: {existing.flaws}. {EFFECT}."] if existing.flaws else []
-    if not existing.flaws and release and release[-4:] == part.images[-4:]:
+    said = [f"{part.file}: {existing.flaws}"] if existing.flaws else []
+    if not existing.flaws and release:
         said = [
             f"{part.file} and {releases[release].source} differ. {line}"
             for line in differences(existing.table, releases[release].table.part(image_ids))
         ]
-    if not said:
-        against = f"as {releases[release].source} has it" if release else "nothing to compare with"
-        return None, [f"{part.file} is already right ({existing.table.size}; {against})"]
-    return Job(part, image_ids, release, True), said
+    if said:
+        return Job(part, image_ids, release, True), said
+    if release is None:
+        return None, [
+            f"{part.file} stays as it is ({existing.table.size}, as it should have; not compared, "
+            "as none of COCO's own files with its annotations is there)"
+        ]
+    against = f"as {releases[release].source} has it"
+    return None, [f"{part.file} is already right ({existing.table.size}; {against})"]
 
 
-def _is_wanted(part: Part, releases: Mapping[str, Release], folders: Collection[str]) -> bool:
+def _is_wanted(
+    part: Part,
+    releases: Mapping[str, Release],
+    folders: Collection[str],
+    complete: Collection[str],
+) -> bool:
     if part.instead_of:
-        return part.images in folders and part.instead_of not in folders
+        instead = part.images in complete and part.instead_of not in complete
+        return part.images in folders and (instead or part.instead_of not in folders)
     return part.images in releases or part.images in folders
+
+
+def _better(
+    part: Part,
+    releases: Mapping[str, Release],
+    folders: Collection[str],
+    complete: Collection[str],
+) -> str:
+    """Return the other folder that serves a part's set where its own lacks images; "" for none.
+
+    The file would turn the set, which can be read, to the folder that lacks some of it.
+    """
+    if part.images not in folders or part.images in complete:
+        return ""
+    for pairs in SERVED.values():
+        if part.file not in [file for file, _ in pairs]:
+            continue
+        for file, split in pairs:
+            derived = any(each.file == file for each in PARTS)
+            if split in complete and (derived or split in releases):
+                return split
+    return ""
 
 
 def describe(job: Job, coco: Path, releases: Mapping[str, Release]) -> str:

@@ -14,9 +14,10 @@ from resnext_det.data.coco.annotation_files import Document
 _EXAMPLES = 3
 
 EFFECT = (
-    "pycocotools keeps one annotation per id, so where two share one, it judges an image by the "
-    "other's object: a perfect detector would score below 100 (by very little where all are "
-    "crowds). Figures from the file as it is are not exact; those from the mended one are"
+    "Ids that are floats or repeat: pycocotools keeps one annotation per id, so where two share "
+    "one, it judges an image by the other's object: a perfect detector would score below 100 (by "
+    "very little where all are crowds). Figures from the file as it is are not exact; those "
+    "from the mended one are"
 )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from resnext_det.data.coco.archives import opened
-from resnext_det.data.coco.names import SPLITS, image_name
+from resnext_det.data.coco.names import SPLITS, image_name, is_whole
 from resnext_det.errors import DatasetError
 
 
@@ -19,7 +19,8 @@ class Images:
     Attributes:
         split: one of `SPLITS`.
         folder: where Detectron2 reads them.
-        in_folder: the names of the files in it; empty where it is not there.
+        in_folder: the names of the files in it that have content; none where it is not there.
+        hollow: the other names in it: of empty files, and of links to nothing.
         archive: the zip file, if it is there.
         in_archive: the names of the images in it, without their folder.
     """
@@ -27,6 +28,7 @@ class Images:
     split: str
     folder: Path
     in_folder: frozenset[str]
+    hollow: frozenset[str]
     archive: Path | None
     in_archive: frozenset[str]
 
@@ -56,16 +58,27 @@ def find_images(coco: Path) -> dict[str, Images]:
 
 def _find(coco: Path, split: str) -> Images:
     folder, archive = coco / split, coco / f"{split}.zip"
-    in_folder: frozenset[str] = frozenset()
+    in_folder: set[str] = set()
+    hollow: set[str] = set()
     in_archive: frozenset[str] = frozenset()
     try:
         if folder.is_dir():
-            in_folder = frozenset(entry.name for entry in os.scandir(folder))
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    (in_folder if is_whole(entry) else hollow).add(entry.name)
     except OSError as error:
         raise DatasetError(f"{folder} cannot be listed: {error.strerror or error}.") from error
     if archive.is_file():
         with opened(archive) as packed:
             begins = f"{split}/"
-            names = [name for name in packed.namelist() if name.startswith(begins)]
+            files = [each for each in packed.infolist() if each.file_size > 0]
+            names = [each.filename for each in files if each.filename.startswith(begins)]
             in_archive = frozenset(name.removeprefix(begins) for name in names)
-    return Images(split, folder, in_folder, archive if archive.is_file() else None, in_archive)
+    return Images(
+        split=split,
+        folder=folder,
+        in_folder=frozenset(in_folder),
+        hollow=frozenset(hollow),
+        archive=archive if archive.is_file() else None,
+        in_archive=in_archive,
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -35,10 +35,12 @@ from resnext_det.data.coco.derived import (
     describe,
     read_existing,
 )
+from resnext_det.data.coco.flaws import EFFECT
 from resnext_det.data.coco.images import Images, find_images
 from resnext_det.data.coco.members import Members, tell_members
-from resnext_det.data.coco.names import MINIVAL, SERVED, SPLITS
-from resnext_det.data.coco.tables import build_table, joined
+from resnext_det.data.coco.misplaced import find_misplaced
+from resnext_det.data.coco.names import MINIVAL, SERVED, SPLITS, has_images
+from resnext_det.data.coco.tables import Integers, build_table, joined
 from resnext_det.data.coco.unpacking import plan_unpacking, unpack
 from resnext_det.data.coco.verdict import judge
 from resnext_det.errors import DatasetError
@@ -55,14 +57,26 @@ class Found:
         images: by split.
         releases: COCO's own annotation files, by split.
         existing: the files made of them that are there already, by their name.
-        folders: the splits whose image folders are there, or will be after a dry run's true one.
+        coming: the splits whose images would be unpacked if this were no dry run.
+        folders: the splits whose image folders have images, or will have after a true run.
     """
 
     coco: Path
     images: dict[str, Images]
     releases: dict[str, Release]
     existing: dict[str, Existing]
+    coming: frozenset[str]
     folders: frozenset[str]
+
+    def complete(self, image_ids: Integers | None) -> set[str]:
+        """Return the splits whose folders have all of these images, or will have."""
+        if image_ids is None:
+            return set()
+        return {
+            split
+            for split in self.folders
+            if not self.images[split].missing(image_ids, unpacked=split in self.coming)
+        }
 
 
 def prepare_minival(
@@ -105,16 +119,27 @@ def prepare_minival(
     for name, table in tables.items():
         say(f"{table.source}: {name}, {table.size}, as it should be")
     if members.minival is not None:
-        say(f"minival is val2017 ({len(members.minival):,} images)")
+        say(_what_minival_is(len(members.minival), tables))
     jobs = _decide(found, members, counts, say)
     copies = _copies(found, jobs)
+    _compare(found, say)  # which may refuse the files, so it goes before anything is written
     with _collector_at_rest():
         _write(found, jobs, copies, say, dry_run)
-    _compare(found, say)
     planned = {coco / "annotations" / job.part.file for job in jobs}
     planned |= {target for _, target in copies} | {coco / split for split in coming}
+    for line in find_misplaced(coco):
+        say(line)
     ready = judge(coco, found.images, set(tables), members, planned, bool(coming), say)
     return ready
+
+
+def _what_minival_is(images: int, releases: Collection[str]) -> str:
+    if "val2017" in releases:
+        return f"minival is val2017 ({images:,} images)"
+    return (
+        f"minival has {images:,} images, as it should have; whether they are those of val2017 is "
+        "not compared, as instances_val2017.json is not there"
+    )
 
 
 def _unpack(coco: Path, splits: Sequence[str], say: Say, dry_run: bool, counts: Counts) -> set[str]:
@@ -183,15 +208,16 @@ def _read(coco: Path, coming: set[str], counts: Counts) -> Found:
                 f"{one.source} and {other.source} have other categories: they do not belong "
                 "together. Fetch them again."
             )
-    folders = coming | {split for split in SPLITS if images[split].folder.is_dir()}
-    return Found(coco, images, releases, existing, frozenset(folders))
+    folders = coming | {split for split in SPLITS if has_images(images[split].folder)}
+    return Found(coco, images, releases, existing, frozenset(coming), frozenset(folders))
 
 
 def _decide(found: Found, members: Members, counts: Counts, say: Say) -> list[Job]:
     jobs = []
     for part in PARTS:
         existing = found.existing.get(part.file)
-        job, lines = decide(part, members, found.releases, existing, found.folders)
+        complete = found.complete(getattr(members, part.members))
+        job, lines = decide(part, members, found.releases, existing, found.folders, complete)
         for line in lines:
             say(line)
         if job is not None:
@@ -199,6 +225,8 @@ def _decide(found: Found, members: Members, counts: Counts, say: Say) -> list[Jo
                 table = found.releases[job.release].table.part(job.image_ids)
                 check_size(table, part.members, counts)
             jobs.append(job)
+    if any(found.existing[job.part.file].flaws for job in jobs if job.replaces):
+        say(f"{EFFECT}.")
     return jobs
 
 

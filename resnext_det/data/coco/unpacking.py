@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from resnext_det.data.coco.archives import opened, read_member
 from resnext_det.data.coco.counts import Counts
-from resnext_det.data.coco.names import prefix
+from resnext_det.data.coco.names import image_pattern, is_whole
 from resnext_det.errors import DatasetError
 
 # COCO's images are JPEGs of at most 640 pixels a side: well below one megabyte.
@@ -73,8 +73,13 @@ def plan_unpacking(archive: Path, folder: Path, counts: Counts) -> Unpacking:
         DatasetError: it is damaged, has names that lead out, images twice, too many or too large
             for COCO's, or there is no room for them.
     """
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise DatasetError(
+            f"{folder} is no folder, but a file or a link to nothing: nothing can be unpacked to "
+            "it. Move it away."
+        )
     split = folder.name
-    pattern = re.compile(rf"{split}/{prefix(split)}[0-9]{{12}}\.jpg")
+    pattern = re.compile(rf"{split}/{image_pattern(split).pattern}")
     with opened(archive) as packed:
         files = [member for member in packed.infolist() if not member.is_dir()]
     images = [member for member in files if pattern.fullmatch(member.filename)]
@@ -161,7 +166,8 @@ def _sizes(folder: Path) -> dict[str, int]:
     try:
         if not folder.is_dir():
             return {}
-        return {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
+        with os.scandir(folder) as entries:
+            return {entry.name: entry.stat().st_size for entry in entries if is_whole(entry)}
     except OSError as error:
         raise DatasetError(f"{folder} cannot be listed: {error.strerror or error}.") from error
 

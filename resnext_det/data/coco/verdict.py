@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -25,7 +26,6 @@ _NEEDED = (
     "annotations/instances_val2017.json (or annotations_trainval2017.zip, which holds it), or the "
     "published instances_minival2014.json,"
 )
-_NEEDED_OTHERWISE = "annotations_trainval2014.zip and annotations_trainval2017.zip"
 _EXAMPLES = 3
 
 
@@ -64,9 +64,11 @@ def judge(
             there = images[folder.name]
             missing = there.missing(image_ids, unpacked=unpacked and folder in coming)
             if missing:
-                others = [split for _, split in SERVED[name] if split != folder.name]
-                if name == MINIVAL and "val2017" not in releases:
-                    others = []  # its images alone do not serve it
+                others = {
+                    split: other in coming or other.is_file()
+                    for other, split in _pairs(coco, name)
+                    if split != folder.name
+                }
                 lacking = _lacking_images(coco, there, missing, image_ids, images, others)
         ready[name] = not lacking
         say(f"{name}: {lacking or f'ready, from {file.name} and {folder.name}'}")
@@ -92,7 +94,7 @@ def _lacking_annotations(
     known = "no annotations are there"
     if releases:
         known = f"which images are meant cannot be told from {_listed(releases)} alone"
-    needed = _NEEDED if name == MINIVAL else _NEEDED_OTHERWISE
+    needed = _NEEDED if name == MINIVAL else _needed_otherwise(name, releases)
     return f"{known}. Put {needed} there"
 
 
@@ -102,22 +104,60 @@ def _lacking_images(
     missing: list[str],
     image_ids: Integers,
     images: Mapping[str, Images],
-    others: list[str],
+    others: Mapping[str, bool],
 ) -> str:
+    """Say which images are missing, and what would do instead.
+
+    Args:
+        coco: the folder.
+        there: the images of the split that the name is served from.
+        missing: their names.
+        image_ids: of the set.
+        images: of each split.
+        others: the splits that could serve the set as well, and whether their annotations are
+            there.
+    """
     shown = ", ".join(missing[:_EXAMPLES]) + (", ..." if len(missing) > _EXAMPLES else "")
     text = f"{len(missing):,} of {len(image_ids):,} images are not in {there.folder} ({shown})"
-    for other in others:
-        if there.in_folder and not images[other].missing(image_ids):
-            text += f"; {images[other].folder} has them all: move {there.folder} away to use it"
+    hollow = there.hollow.intersection(missing)
+    if hollow:
+        text += f"; {len(hollow):,} of these are there, but empty or links to nothing"
+    if os.path.lexists(there.folder) and not there.folder.is_dir():
+        text += f"; {there.folder} is no folder, but a file or a link to nothing: move it away"
+    for other, has_annotations in others.items():
+        if images[other].missing(image_ids):
+            continue
+        text += f"; {images[other].folder} has them all"
+        if not has_annotations:
+            text += (
+                f", and only its annotations are missing: put instances_{other}.json into "
+                f"{coco / 'annotations'}, or annotations_trainval{other[-4:]}.zip into {coco}"
+            )
+        elif there.folder.is_dir():
+            text += f": move {there.folder} away to use it"
     packed = [
         split
-        for split in (there.split, *others)
+        for split in (there.split, *(other for other in others if others[other]))
         if images[split].archive and not images[split].missing(image_ids, unpacked=True)
     ]
     if packed:
         command = f"python tools/prepare_minival.py --coco {shlex.quote(str(coco))}"
         text += f"; {packed[0]}.zip has them, unpack it: {command} --unpack {packed[0]}"
     return text
+
+
+def _needed_otherwise(name: str, releases: Collection[str]) -> str:
+    """Return the zip files that are missing to tell the images of a set that is not minival."""
+    years = {split[-4:] for split in releases}
+    if name == TRAIN_2014:
+        return "annotations_trainval2014.zip"
+    joint = " or " if len(years) == 2 else " and "
+    lacking = [year for year in ("2014", "2017") if len(years) == 2 or year not in years]
+    return joint.join(f"annotations_trainval{year}.zip" for year in lacking)
+
+
+def _pairs(coco: Path, name: str) -> list[tuple[Path, str]]:
+    return [(coco / "annotations" / file, split) for file, split in SERVED[name]]
 
 
 def _either(name: str) -> str:

@@ -18,7 +18,7 @@ from resnext_det.files import written_beside
 def written(target: Path) -> Iterator[BinaryIO]:
     """Open a stream beside a file, which takes the file's place when all is written.
 
-    What a killed run leaves beside is written over by the next one.
+    What a killed run leaves beside is removed by one that writes the file again a day later.
 
     Args:
         target: the file; its folder is made.
