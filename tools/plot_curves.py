@@ -30,7 +30,7 @@ def main() -> None:
         type=float,
         default=0.025,
         metavar="SHARE",
-        help="of a curve that each point is the mean of; 0 for none (default: 0.025)",
+        help="of the longest curve that each point is the mean of; 0 for none (default: 0.025)",
     )
     arguments = parser.parse_intermixed_args()
     with reported():
