@@ -1,7 +1,9 @@
-"""Two processes over gloo whose batch norms have seen different images."""
+"""Evaluations that several processes share, over gloo."""
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +51,57 @@ def look():
 if __name__ == "__main__":
     run_everywhere(look, Where(processes=2), ())
 """
+
+
+EVALUATION = """
+import sys
+from pathlib import Path
+
+import torch
+from detectron2.modeling import build_model
+
+from resnext_det import load_config
+from resnext_det.engine.trainer import Trainer
+from resnext_det.launching.launch import run_everywhere
+from resnext_det.launching.processes import Where
+
+
+def evaluate(folder):
+    # Sums of another number of threads come in another order: what is compared is the sharing.
+    torch.set_num_threads(1)
+    words = ["OUTPUT_DIR", folder, "DATASETS.TEST", "('toy_coco_train',)"]
+    cfg = load_config("faster_rcnn_X_26_8x4d_FPN_toy", [*words, "DATALOADER.NUM_WORKERS", "0"])
+    torch.manual_seed(0)
+    Trainer.test(cfg, build_model(cfg))
+
+
+if __name__ == "__main__":
+    for processes in (1, 2, 5):  # 12 images: equal shares, and such as are not
+        folder = str(Path(sys.argv[1]) / str(processes))
+        run_everywhere(evaluate, Where(processes=processes), (folder,))
+"""
+
+
+def test_any_number_of_processes_gives_the_same_to_the_last_digit(
+    tmp_path: Path, datasets: Path
+) -> None:
+    (tmp_path / "evaluation.py").write_text(EVALUATION)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "evaluation.py"), str(tmp_path)],
+        env={**os.environ, "DETECTRON2_DATASETS": str(datasets)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    results, entries = [], []
+    for processes in ("1", "2", "5"):
+        metrics = json.loads((tmp_path / processes / "metrics.json").read_text())
+        entries.append(metrics["datasets"]["toy_coco_train"])
+        results.append((tmp_path / processes / "detections_toy_coco_train.json").read_bytes())
+    assert results[0] == results[1] == results[2]
+    assert entries[0] == entries[1] == entries[2]
+    assert len(json.loads(results[0])) > 100
 
 
 def test_all_evaluate_with_the_statistics_of_the_first_and_train_on_with_their_own(

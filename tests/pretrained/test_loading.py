@@ -311,7 +311,7 @@ def test_no_weights_are_said_so_and_frozen_norms_warned_of() -> None:
 def test_a_file_that_cannot_be_written_leaves_nothing(weights_file: Path, tmp_path: Path) -> None:
     blocked = tmp_path / "a-file"
     blocked.write_text("")
-    with pytest.raises(WeightsError, match="cannot write"):
+    with pytest.raises(WeightsError, match="cannot be written"):
         write_detectron2(read_backbone(weights_file), blocked / "weights.pkl")
     with pytest.raises(WeightsError, match=r"must end in \.pkl"):
         write_detectron2(read_backbone(weights_file), tmp_path / "weights.pth")
