@@ -1,6 +1,6 @@
 # make demo   set everything up in .venv and run the main job on the toy data
-# make test   the tests; make check: ruff and mypy; make test-slow: the demonstration and a
-#             measurement as tests
+# make test   the tests; make check: ruff and mypy; make test-slow: those that
+#             take minutes, such as the demonstration
 # make setup  only the installation; DETECTRON2=source builds upstream Detectron2 from GitHub
 
 VENV ?= .venv

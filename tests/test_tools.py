@@ -146,6 +146,7 @@ PHOTOGRAPHS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_photographs(tool: Tool, real_photographs: Path, tmp_path: Path) -> None:
     """The shipped ResNeXt-50 config on real pictures: train, stop, resume, evaluate, draw.
