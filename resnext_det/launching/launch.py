@@ -109,7 +109,11 @@ def _spawn(function: Callable[..., None], where: Where, arguments: tuple[Any, ..
             except ProcessException as error:
                 end = first_end(error, file, signals)
                 if len(list(file.parent.glob(_DONE.format("*")))) == where.processes:
-                    # All had done their work: gloo's threads can abort a process that leaves.
+                    # Seen with signal 6, as short jobs ended; why was not found out.
+                    logging.getLogger(__name__).warning(
+                        "a process was aborted as it left, after all had done their work: %s",
+                        error,
+                    )
                     end = End.found_at(file)
     if end is not None:
         end.tell()
