@@ -3,17 +3,45 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
+import os
 import re
 import secrets
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from resnext_det.errors import ConfigError, ResNeXtError
+
+
+def open_regular(file: str | Path) -> BinaryIO:
+    """Open a regular file to read its bytes, and nothing else.
+
+    A FIFO would block for ever, and a device may do worse. The check is made on the open file, so
+    that nothing can take its place in between.
+
+    Args:
+        file: a path; symbolic links are followed.
+
+    Raises:
+        OSError: the file cannot be opened, or is not a regular file.
+    """
+    opened = open(file, "rb", opener=_open_without_blocking)  # noqa: PTH123, SIM115
+    if stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
+        return opened
+    opened.close()
+    raise OSError(errno.EINVAL, "not a regular file", str(file))
+
+
+def _open_without_blocking(file: str, flags: int) -> int:
+    # Windows has neither flag. The second keeps a terminal from becoming the process's own.
+    return os.open(file, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
 
 
 @contextlib.contextmanager
@@ -87,7 +115,7 @@ def write_json(target: Path, content: object, *, indent: int | None = 1) -> None
 def file_digest(file: Path, algorithm: str = "sha256") -> str:
     """Return the digest of a file, in hexadecimal."""
     digest = hashlib.new(algorithm)
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
         while part := stream.read(1 << 20):
             digest.update(part)
     return digest.hexdigest()

@@ -7,7 +7,35 @@ from pathlib import Path
 import pytest
 
 from resnext_det.errors import ResNeXtError
-from resnext_det.files import written_beside
+from resnext_det.files import file_digest, open_regular, written_beside
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "device", "folder", "link to a FIFO"])
+def test_only_regular_files_are_opened(kind: str, tmp_path: Path) -> None:
+    """A FIFO that nobody writes to would block for ever."""
+    file = tmp_path / "file"
+    if kind == "FIFO":
+        os.mkfifo(file)
+    elif kind == "device":
+        file = Path("/dev/zero")
+    elif kind == "folder":
+        file.mkdir()
+    else:
+        os.mkfifo(tmp_path / "fifo")
+        file.symlink_to("fifo")
+    for read in (open_regular, file_digest):
+        with pytest.raises(OSError) as raised:
+            read(file)
+        assert raised.value.filename == str(file)
+
+
+def test_a_regular_file_is_opened_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"content")
+    (tmp_path / "link").symlink_to("file")
+    with open_regular(tmp_path / "link") as opened:
+        assert opened.read() == b"content"
+    with pytest.raises(FileNotFoundError):
+        open_regular(tmp_path / "none")
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
