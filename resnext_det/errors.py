@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import reprlib
 import sys
 from collections.abc import Iterator
+from pathlib import PurePath
 
 
 class ResNeXtError(Exception):
@@ -29,6 +31,43 @@ class WeightsError(ResNeXtError):
 
 class TrainingError(ResNeXtError):
     """A training that cannot go on."""
+
+
+def quoted(value: object, limit: int = 200) -> str:
+    """Return a value from outside as it may appear in a message: short, on one line, inert.
+
+    Control characters (C0, C1, DEL), line separators, bidirectional and other invisible marks, and
+    lone surrogates are escaped; what is longer than the limit ends in "...". Paths and exceptions
+    (their line breaks become spaces) give their text; everything else gives its `repr`, so a string
+    comes in quotes.
+
+    Args:
+        value: anything, of any size or depth.
+        limit: most characters of the result, from 8 on.
+    """
+    if isinstance(value, BaseException):
+        return _cut(_escaped(" ".join(str(value)[: 2 * limit].split())), limit)
+    if isinstance(value, PurePath):
+        return _cut(_escaped(str(value)[: limit + 1]), limit)
+    if isinstance(value, str):
+        text = repr(value[: limit + 1])  # escapes whatever str.isprintable rejects
+        return text if len(text) <= limit else _cut(text, limit - 1) + text[0]
+    short = reprlib.Repr()
+    short.maxstring = short.maxlong = short.maxother = limit
+    short.maxlist = short.maxtuple = short.maxdict = short.maxset = 50
+    try:
+        text = short.repr(value)
+    except Exception:  # an int of too many digits, or the value's own __repr__
+        text = f"<{type(value).__name__}>"
+    return _cut(_escaped(text), limit)
+
+
+def _escaped(text: str) -> str:
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 @contextlib.contextmanager

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from resnext_det.errors import DatasetError, reported
+from resnext_det.errors import DatasetError, quoted, reported
 
 
 def test_an_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -28,3 +31,45 @@ def test_ctrl_c_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 def test_other_errors_are_not_hidden() -> None:
     with pytest.raises(ZeroDivisionError), reported():
         raise ZeroDivisionError
+
+
+# C0, ESC, DEL, C1 (CSI), line separator, right-to-left override, byte order mark, lone surrogate.
+HOSTILE = "\0\n\r\x1b[2J\x7f\x9b\u2028\u202e\ufeff\ud800"
+
+
+class Broken:
+    def __repr__(self) -> str:
+        raise ValueError
+
+
+def nested(levels: int) -> Any:
+    value: Any = 0
+    for _ in range(levels):
+        value = {"a": [value]}
+    return value
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *[HOSTILE, HOSTILE.encode(errors="surrogatepass"), Path("a") / HOSTILE[1:], "x" * 2**20],
+        *[ValueError(HOSTILE), KeyError(HOSTILE), [HOSTILE] * 10**6, {HOSTILE: HOSTILE}],
+        *[nested(100_000), 10**10_000, Broken(), "\x1b" * 2**20, range(10**9), {"a" * 2**20: 1}],
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_foreign_values_are_quoted_short_and_inert(value: object) -> None:
+    for limit in (20, 200):
+        text = quoted(value, limit)
+        assert text.isprintable()
+        assert 0 < len(text) <= limit
+
+
+def test_usual_values_are_quoted_as_they_are() -> None:
+    for value in ("it's", 0.02, True, None, [1, 2.5], ("a",), {"A": [1]}, "größe 日本", -1):
+        assert quoted(value) == repr(value)
+    assert quoted(Path("runs/größe")) == "runs/größe"
+    assert quoted(ValueError("bad\n  line")) == "bad line"
+    assert quoted("abcdefghijkl", 10) == "'abcde...'"
+    assert quoted("a" * 198) == repr("a" * 198)
+    assert quoted("\x1b[31m") == "'\\x1b[31m'"
