@@ -16,7 +16,12 @@ import logging
 from pathlib import Path
 
 from resnext_det.errors import reported
-from resnext_det.evaluation import baseline
+from resnext_det.evaluation.compare import (
+    RESAMPLES,
+    compare_with,
+    comparison_document,
+    difference_table,
+)
 from resnext_det.evaluation.details import error_table
 from resnext_det.evaluation.detections import check_detections, read_detections
 from resnext_det.evaluation.engines import ENGINES
@@ -38,8 +43,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cross-check", action="store_true", help="by both; fail if they differ")
     parser.add_argument("--baseline", type=Path, metavar="JSON", help="metrics.json of another")
     parser.add_argument(
-        "--resamples", type=int, default=baseline.RESAMPLES, help="for --baseline's intervals"
+        "--resamples", type=int, default=RESAMPLES, help="for --baseline's intervals"
     )
+    parser.add_argument("--seed", type=int, default=0, help="of the resamples")
     parser.add_argument("--proposals", action="store_true", help="recall, classes left out")
     parser.add_argument("--output", type=Path, metavar="DIR", help="metrics.json and report.html")
     parser.add_argument("--images", type=Path, metavar="DIR", help="pictures for the report")
@@ -50,6 +56,8 @@ def parse() -> argparse.Namespace:
         parser.error("--images is for the report: name a folder for it, --output DIR")
     if arguments.resamples < 0:
         parser.error("--resamples must be 0 or more")
+    if arguments.seed < 0:
+        parser.error("--seed must be 0 or more")
     return arguments
 
 
@@ -73,14 +81,14 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if arguments.cross_check:
         print("\nhotcoco and pycocotools agree.")
     if arguments.baseline:
-        differences = baseline.compare_with(
-            arguments.baseline, truth, detections, arguments.resamples
+        differences = compare_with(
+            arguments.baseline, truth, detections, arguments.resamples, arguments.seed
         )
-        print(f"\n{baseline.table(differences)}")
+        print(f"\n{difference_table(differences)}")
     if arguments.output:
         more = {"images": str((arguments.images or arguments.annotations.parent).resolve())}
         if arguments.baseline:
-            more["baseline"] = baseline.document(arguments.baseline, differences)
+            more["baseline"] = comparison_document(arguments.baseline, differences)
         write_evaluated(
             arguments.output,
             arguments.annotations.stem,

@@ -42,8 +42,8 @@ class Columns:
             np.array([each.get("iscrowd", 0) == 1 for each in records], np.bool_),
         )
 
-    def where(self, kept: NDArray[np.bool_]) -> Columns:
-        """Return the annotations for which `kept`, of shape (N,), is true."""
+    def where(self, kept: NDArray[np.bool_] | NDArray[np.int64]) -> Columns:
+        """Return some of the annotations: `kept` is a mask (N,), or row numbers."""
         return Columns(
             self.image_ids[kept],
             self.category_ids[kept],

@@ -81,8 +81,8 @@ class Detections:
         keys = "image_id", "category_id", "bbox", "score"
         return [dict(zip(keys, row)) for row in zip(*(column.tolist() for column in columns))]
 
-    def where(self, kept: NDArray[np.bool_]) -> Detections:
-        """Return the detections for which `kept`, of shape (N,), is true."""
+    def where(self, kept: NDArray[np.bool_] | NDArray[np.int64]) -> Detections:
+        """Return some of the detections: `kept` is a mask (N,), or row numbers."""
         return Detections(
             self.image_ids[kept], self.category_ids[kept], self.boxes[kept], self.scores[kept]
         )

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from resnext_det.evaluation.baseline import Difference
+from resnext_det.evaluation.compare import Difference
 
 logger = logging.getLogger(__name__)
 

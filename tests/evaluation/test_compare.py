@@ -3,16 +3,23 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from resnext_det.data.columns import Columns
 from resnext_det.data.toy import ToySpec, write_toy_coco
 from resnext_det.errors import DatasetError
-from resnext_det.evaluation.baseline import compare, compare_with, table
+from resnext_det.evaluation.compare import (
+    _resampled,
+    compare,
+    compare_with,
+    difference_table,
+)
 from resnext_det.evaluation.detections import Detections
-from resnext_det.evaluation.engines import by_hotcoco
+from resnext_det.evaluation.engines import by_hotcoco, by_pycocotools
 from resnext_det.evaluation.evaluator import evaluate_detections, write_evaluated
 from resnext_det.evaluation.metrics_file import write_detections
 from resnext_det.evaluation.truth import Truth, read_truth
@@ -36,42 +43,81 @@ def detections(truth: Truth, noise: float, seed: int = 0) -> Detections:
     return Detections(objects.image_ids, objects.category_ids, boxes, scores)
 
 
-def resampled(truth: Truth, found: Detections, drawn: list[int]) -> float:
-    """COCO's AP of images drawn with replacement, each of which is a new one."""
+def duplicated(truth: Truth, found: Detections, drawn: list[int]) -> tuple[float, ...]:
+    """The reference's 12 figures of images drawn with replacement, each copy a new image."""
     objects, ids = truth.objects, range(len(drawn))
     truths = [np.flatnonzero(objects.image_ids == image) for image in drawn]
     founds = [np.flatnonzero(found.image_ids == image) for image in drawn]
-    many = np.concatenate(truths)
-    kept = type(objects)(
-        np.repeat(ids, [len(rows) for rows in truths]),
-        objects.category_ids[many],
-        objects.boxes[many],
-        objects.areas[many],
-        objects.crowds[many],
+    many, rows = np.concatenate(truths), np.concatenate(founds)
+    kept = dataclasses.replace(
+        objects.where(np.isin(np.arange(len(objects.areas)), [])),
+        image_ids=np.repeat(ids, [len(each) for each in truths]),
+        category_ids=objects.category_ids[many],
+        boxes=objects.boxes[many],
+        areas=objects.areas[many],
+        crowds=objects.crowds[many],
     )
-    names = ("",) * len(drawn)
-    again = Truth(truth.file, "", np.arange(len(drawn)), names, truth.categories, kept)
-    rows = np.concatenate(founds)
-    image_ids = np.repeat(ids, [len(part) for part in founds])
+    again = dataclasses.replace(
+        truth, image_ids=np.arange(len(drawn)), file_names=("",) * len(drawn), objects=kept
+    )
+    image_ids = np.repeat(ids, [len(each) for each in founds])
     shown = Detections(image_ids, found.category_ids[rows], found.boxes[rows], found.scores[rows])
-    return 100 * by_hotcoco(again, shown).summary[0]
+    return by_pycocotools(again, shown).summary
 
 
-def test_the_interval_is_that_of_a_bootstrap_over_images(truth: Truth) -> None:
-    before, now = detections(truth, 0.12), detections(truth, 0.1, seed=1)
-    first = compare(truth, before, now, resamples=400)[0]
-    assert first.figure == "AP"
-    generator = np.random.default_rng(7)
-    differences = []
-    for _ in range(400):
-        drawn = generator.choice(truth.image_ids, len(truth.image_ids)).tolist()
-        differences.append(resampled(truth, now, drawn) - resampled(truth, before, drawn))
+def test_every_draw_has_the_reference_s_figures(truth: Truth) -> None:
+    found = detections(truth, 0.12).in_order(truth.image_ids)
+    generator = np.random.default_rng(3)
+    images = len(truth.image_ids)
+    counts = np.stack([generator.multinomial(images, [1 / images] * images) for _ in range(4)])
+    counts[0] = 0
+    counts[0, [2, 5]] = images - 3, 3  # two images alone
+    for count, figures in zip(counts, _resampled(truth, found, counts)):
+        drawn = np.repeat(truth.image_ids, count).tolist()
+        assert figures == pytest.approx(duplicated(truth, found, drawn), abs=1e-12)
+
+
+def one_object_each(images: int, found: Sequence[Sequence[bool]]) -> tuple[Truth, list[Detections]]:
+    """Images of one object each, and detectors that find some of them and nothing else."""
+    ids = np.arange(1, images + 1)
+    boxes = np.tile([10.0, 10, 60, 60], (images, 1))
+    ones = np.ones(images, np.int64)
+    objects = Columns(ids, ones, boxes, boxes[:, 2] * boxes[:, 3], ones == 0)
+    truth = Truth(Path("a.json"), "", ids, ("",) * images, {1: "cat"}, objects)
+    whole = Detections(ids, ones, boxes, np.full(images, 0.9))
+    return truth, [whole.where(np.array(each)) for each in found]
+
+
+def test_a_difference_that_may_be_chance_is_not_called_certain() -> None:
+    """Half of 200 images are found against 60 % of them; 45 images are found by both."""
+    generator = np.random.default_rng(5)
+    images = 200
+    position = np.arange(images)
+    found = [position < 100, (position >= 55) & (position < 175)]
+    truth, (before, now) = one_object_each(images, found)
+    first, second = (compare(truth, before, now, 1000, seed) for seed in (0, 1))
+    # Only one class and no false positives: AP is the share found, at 101 recalls.
+    draws = generator.integers(0, images, (20_000, images))
+    differences = 100 * (found[1][draws].mean(axis=1) - found[0][draws].mean(axis=1))
     lower, upper = np.percentile(differences, [2.5, 97.5])
-    assert first.lower is not None
-    assert first.upper is not None
-    # Each end of 400 resamples has itself an error of about a twelfth of the interval.
-    assert abs(first.lower - lower) < 0.25 * (upper - lower)
-    assert abs(first.upper - upper) < 0.25 * (upper - lower)
+    assert lower < 0 < upper
+    for each in first[0], second[0]:
+        assert each.figure == "AP"
+        assert not each.certain
+        assert (each.lower, each.upper) == pytest.approx((lower, upper), abs=2)
+    assert (first[0].lower, first[0].upper) != (second[0].lower, second[0].upper)
+
+
+@pytest.mark.parametrize(("images", "differing"), [(10, 10), (200, 5)])
+def test_few_images_are_no_evidence(images: int, differing: int) -> None:
+    missed = np.arange(images) < differing
+    truth, (before, now) = one_object_each(images, [~missed, missed | True])
+    found = compare(truth, before, now, resamples=200)[0]
+    assert found.difference is not None
+    assert found.difference > 0
+    assert found.lower is None
+    assert not found.certain
+    assert "too few images" in difference_table((found,))
 
 
 def test_the_figures_are_those_of_both(truth: Truth) -> None:
@@ -85,7 +131,7 @@ def test_the_figures_are_those_of_both(truth: Truth) -> None:
         if each.before is not None and each.now is not None:
             assert each.difference == each.now - each.before
     assert found[0].certain
-    assert "may be chance" not in table(found).splitlines()[2]
+    assert "may be chance" not in difference_table(found).splitlines()[2]
 
 
 def test_a_detector_is_no_better_than_itself(truth: Truth) -> None:
@@ -148,4 +194,4 @@ def test_a_size_that_most_draws_lack_has_no_interval(truth: Truth) -> None:
     assert found["APl"].difference is not None
     assert found["APl"].lower is None
     assert found["APs"].difference is None
-    assert "may be chance" not in table((found["APl"],))
+    assert "too few images" in difference_table((found["APl"],))
