@@ -74,17 +74,49 @@ def _add_training_config(cfg: CfgNode) -> None:
     cfg.WANDB = CfgNode({"ENABLED": False, "PROJECT": "resnext_det"})
 
 
-def resnext_settings(cfg: CfgNode) -> CfgNode:
-    """Return the keys of MODEL.RESNEXT, with the defaults of those that a config lacks.
+def complete(cfg: CfgNode) -> CfgNode:
+    """Return a config with the default of every key that it lacks.
+
+    A config of Detectron2's model zoo, or one that an older version wrote, lacks keys of this
+    package; whoever reads them calls this first.
 
     Args:
-        cfg: any Detectron2 config, with or without the keys of `add_resnext_config`.
+        cfg: any Detectron2 config; it is not changed.
+
+    Returns:
+        The config itself if it is complete, else a copy, frozen if `cfg` is.
     """
-    defaults = get_cfg()
-    add_resnext_config(defaults)
-    settings: CfgNode = defaults.MODEL.RESNEXT
-    settings.update(cfg.MODEL.get("RESNEXT", {}))
-    return settings
+    defaults = _defaults()
+    if not _lacks(cfg, defaults):
+        return cfg
+    full: CfgNode = cfg.clone()
+    full.defrost()
+    _fill(full, defaults)
+    if cfg.is_frozen():
+        full.freeze()
+    return full
+
+
+def _defaults() -> CfgNode:
+    """Return every key, with its default."""
+    cfg = get_cfg()
+    add_resnext_config(cfg)
+    return cfg
+
+
+def _lacks(cfg: CfgNode, defaults: CfgNode) -> bool:
+    return any(
+        name not in cfg or (isinstance(value, CfgNode) and _lacks(cfg[name], value))
+        for name, value in defaults.items()
+    )
+
+
+def _fill(cfg: CfgNode, defaults: CfgNode) -> None:
+    for name, value in defaults.items():
+        if name not in cfg:
+            cfg[name] = value
+        elif isinstance(value, CfgNode):
+            _fill(cfg[name], value)
 
 
 def load_config(file: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
@@ -102,8 +134,7 @@ def load_config(file: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
     Raises:
         ConfigError: the file is missing or no config, or a key or value is refused.
     """
-    cfg = get_cfg()
-    add_resnext_config(cfg)
+    cfg = _defaults()
     path = locate_config(file)
     if len(overrides) % 2:
         raise ConfigError(
@@ -141,8 +172,7 @@ def load_config(file: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
 
 def _refuse_empty(cfg: CfgNode) -> None:
     """Refuse None where there was a value: yacs lets it through for any key."""
-    usual = get_cfg()
-    add_resnext_config(usual)
+    usual = _defaults()
     for key in _keys(cfg):
         given, default = _value(cfg, key), _value(usual, key)
         if given is None and default is not None:

@@ -3,11 +3,17 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import detectron2.model_zoo
 import pytest
 import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog
+from detectron2.data.datasets import register_coco_instances
 from detectron2.modeling import build_model
 
-from resnext_det import load_config, model_zoo
+from resnext_det import add_resnext_config, load_config, model_zoo
+from resnext_det.config import complete
+from resnext_det.engine.trainer import Trainer
 from resnext_det.errors import ConfigError
 
 SHAPES = {
@@ -109,3 +115,40 @@ def test_hostile_and_broken_yaml_is_refused(text: str, tmp_path: Path) -> None:
 def test_the_device_follows_the_machine() -> None:
     expected = "cuda" if torch.cuda.is_available() else "cpu"
     assert expected == load_config("faster_rcnn_X_50_32x4d_FPN_paper").MODEL.DEVICE
+
+
+def test_a_config_without_our_keys_gets_their_defaults() -> None:
+    plain = get_cfg()
+    plain.SOLVER.MAX_ITER = 7
+    plain.freeze()
+    full = get_cfg()
+    add_resnext_config(full)
+    full.SOLVER.MAX_ITER = 7
+    found = complete(plain)
+    assert found == full
+    assert found.is_frozen()
+    assert "SCALING" not in plain.SOLVER
+    assert complete(found) is found
+    partial = full.clone()
+    partial.MODEL.RESNEXT = CfgNode({"FORM": "aggregated"})
+    assert complete(partial).MODEL.RESNEXT == {**full.MODEL.RESNEXT, "FORM": "aggregated"}
+    assert not complete(partial).is_frozen()
+
+
+def test_the_trainer_takes_a_config_of_detectron2s_zoo(datasets: Path, tmp_path: Path) -> None:
+    toy = datasets / "toy_coco"
+    annotations = toy / "annotations" / "instances_val2017.json"
+    register_coco_instances("plain_toy", {}, str(annotations), str(toy / "val2017"))
+    cfg = detectron2.model_zoo.get_config("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
+    words = [*("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "INPUT.MIN_SIZE_TRAIN", "(64,)")]
+    words += ["INPUT.MIN_SIZE_TEST", "64", "DATALOADER.NUM_WORKERS", "0", "SOLVER.STEPS", "()"]
+    words += ["SOLVER.IMS_PER_BATCH", "1", "SOLVER.MAX_ITER", "1", "SOLVER.WARMUP_ITERS", "0"]
+    words += ["OUTPUT_DIR", str(tmp_path), "DATASETS.TRAIN", "('plain_toy',)"]
+    cfg.merge_from_list([*words, "DATASETS.TEST", "('plain_toy',)"])
+    try:
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=False)
+        trainer.train()
+    finally:
+        DatasetCatalog.remove("plain_toy")
+    assert {"metrics.json", "model_final.pth"} <= {path.name for path in tmp_path.iterdir()}

@@ -8,6 +8,8 @@ from pathlib import Path
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
+from resnext_det.config import complete
+
 
 def checkpoint_bytes(model: nn.Module, cfg: CfgNode) -> int:
     """Return about how large a checkpoint of this model is.
@@ -23,7 +25,7 @@ def checkpoint_bytes(model: nn.Module, cfg: CfgNode) -> int:
     held: list[Tensor] = list(model.state_dict().values())
     if cfg.SOLVER.MOMENTUM:
         held += [each for each in weights if each.requires_grad]
-    if cfg.SOLVER.EMA.ENABLED:
+    if complete(cfg).SOLVER.EMA.ENABLED:
         held += weights
     return sum(each.numel() * each.element_size() for each in held)
 

@@ -24,6 +24,7 @@ from detectron2.data import DatasetFromList, get_detection_dataset_dicts
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from resnext_det.config import complete
 from resnext_det.errors import ConfigError, DatasetError
 
 Record = dict[str, Any]
@@ -212,7 +213,7 @@ def build_stream(
     Raises:
         ConfigError: a sampler that is not known here, or a wrong setting.
     """
-    loader = cfg.DATALOADER
+    loader = complete(cfg).DATALOADER
     if loader.BAD_IMAGES not in ("stop", "skip"):
         raise ConfigError(
             f"DATALOADER.BAD_IMAGES is {loader.BAD_IMAGES!r}; it must be stop or skip."

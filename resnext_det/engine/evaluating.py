@@ -11,6 +11,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
 from resnext_det.checkpoints.run import read_run
+from resnext_det.config import complete
 from resnext_det.data.custom import class_names
 from resnext_det.engine.trainer import Trainer
 from resnext_det.errors import ConfigError, DatasetError
@@ -60,6 +61,7 @@ def check_expectations(cfg: CfgNode) -> None:
         ConfigError: an entry has not the form [task, metric, value, tolerance], or names what an
             evaluation does not give; losses are wanted of no data set.
     """
+    cfg = complete(cfg)
     if cfg.TEST.VALIDATION_LOSS and not cfg.DATASETS.TEST:
         raise ConfigError(
             "TEST.VALIDATION_LOSS is True and DATASETS.TEST is empty: name the data set that the "

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 
+from resnext_det.config import complete
 from resnext_det.engine.plan import Plan, make_plan
 from resnext_det.engine.solver import check_solver
 from resnext_det.errors import ConfigError
@@ -95,7 +96,7 @@ def scale(cfg: CfgNode, world_size: int) -> tuple[CfgNode, Plan]:
     SOLVER.IMS_PER_MICRO_BATCH, where it is not 0, sets the size of the micro-batches.
 
     Args:
-        cfg: with the keys of `resnext_det.add_resnext_config`; it is not changed.
+        cfg: any Detectron2 config; it is not changed.
         world_size: processes that train.
 
     Returns:
@@ -108,6 +109,7 @@ def scale(cfg: CfgNode, world_size: int) -> tuple[CfgNode, Plan]:
     """
     if world_size < 1:
         raise ConfigError(f"{world_size} processes cannot train; there must be 1 or more.")
+    cfg = complete(cfg)
     check_solver(cfg)
     scaled = _linear(cfg, world_size) if cfg.SOLVER.SCALING == "linear" else cfg.clone()
     solver = scaled.SOLVER

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from resnext_det.config import complete
 from resnext_det.data.stream import Share, seed_all
 from resnext_det.engine.bad_numbers import BadUpdate, decide
 
@@ -62,7 +63,8 @@ class Arithmetic:
     @classmethod
     def of(cls, cfg: CfgNode) -> Arithmetic:
         """Return what a config asks for."""
-        solver, clip = cfg.SOLVER, cfg.SOLVER.CLIP_GRADIENTS
+        solver = complete(cfg).SOLVER
+        clip = solver.CLIP_GRADIENTS
         clipped = clip.ENABLED and clip.CLIP_TYPE == GLOBAL_NORM
         return cls(
             precision=getattr(torch, solver.AMP.PRECISION) if solver.AMP.ENABLED else None,

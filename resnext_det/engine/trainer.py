@@ -21,6 +21,7 @@ from torch import nn
 
 from resnext_det.checkpoints.disk import checkpoint_bytes, free_bytes
 from resnext_det.checkpoints.writing import export_weights
+from resnext_det.config import complete
 from resnext_det.data.checks import NamingDatasetMapper
 from resnext_det.data.custom import class_names
 from resnext_det.data.stream import Share, build_stream, seeded, training_records
@@ -311,5 +312,6 @@ class Trainer(DefaultTrainer):
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> BoxEvaluator:
         """Return the evaluator that writes metrics.json into OUTPUT_DIR."""
         description = {"weights": cfg.MODEL.WEIGHTS}
-        engine = Engine(cfg.TEST.ENGINE, cfg.TEST.CROSS_CHECK)
+        test = complete(cfg).TEST
+        engine = Engine(test.ENGINE, test.CROSS_CHECK)
         return BoxEvaluator(dataset_name, Path(cfg.OUTPUT_DIR), description, engine)

@@ -17,6 +17,7 @@ from detectron2.utils.events import (
     get_event_storage,
 )
 
+from resnext_det.config import complete
 from resnext_det.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ def build_writers(cfg: CfgNode) -> list[EventWriter]:
     Raises:
         ConfigError: wandb is asked for, and not installed.
     """
+    cfg = complete(cfg)
     output = Path(cfg.OUTPUT_DIR)
     output.mkdir(parents=True, exist_ok=True)
     window = writing_period(cfg.SOLVER.MAX_ITER)

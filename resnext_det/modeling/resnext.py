@@ -9,7 +9,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import BACKBONE_REGISTRY
 from detectron2.modeling.backbone.resnet import BasicStem, ResNet
 
-from resnext_det.config import resnext_settings
+from resnext_det.config import complete
 from resnext_det.errors import ConfigError
 from resnext_det.modeling.arguments import check_types
 from resnext_det.modeling.blocks import Norm, block_class
@@ -207,7 +207,7 @@ def build_resnext_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNeXt:
     from resnext_det.pretrained.fit import check_named_weights
 
     check_named_weights(cfg)
-    resnets, settings = cfg.MODEL.RESNETS, resnext_settings(cfg)
+    resnets, settings = cfg.MODEL.RESNETS, complete(cfg).MODEL.RESNEXT
     template = template_of(cfg)
     refuse_stride_in_1x1(cfg, template)
     return ResNeXt(
@@ -238,7 +238,7 @@ def refuse_stride_in_1x1(cfg: CfgNode, template: Template) -> None:
     """
     if not cfg.MODEL.RESNETS.STRIDE_IN_1X1 or template.cardinality == 1:
         return
-    if resnext_settings(cfg).ALLOW_STRIDE_IN_1X1:
+    if complete(cfg).MODEL.RESNEXT.ALLOW_STRIDE_IN_1X1:
         return
     raise ConfigError(
         f"MODEL.RESNETS.STRIDE_IN_1X1 is True (Detectron2's default) for a ResNeXt {template}. "

@@ -9,7 +9,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, Res5ROIHeads
 from torch import nn
 
-from resnext_det.config import resnext_settings
+from resnext_det.config import complete
 from resnext_det.errors import ConfigError
 from resnext_det.modeling.partial_loads import refuse_partial_loads
 from resnext_det.modeling.resnext import refuse_stride_in_1x1, template_of
@@ -52,7 +52,7 @@ class ResNeXtRes5ROIHeads(Res5ROIHeads):
     # Detectron2 calls it from from_config, the one place where a subclass can give its own res5.
     @classmethod
     def _build_res5_block(cls, cfg: CfgNode) -> tuple[nn.Sequential, int]:
-        resnets, settings = cfg.MODEL.RESNETS, resnext_settings(cfg)
+        resnets, settings = cfg.MODEL.RESNETS, complete(cfg).MODEL.RESNEXT
         template = template_of(cfg)
         refuse_stride_in_1x1(cfg, template)
         check_checkpoint_stages(settings.CHECKPOINT_STAGES)
