@@ -39,7 +39,7 @@ _require_detectron2()
 from resnext_det import data as data  # noqa: E402
 from resnext_det import model_zoo as model_zoo  # noqa: E402
 from resnext_det.config import add_resnext_config, load_config  # noqa: E402
-from resnext_det.data import splits as splits  # noqa: E402
+from resnext_det.data import registered as registered  # noqa: E402
 from resnext_det.modeling import pyramids as pyramids  # noqa: E402
 from resnext_det.modeling.pyramids import (  # noqa: E402
     build_resnext_fpn_backbone,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from resnext_det.data.splits import TOY_FOLDER, datasets_root
+from resnext_det.data.registered import TOY_FOLDER, datasets_root
 from resnext_det.data.toy import ToySpec, write_toy_coco
 from resnext_det.errors import reported
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from resnext_det import model_zoo
-from resnext_det.data.splits import TOY_MINIVAL
+from resnext_det.data.registered import TOY_MINIVAL
 from resnext_det.data.toy import ToySpec
 from resnext_det.errors import ConfigError, DatasetError
 from resnext_det.evaluation.run_folder import (

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,9 @@ from typing import Any
 import numpy as np
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 
-from resnext_det.data.coco.counts import Counts, Size
+from resnext_det.data.minival import Counts, Size
 
-SMALL = Counts(
-    train2014=Size(60, 300), val2014=Size(40, 210), minival=Size(12, 71), minival_annotated=11
-)
+SMALL = Counts(train2014=Size(60, 300), val2014=Size(40, 210), minival=Size(12, 71), annotated=11)
 CATEGORIES = [
     {"supercategory": "thing", "id": each["id"], "name": each["name"]}
     for each in COCO_CATEGORIES
@@ -143,7 +140,7 @@ def generate(counts: Counts = SMALL, points: tuple[int, int] = (20, 40)) -> Gene
     for images, count, annotated in (
         (train, counts.train2014.annotations, None),
         (rest, remainder.annotations, None),
-        (minival, counts.minival.annotations, counts.minival_annotated),
+        (minival, counts.minival.annotations, counts.annotated),
     ):
         # Some images have no annotation, and each of the others has one at the least.
         used = images[: annotated or max(1, len(images) * 99 // 100)]
@@ -198,14 +195,3 @@ def _text(images: Iterator[str], annotations: Iterator[str]) -> Iterator[str]:
             yield f"{', ' if position else ''}{record}"
         yield "]"
     yield f', "categories": {json.dumps(CATEGORIES)}}}'
-
-
-def pack(folder: Path, archive: Path) -> Path:
-    """Move a folder of images, or of annotations, into a zip file laid out as COCO's are."""
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
-        packed.writestr(f"{folder.name}/", b"")
-        for file in sorted(folder.iterdir()):
-            packed.write(file, f"{folder.name}/{file.name}")
-            file.unlink()
-    folder.rmdir()
-    return archive

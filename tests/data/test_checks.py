@@ -11,7 +11,7 @@ import pytest
 
 from resnext_det import load_config
 from resnext_det.data.checks import NamingDatasetMapper, check_datasets
-from resnext_det.data.splits import locate_minival, register_datasets
+from resnext_det.data.registered import locate_minival, register_datasets
 from resnext_det.errors import ConfigError, DatasetError
 
 TOY = "faster_rcnn_X_26_8x4d_FPN_toy"

@@ -10,12 +10,10 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 
-from resnext_det.data.coco.preparing import prepare_minival
-from resnext_det.data.splits import (
+from resnext_det.data.minival import prepare_minival
+from resnext_det.data.registered import (
     datasets_root,
-    locate_minival,
-    locate_train2014,
-    locate_valminusminival,
+    locate,
     register_datasets,
 )
 
@@ -71,11 +69,9 @@ def test_files_and_folders_that_fit_together_are_chosen(
             if not name.startswith("empty "):
                 begins = "" if "2017" in name else f"COCO_{name}_"
                 (coco / name / f"{begins}000000000009.jpg").write_bytes(b"jpeg")
-    locate = {"instances_minival2014": locate_minival, "instances_val2017": locate_minival}.get(
-        expected[0].removesuffix(".json"),
-        locate_train2014 if "train2014" in expected[0] else locate_valminusminival,
-    )
-    assert locate(tmp_path) == (coco / "annotations" / expected[0], coco / expected[1])
+    names = {REMAINDER: NAMES[1], OF_2017: NAMES[1], TRAIN: NAMES[2], TRAIN_OF_2017: NAMES[2]}
+    name = names.get(expected[0], NAMES[0])
+    assert locate(coco, name) == (coco / "annotations" / expected[0], coco / expected[1])
 
 
 @pytest.mark.parametrize("content", ["others", "hollow", "links", "folders"])
@@ -97,11 +93,11 @@ def test_a_folder_without_an_image_of_its_split_is_not_there(content: str, tmp_p
         image.symlink_to(tmp_path / "nowhere")
     else:
         image.mkdir()
-    assert locate_minival(tmp_path)[1] == coco / "val2017"
+    assert locate(coco, NAMES[0])[1] == coco / "val2017"
     (coco / "val2014" / "COCO_val2014_000000000010.jpg").symlink_to(
         coco / "val2017" / "000000000009.jpg"
     )
-    assert locate_minival(tmp_path)[1] == coco / "val2014"
+    assert locate(coco, NAMES[0])[1] == coco / "val2014"
 
 
 def test_registering_opens_nothing_and_is_harmless_twice(tmp_path: Path) -> None:

@@ -1,0 +1,138 @@
+"""The registered data sets: COCO's 2014 names, served from either release, and the toy set."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+
+from resnext_det.data.shapes import CLASSES
+
+TOY_TRAIN = "toy_coco_train"
+TOY_MINIVAL = "toy_coco_minival"
+TOY_FOLDER = "toy_coco"
+MINIVAL = "coco_2014_minival"
+VALMINUSMINIVAL = "coco_2014_valminusminival"
+TRAIN_2014 = "coco_2014_train"
+
+
+@dataclass(frozen=True)
+class Part:
+    """An annotation file and the image folder that goes with it.
+
+    Attributes:
+        file: name of the annotation file.
+        images: the split whose folder and image names it uses.
+        sources: COCO's own files it can be derived from, best first; empty if it is one itself.
+    """
+
+    file: str
+    images: str
+    sources: tuple[str, ...] = ()
+
+
+PARTS: dict[str, tuple[Part, ...]] = {
+    MINIVAL: (
+        Part("instances_minival2014.json", "val2014", ("val2014", "val2017")),
+        Part("instances_val2017.json", "val2017"),
+    ),
+    VALMINUSMINIVAL: (
+        Part("instances_valminusminival2014.json", "val2014", ("val2014", "train2017")),
+        Part("instances_valminusminival2014_from2017.json", "train2017", ("train2017", "val2014")),
+    ),
+    TRAIN_2014: (
+        Part("instances_train2014.json", "train2014"),
+        Part("instances_train2014_from2017.json", "train2017", ("train2017", "train2014")),
+    ),
+}
+"""What each name can be read from, best first. minival is val2017 (Detectron's model zoo)."""
+
+
+def datasets_root() -> Path:
+    """Return $DETECTRON2_DATASETS, or ./datasets, as Detectron2 reads it."""
+    return Path(os.getenv("DETECTRON2_DATASETS", "datasets")).expanduser()
+
+
+def locate(coco: Path, name: str, planned: Collection[Path] = ()) -> tuple[Path, Path]:
+    """Return the annotation file and image folder that a data set is read from.
+
+    The first pair with annotations and images wins, then the first with annotations, then 2014's,
+    whose names appear in Detectron2's error message. No file is opened.
+
+    Args:
+        coco: the folder that holds "annotations".
+        name: a key of `PARTS`.
+        planned: annotation files to treat as present.
+    """
+    pairs = [(coco / "annotations" / part.file, coco / part.images) for part in PARTS[name]]
+    annotated = [pair for pair in pairs if pair[0] in planned or pair[0].is_file()]
+    complete = [pair for pair in annotated if _has_images(pair[1])]
+    return (complete or annotated or pairs)[0]
+
+
+def _has_images(folder: Path) -> bool:
+    # An empty val2014 must not hide a complete val2017, so one image of the right name is needed.
+    try:
+        with os.scandir(folder) as entries:
+            return any(is_image(entry, folder.name) for entry in entries)
+    except OSError:
+        return False
+
+
+def is_image(entry: os.DirEntry[str], split: str) -> bool:
+    """Tell whether a folder's entry is an image of a split; empty files and dangling links are not.
+
+    Args:
+        entry: from `os.scandir`.
+        split: such as "val2014".
+    """
+    digits = entry.name.removeprefix(_prefix(split)).removesuffix(".jpg")
+    if len(digits) != 12 or not digits.isdecimal() or entry.name != f"{_prefix(split)}{digits}.jpg":
+        return False
+    try:
+        return entry.is_file() and entry.stat().st_size > 0
+    except OSError:
+        return False
+
+
+def image_name(split: str, image_id: int) -> str:
+    """Return COCO's file name of an image; those of 2014 begin with the split."""
+    return f"{_prefix(split)}{image_id:012d}.jpg"
+
+
+def _prefix(split: str) -> str:
+    return "" if split.endswith("2017") else f"COCO_{split}_"
+
+
+def register_datasets(root: Path) -> None:
+    """Register COCO's 2014 sets and the toy set; calling it again is harmless.
+
+    Detectron2 registers the 2014 sets from 2014 files only; these entries are replaced. File
+    names are looked at, and no file is opened.
+
+    Args:
+        root: the folder that holds the data sets.
+    """
+    of_coco = MetadataCatalog.get("coco_2017_val").as_dict()
+    classes = {key: of_coco[key] for key in ("thing_classes", "thing_colors")}
+    classes["thing_dataset_id_to_contiguous_id"] = of_coco["thing_dataset_id_to_contiguous_id"]
+    for name in PARTS:
+        _register(name, classes, *locate(root / "coco", name))
+    toy = root / TOY_FOLDER
+    for name, split in ((TOY_TRAIN, "train2017"), (TOY_MINIVAL, "val2017")):
+        annotations = toy / "annotations" / f"instances_{split}.json"
+        _register(name, {"thing_classes": list(CLASSES)}, annotations, toy / split)
+
+
+def _register(name: str, metadata: dict[str, object], annotations: Path, images: Path) -> None:
+    if name in DatasetCatalog.list():
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    register_coco_instances(name, metadata, str(annotations), str(images))
+
+
+register_datasets(datasets_root())
