@@ -32,7 +32,7 @@ def open_regular(file: str | Path) -> BinaryIO:
     Raises:
         OSError: the file cannot be opened, or is not a regular file.
     """
-    opened = open(file, "rb", opener=_open_without_blocking)  # noqa: PTH123, SIM115
+    opened = open(file, "rb", opener=_open_without_blocking)  # noqa: SIM115
     if stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
         return opened
     opened.close()
