@@ -69,7 +69,8 @@ def made_up(size: Size = Size(), seed: int = 0) -> tuple[Truth, Detections]:
     objects = Columns(ids[owners], classes, boxes, boxes[:, 2] * boxes[:, 3] * 0.6, crowds)
     names = {number: f"class {number}" for number in range(1, size.classes + 1)}
     file_names = tuple(f"{number:012}.jpg" for number in ids)
-    truth = Truth(Path("made_up.json"), "", ids, file_names, names, objects)
+    sizes = np.tile(np.array(_SIDES, np.float64), (size.images, 1))
+    truth = Truth(Path("made_up.json"), "", ids, file_names, sizes, names, objects)
 
     of = generator.integers(0, size.objects, size.detections)
     scores = generator.random(size.detections)

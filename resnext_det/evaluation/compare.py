@@ -181,6 +181,7 @@ def _resampled(
         sha256="",
         image_ids=np.arange(len(owners)),
         file_names=("",) * len(owners),
+        sizes=truth.sizes[owners],
         categories=truth.categories,
         objects=dataclasses.replace(columns, image_ids=object_images),
     )

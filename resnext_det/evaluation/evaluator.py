@@ -20,6 +20,7 @@ from resnext_det.evaluation.detections import Detections, check_detections
 from resnext_det.evaluation.engines import ENGINES, accumulated, compute, hotcoco_evaluation
 from resnext_det.evaluation.figures import BoxFigures, figures_of
 from resnext_det.evaluation.metrics_file import file_name_of, write_detections, write_metrics
+from resnext_det.evaluation.plausibility import suspicions
 from resnext_det.evaluation.predictions import Predictions, rows_of
 from resnext_det.evaluation.proposals import proposal_figures, proposal_table
 from resnext_det.evaluation.truth import Truth, read_truth
@@ -70,8 +71,12 @@ def evaluate_detections(
     Raises:
         DatasetError: detections of other images or classes.
         EvaluationError: the engines differ.
+
+    Detections that look as if they were in another form than COCO's are warned about.
     """
     check_detections(detections, truth, source)
+    for suspicion in suspicions(truth, detections):
+        logger.warning("%s: %s", source, suspicion)
     # Ties in score go to the first: the order must not depend on how images were shared out.
     ordered = detections.in_order(truth.image_ids)
     evaluation = hotcoco_evaluation(truth, ordered)

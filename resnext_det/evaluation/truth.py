@@ -15,7 +15,7 @@ from resnext_det.data.checks import read_annotations
 from resnext_det.data.columns import Columns
 from resnext_det.data.findings import Record
 from resnext_det.data.health import Document
-from resnext_det.data.record_forms import is_area, is_box, is_whole, repeated
+from resnext_det.data.record_forms import is_area, is_box, is_side, is_whole, repeated
 from resnext_det.errors import DatasetError
 from resnext_det.files import file_digest
 
@@ -31,6 +31,7 @@ class Truth:
         sha256: of the file, hexadecimal.
         image_ids: (M,), in the order of the file.
         file_names: of the M images, "" where the file has none.
+        sizes: (M, 2): width and height of the images in pixels, 0 where the file has none.
         categories: names by ids, ids ascending.
         objects: N annotations, all of these images and categories; every area is a number.
     """
@@ -39,6 +40,7 @@ class Truth:
     sha256: str
     image_ids: NDArray[np.int64]
     file_names: tuple[str, ...]
+    sizes: NDArray[np.float64]
     categories: dict[int, str]
     objects: Columns
 
@@ -80,7 +82,9 @@ def read_truth(file: Path) -> Truth:
     negative = int((objects.boxes[:, 2:] < 0).any(axis=1).sum())
     if negative:
         logger.warning("%s: %d boxes of negative width or height cannot be found", file, negative)
-    return Truth(file, file_digest(file), image_ids, names, categories, objects)
+    sides = [[image.get("width"), image.get("height")] for image in document["images"]]
+    sizes = np.array([[x if is_side(x) else 0 for x in each] for each in sides], np.float64)
+    return Truth(file, file_digest(file), image_ids, names, sizes, categories, objects)
 
 
 def _image_ids(document: Document, file: Path) -> NDArray[np.int64]:

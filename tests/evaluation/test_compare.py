@@ -58,7 +58,11 @@ def duplicated(truth: Truth, found: Detections, drawn: list[int]) -> tuple[float
         crowds=objects.crowds[many],
     )
     again = dataclasses.replace(
-        truth, image_ids=np.arange(len(drawn)), file_names=("",) * len(drawn), objects=kept
+        truth,
+        image_ids=np.arange(len(drawn)),
+        file_names=("",) * len(drawn),
+        sizes=np.zeros((len(drawn), 2)),
+        objects=kept,
     )
     image_ids = np.repeat(ids, [len(each) for each in founds])
     shown = Detections(image_ids, found.category_ids[rows], found.boxes[rows], found.scores[rows])
@@ -83,7 +87,9 @@ def one_object_each(images: int, found: Sequence[Sequence[bool]]) -> tuple[Truth
     boxes = np.tile([10.0, 10, 60, 60], (images, 1))
     ones = np.ones(images, np.int64)
     objects = Columns(ids, ones, boxes, boxes[:, 2] * boxes[:, 3], ones == 0)
-    truth = Truth(Path("a.json"), "", ids, ("",) * images, {1: "cat"}, objects)
+    truth = Truth(
+        Path("a.json"), "", ids, ("",) * images, np.full((images, 2), 100.0), {1: "cat"}, objects
+    )
     whole = Detections(ids, ones, boxes, np.full(images, 0.9))
     return truth, [whole.where(np.array(each)) for each in found]
 
