@@ -40,7 +40,7 @@ from detectron2.solver.build import get_default_optimizer_params
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 
 from resnext_det import ResNeXt  # the import registers the data sets, too
-from resnext_det.data.checks import NamingDatasetMapper
+from resnext_det.data.mapper import NamingDatasetMapper
 from resnext_det.evaluation.evaluator import box_evaluator
 
 if globals().get("__loader__") is not None:

@@ -72,7 +72,7 @@ def _cut(text: str, limit: int) -> str:
 
 @contextlib.contextmanager
 def reported(code: int = 2) -> Iterator[None]:
-    """Turn the errors of this package, and Ctrl-C, into one line on standard error.
+    """Turn errors of this package, missing permissions and Ctrl-C into one line on standard error.
 
     Args:
         code: the exit code after an error; after Ctrl-C it is 130, as in a shell.
@@ -85,6 +85,10 @@ def reported(code: int = 2) -> Iterator[None]:
     except ResNeXtError as error:
         line = " ".join(_without_traceback(str(error)).split())
         sys.stderr.write(f"error: {line}\n")
+        sys.exit(code)
+    except PermissionError as error:  # of any file or folder that a tool was given
+        where = error.filename if isinstance(error.filename, str) else "a file"
+        sys.stderr.write(f"error: {quoted(PurePath(where))}: {error.strerror}.\n")
         sys.exit(code)
 
 

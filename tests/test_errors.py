@@ -28,6 +28,21 @@ def test_ctrl_c_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "stopped by Ctrl-C\n"
 
 
+def test_a_missing_permission_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Path.is_dir raises it for a folder inside one that may not be searched."""
+
+    def forbidden(path: object, **_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "stat", forbidden)
+    with pytest.raises(SystemExit) as stop, reported():
+        Path("secret\n/images").is_dir()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: secret\\n/images: Permission denied.\n"
+
+
 def test_other_errors_are_not_hidden() -> None:
     with pytest.raises(ZeroDivisionError), reported():
         raise ZeroDivisionError

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from resnext_det import model_zoo
-from resnext_det.data.checks import NamingDatasetMapper
+from resnext_det.data.mapper import NamingDatasetMapper
 from resnext_det.data.registered import datasets_root, register_datasets
 from resnext_det.errors import ConfigError
 from resnext_det.evaluation.evaluator import BoxEvaluator

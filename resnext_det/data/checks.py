@@ -1,4 +1,4 @@
-"""What is looked at before a training or an evaluation begins, and when an image is read."""
+"""What is checked before a training or an evaluation begins."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
-from PIL import Image
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from resnext_det.data.health import Document, examine
 from resnext_det.errors import ConfigError, DatasetError
@@ -198,30 +196,3 @@ def configured_classes(cfg: CfgNode) -> tuple[str, int] | None:
     if cfg.MODEL.META_ARCHITECTURE == "RetinaNet":
         return "MODEL.RETINANET.NUM_CLASSES", int(cfg.MODEL.RETINANET.NUM_CLASSES)
     return None
-
-
-class NamingDatasetMapper(DatasetMapper):
-    """Detectron2's mapper, whose errors name the image file."""
-
-    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any] | None:
-        """Return what the model takes for one record of a data set.
-
-        Raises:
-            DatasetError: the image cannot be read, or is not of the size its record says.
-        """
-        try:
-            mapped: dict[str, Any] | None = super().__call__(  # type: ignore[no-untyped-call]
-                dataset_dict
-            )
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise DatasetError(
-                f"the image {dataset_dict.get('file_name')} cannot be read: {error}. Fetch it "
-                "again, or take it out of the annotations."
-            ) from error
-        except Exception as error:
-            # Detectron2's own class for a size that differs from the record's has no import path
-            # that both of its editions share.
-            if type(error).__name__ != "SizeMismatchError":
-                raise
-            raise DatasetError(f"the image {dataset_dict.get('file_name')}: {error}") from error
-        return mapped

@@ -14,11 +14,11 @@ from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
-from numpy.typing import NDArray
 from PIL import Image
 
 from resnext_det.checkpoints.run import read_run
-from resnext_det.errors import ConfigError
+from resnext_det.errors import ConfigError, DatasetError, quoted
+from resnext_det.images import as_array, check_pixel_format
 from resnext_det.modeling.detectors import build_detector
 from resnext_det.pretrained.loading import load_weights
 
@@ -59,9 +59,11 @@ class Predictor:
                 DATASETS.TEST where it holds none.
 
         Raises:
-            ConfigError: the network is none that gives boxes and classes.
+            ConfigError: the network is none that gives boxes and classes, or INPUT.FORMAT is one
+                that it does not take.
             WeightsError: the weights do not fill the whole detector.
         """
+        check_pixel_format(cfg.INPUT.FORMAT, len(cfg.MODEL.PIXEL_MEAN))
         architecture = cfg.MODEL.META_ARCHITECTURE
         if architecture in _WITHOUT_CLASSES:
             raise _no_boxes(architecture, _WITHOUT_CLASSES[architecture])
@@ -70,17 +72,21 @@ class Predictor:
         self.report = load_weights(self.model, cfg, whole_detector=True)
         self._names = _class_names(cfg)
         self._resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
-        self._bgr = cfg.INPUT.FORMAT == "BGR"
+        self._format = cfg.INPUT.FORMAT
 
     def __call__(self, picture: Image.Image) -> list[Detection]:
         """Find the objects of a picture.
 
         Args:
-            picture: of any mode and size, taken as its pixels lie: an orientation in its EXIF data
-                is not looked at (`resnext_det.looking.pictures.read_picture` turns it upright).
+            picture: of 8 bits a channel, taken as its pixels lie; its EXIF orientation is ignored.
+                `resnext_det.images.read_picture` reads any file as an evaluation does.
 
         Returns:
             The detections, best first.
+
+        Raises:
+            DatasetError: the picture has more than 8 bits a channel, or nothing is left of it
+                once it is resized.
         """
         return self.detect([self.record(picture)])[0]
 
@@ -91,13 +97,23 @@ class Predictor:
             picture: as for a call.
 
         Returns:
-            A record of Detectron2: "image" of shape (3, height, width), and the picture's size.
+            A record of Detectron2: "image" of shape (channels, height, width), and the picture's
+            size.
+
+        Raises:
+            DatasetError: the picture has more than 8 bits a channel, or nothing is left of it
+                once it is resized.
         """
-        pixels: NDArray[np.uint8] = np.asarray(picture.convert("RGB"))
-        height, width = pixels.shape[:2]
-        ordered = pixels[:, :, ::-1] if self._bgr else pixels
-        resized = self._resize.get_transform(ordered).apply_image(ordered)
-        image = torch.as_tensor(resized.astype(np.float32).transpose(2, 0, 1))
+        width, height = picture.size
+        try:
+            pixels = as_array(picture, self._format)
+            resized = self._resize.get_transform(pixels).apply_image(pixels)
+        except (ValueError, RuntimeError) as error:  # such as a strip of which nothing is left
+            raise DatasetError(
+                f"a picture of {width} x {height} pixels cannot be converted to "
+                f"{self._format} and resized: {quoted(error)}"
+            ) from error
+        image = torch.as_tensor(np.array(resized.transpose(2, 0, 1), order="C"))
         return {"image": image, "height": height, "width": width}
 
     @torch.no_grad()

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from resnext_det.errors import DatasetError
 from resnext_det.files import written_beside
+from resnext_det.images import read_picture
 from resnext_det.modeling.resnext import ResNeXt
 from resnext_det.pretrained.layouts import to_torchvision
 
@@ -89,7 +90,7 @@ def cut_crops(root: Path, split: str, side: int, seed: int) -> tuple[Crops, NDAr
     generator = np.random.default_rng(seed)
     crops, labels = [], []
     for record in document["images"]:
-        picture = Image.open(root / split / record["file_name"]).convert("RGB")
+        picture = read_picture(root / split / record["file_name"]).convert("RGB")
         for box, label in boxes.get(record["id"], []):
             crops.append(_crop(picture, box, side, generator))
             labels.append(label)

@@ -22,8 +22,8 @@ from torch import nn
 from resnext_det.checkpoints.disk import checkpoint_bytes, free_bytes
 from resnext_det.checkpoints.writing import export_weights
 from resnext_det.config import complete
-from resnext_det.data.checks import NamingDatasetMapper
 from resnext_det.data.custom import class_names
+from resnext_det.data.mapper import NamingDatasetMapper
 from resnext_det.data.stream import Share, build_stream, seeded, training_records
 from resnext_det.engine.checkpoints import Checkpointer, Checkpoints
 from resnext_det.engine.evaluation_hook import Evaluation, Goal, validation_losses

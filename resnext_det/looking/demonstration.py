@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from PIL import Image
 from tqdm import tqdm
 
-from resnext_det.engine.predictor import Detection, Predictor
+from resnext_det.engine.predictor import Detection, Predictor, Record
 from resnext_det.errors import DatasetError
 from resnext_det.looking.detections_file import (
     DetectionsFile,
@@ -27,7 +27,7 @@ from resnext_det.looking.detections_file import (
 )
 from resnext_det.looking.drawing import draw_detections
 from resnext_det.looking.inputs import Source
-from resnext_det.looking.pictures import read_picture, save_jpeg
+from resnext_det.looking.pictures import read_drawable, save_jpeg
 from resnext_det.looking.video_reading import VideoReader, open_video
 from resnext_det.looking.video_writing import written_video
 
@@ -146,8 +146,8 @@ class Demonstration:
         bar = tqdm(total=len(sources), unit="image", disable=None if sources else True)
         with bar:
             for batch in _batches(self._readable(sources, bar), self._batch):
-                found = self._detect([picture for _, picture in batch])
-                for (source, picture), detections in zip(batch, found):
+                found = self._detect([record for _, _, record in batch])
+                for (source, picture, _), detections in zip(batch, found):
                     save_jpeg(self._draw(picture, detections), self._output / source.drawn)
                     document.add_image(
                         {
@@ -163,15 +163,16 @@ class Demonstration:
 
     def _readable(
         self, sources: Sequence[Source], bar: tqdm[Any]
-    ) -> Iterator[tuple[Source, Image.Image]]:
+    ) -> Iterator[tuple[Source, Image.Image, Record]]:
         for source in sources:
             try:
-                picture = read_picture(source.file)
+                picture = read_drawable(source.file)
+                record = self._predictor.record(picture)
             except DatasetError as error:
                 self.problems.append(Problem(str(source.file), str(error)))
                 bar.update()
                 continue
-            yield source, picture
+            yield source, picture, record
 
     def _run_file(self, source: Source, document: DetectionsFile) -> None:
         try:
@@ -206,7 +207,7 @@ class Demonstration:
             written_video(self._output / drawn, reader.rate) as writer,
         ):
             for batch in itertools.chain([first], batches):
-                found = self._detect([frame.picture for frame in batch])
+                found = self._detect([self._predictor.record(each.picture) for each in batch])
                 for frame, detections in zip(batch, found):
                     writer.write(self._draw(frame.picture, detections), frame.seconds)
                     entries = detection_entries(detections)
@@ -216,8 +217,7 @@ class Demonstration:
         self.videos += 1
         self.frames += written
 
-    def _detect(self, pictures: Sequence[Image.Image]) -> list[list[Detection]]:
-        records = [self._predictor.record(picture) for picture in pictures]
+    def _detect(self, records: Sequence[Record]) -> list[list[Detection]]:
         began = time.perf_counter()
         # What it returns lies in the CPU's memory, so a GPU has finished.
         found = self._predictor.detect(records)

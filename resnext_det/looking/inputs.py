@@ -77,6 +77,8 @@ def _named(word: str, output: Path) -> list[Path]:
                 "another folder with --output."
             )
         return [path]
+    if path.exists():
+        raise ConfigError(f"--input {word} is neither a file nor a folder: name one of those.")
     if not glob.has_magic(word):
         hint = ""
         if _OVERRIDE.fullmatch(word):

@@ -1,86 +1,56 @@
-"""Pictures as Detectron2 reads them, upright, and pictures that are written."""
+"""Pictures that are drawn on, and pictures that are written."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-from detectron2.data.detection_utils import read_image
-from PIL import Image, ImageOps
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from resnext_det.errors import DatasetError
-from resnext_det.files import written_beside
+from resnext_det.errors import DatasetError, quoted
+from resnext_det.files import open_regular, written_beside
+from resnext_det.images import read_header, read_picture
 
 LONGEST_SIDE = 65_500
 """Pixels; libjpeg writes nothing larger (its JPEG_MAX_DIMENSION)."""
 MOST_PIXELS = 178_956_970
 """Twice Pillow's MAX_IMAGE_PIXELS, from where on Pillow itself refuses a picture."""
-LONGEST_PER_SHORTEST = 100
-"""A longer strip is scaled to nothing for the network, and to gigabytes for its labels."""
 
 _QUALITY = 92
 _MAKER = "Software"  # a keyword of the PNG specification
 
 
-def read_picture(file: Path) -> Image.Image:
-    """Read a picture as an evaluation does: upright, as its EXIF orientation says.
-
-    Of 16 bits of grey, the upper 8 are taken, as Pillow takes them of 16 bits of a colour; an
-    evaluation clips them, which leaves next to nothing but white.
+def read_drawable(file: Path) -> Image.Image:
+    """Read a picture as training and evaluation do, unless it is too large to be written again.
 
     Args:
-        file: of any format that Pillow reads; of an animation, the first frame.
-
-    Returns:
-        An RGB picture.
+        file: as for `resnext_det.images.read_image`.
 
     Raises:
-        DatasetError: it cannot be read, or is of a size that no detector takes.
+        DatasetError: it cannot be read, or is too large.
     """
+    header = read_header(file)
     try:
-        with Image.open(file) as header:
-            check_size(*header.size)
-            if _has_16_bits(header):
-                return _in_8_bits(header)
-        return Image.fromarray(read_image(str(file), "RGB"))
-    except MemoryError:
-        raise
-    except Exception as error:  # damaged files make Pillow raise whatever came first
-        raise DatasetError(f"{file} cannot be read as a picture: {error}") from error
-
-
-def _has_16_bits(picture: Image.Image) -> bool:
-    """Whether it is grey of 16 bits; Pillow takes some of those files for 32 bits."""
-    return picture.mode.startswith("I;16") or (
-        picture.mode == "I" and picture.format in ("PNG", "PPM")
-    )
-
-
-def _in_8_bits(picture: Image.Image) -> Image.Image:
-    upper = np.asarray(ImageOps.exif_transpose(picture)).astype(np.int64) >> 8
-    return Image.fromarray(upper.clip(0, 255).astype(np.uint8)).convert("RGB")
+        check_size(header.width, header.height)
+    except DatasetError as error:
+        raise DatasetError(f"the image {quoted(file)} cannot be drawn on: {error}") from error
+    return read_picture(file)
 
 
 def check_size(width: int, height: int) -> None:
-    """Refuse a picture that would take gigabytes, or that no network sees anything of.
+    """Refuse a picture that would take gigabytes, or that no JPEG can hold.
 
     Args:
         width: in pixels.
         height: in pixels.
 
     Raises:
-        DatasetError: it is too large, or too long a strip.
+        DatasetError: it is too large.
     """
     if max(width, height) > LONGEST_SIDE or width * height > MOST_PIXELS:
         raise DatasetError(
             f"it is {width} x {height} pixels, and at most {LONGEST_SIDE} a side and "
-            f"{MOST_PIXELS} altogether are taken"
-        )
-    if max(width, height) > LONGEST_PER_SHORTEST * min(width, height):
-        raise DatasetError(
-            f"it is {width} x {height} pixels: one side may be at most {LONGEST_PER_SHORTEST} "
-            "times the other"
+            f"{MOST_PIXELS} altogether are allowed. Scale it down, or cut it into tiles."
         )
 
 
@@ -119,7 +89,7 @@ def save_png(picture: Image.Image, target: Path, maker: str = "") -> None:
 def made_by(file: Path, maker: str) -> bool:
     """Tell whether `save_png` wrote a file for somebody; False for what cannot be read."""
     try:
-        with Image.open(file, formats=("PNG",)) as picture:
+        with open_regular(file) as stream, Image.open(stream, formats=("PNG",)) as picture:
             return picture.info.get(_MAKER) == maker
     except MemoryError:
         raise

@@ -15,8 +15,8 @@ from detectron2.data import build_detection_test_loader
 from detectron2.data.detection_utils import build_augmentation, convert_image_to_rgb
 from PIL import Image, ImageDraw, ImageOps
 
-from resnext_det.data.checks import NamingDatasetMapper
 from resnext_det.data.custom import class_names
+from resnext_det.data.mapper import NamingDatasetMapper
 from resnext_det.data.stream import Share, build_stream
 from resnext_det.engine.schedule import scale
 from resnext_det.errors import ConfigError, ResNeXtError

@@ -8,12 +8,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 
 from resnext_det.errors import ConfigError, DatasetError
+from resnext_det.files import open_regular
 from resnext_det.looking.pictures import MOST_PIXELS, check_size
 
 if TYPE_CHECKING:
@@ -68,12 +69,16 @@ class VideoReader:
     """
 
     def __init__(
-        self, url: str, name: str, form: str | None = None, options: Mapping[str, str] | None = None
+        self,
+        source: str | BinaryIO,
+        name: str,
+        form: str | None = None,
+        options: Mapping[str, str] | None = None,
     ) -> None:
-        """Open a video; `open_video` and `resnext_det.looking.camera` know what to say.
+        """Open a video; `open_video` and `resnext_det.looking.camera` know what to pass.
 
         Args:
-            url: what FFmpeg opens.
+            source: an open file, which is closed at the end, or FFmpeg's name of a device.
             name: for messages.
             form: FFmpeg's name of the format; None finds it out.
             options: of the format.
@@ -85,19 +90,20 @@ class VideoReader:
         self.name = name
         self._av = require_av()
         try:
-            opened = self._av.open(url, format=form, options=dict(options or {}))
-        except self._av.FFmpegError as error:
+            opened = self._av.open(source, format=form, options=dict(options or {}))
+        except (self._av.FFmpegError, OSError) as error:
             raise DatasetError(
                 f"{name} cannot be opened as a video: {error.strerror}. A file that was cut short "
                 "may lack what its end says about the rest."
             ) from error
+        self._source = source
         self._container: InputContainer = opened
         self._refused = ""  # the first thing that was wrong
         self._end = 0.0  # of the last frame, by the file's own clock
         try:
             self._prepare()
         except BaseException:
-            self._container.close()
+            self._close()
             raise
 
     def _prepare(self) -> None:
@@ -117,7 +123,12 @@ class VideoReader:
 
     def __exit__(self, *_: object) -> None:
         """Close the file."""
+        self._close()
+
+    def _close(self) -> None:
         self._container.close()
+        if not isinstance(self._source, str):
+            self._source.close()
 
     @property
     def rate(self) -> Fraction:
@@ -188,7 +199,7 @@ class VideoReader:
                 return
             except self._av.BlockingIOError:
                 time.sleep(0.005)  # cameras of macOS say so until there is a frame
-            except self._av.FFmpegError as error:
+            except (self._av.FFmpegError, OSError) as error:
                 self._refuse(f"it cannot be read to its end: {error.strerror}")
                 return
 
@@ -231,5 +242,11 @@ def open_video(file: Path) -> VideoReader:
         ConfigError: there is no PyAV.
         DatasetError: it is no video that can be read.
     """
-    options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
-    return VideoReader(str(file.absolute()), str(file), options=options)
+    require_av()
+    try:
+        # FFmpeg is given the open file and may open nothing else.
+        source = open_regular(file)
+    except OSError as error:
+        raise DatasetError(f"{file} cannot be opened as a video: {error.strerror}.") from error
+    options = {"format_whitelist": _FORMATS, "protocol_whitelist": "none"}
+    return VideoReader(source, str(file), options=options)

@@ -18,7 +18,8 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import find_classes
 from torchvision.transforms import InterpolationMode, functional
 
-from resnext_det.errors import ConfigError, DatasetError
+from resnext_det.errors import ConfigError, DatasetError, quoted
+from resnext_det.images import read_picture
 from resnext_det.pretrained.catalog_entry import Accuracy
 
 logger = logging.getLogger(__name__)
@@ -108,22 +109,19 @@ class Preprocessing:
 
 
 def open_image(file: str | Path) -> Image.Image:
-    """Read an image as RGB, as torchvision does: grey and CMYK converted, transparency dropped.
+    """Read an image as RGB, as torchvision does: its EXIF orientation is ignored.
 
     Raises:
-        DatasetError: it is broken, or in more than 8 bits, which would be cut off and not scaled.
+        DatasetError: it cannot be read, or is so long a strip that resizing it fills the memory.
     """
-    try:
-        with Image.open(file) as picture:
-            mode, size = picture.mode, picture.size
-            if not mode.startswith(("I", "F")) and max(size) <= _LONGEST * min(size):
-                return picture.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DatasetError(f"the image {file} cannot be read: {error}") from error
-    raise DatasetError(
-        f"the image {file} is of {size[0]} x {size[1]} pixels in mode {mode}: images have 8 bits "
-        f"per colour, and no side {_LONGEST} times as long as the other."
-    )
+    picture = read_picture(file, upright=False)
+    width, height = picture.size
+    if max(width, height) > _LONGEST * min(width, height):
+        raise DatasetError(
+            f"the image {quoted(Path(file))} is {width} x {height} pixels, and one side may be at "
+            f"most {_LONGEST} times the other. Take it out of the folder."
+        )
+    return picture.convert("RGB")
 
 
 def validation_images(

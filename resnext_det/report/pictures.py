@@ -9,9 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from resnext_det.data.record_forms import leads_out
+from resnext_det.errors import DatasetError
+from resnext_det.images import read_picture
 from resnext_det.report.matching import Labelled, Outcome
 
 logger = logging.getLogger(__name__)
@@ -141,11 +143,9 @@ def make_entry(
         The entry, or None where the picture cannot be read, which is logged.
     """
     try:
-        with Image.open(file) as opened:
-            picture = ImageOps.exif_transpose(opened).convert("RGB")
-    # What Pillow raises for bad files, and for pictures of a size made to exhaust the memory.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        logger.warning("%s cannot be shown: %s", file, error)
+        picture = read_picture(file).convert("RGB")
+    except DatasetError as error:
+        logger.warning("not shown: %s", error)
         return None
     jpeg, (width, height) = _encoded(picture)
     outcome, at_first = compared

@@ -362,7 +362,7 @@ def test_an_evaluation_leaves_headers_and_quality_alone(
     first("category_id", 2)(document)
     document["annotations"][3]["category_id"] = 2
     for_training = lines(examine(document, file.parent))
-    assert any("cannot be opened: 1 (1.png: Unidentified" in line for line in for_training)
+    assert any("cannot be used: 1 (the image" in line for line in for_training)
     assert any("categories without annotations" in line for line in for_training)
     assert lines(examine(document, file.parent, training=False)) == []
 

@@ -10,11 +10,11 @@ from detectron2.modeling import build_model
 from PIL import Image
 
 from resnext_det import load_config
-from resnext_det.data.checks import NamingDatasetMapper
+from resnext_det.data.mapper import NamingDatasetMapper
 from resnext_det.engine.checkpoints import Checkpointer
 from resnext_det.engine.predictor import Predictor, with_threshold
-from resnext_det.errors import ConfigError
-from resnext_det.looking.pictures import read_picture
+from resnext_det.errors import ConfigError, DatasetError
+from resnext_det.images import CHANNELS, read_picture
 
 CLASSES = ("a", "b", "c", "d", "e", "f")
 
@@ -39,23 +39,47 @@ def noise(seed: int) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-@pytest.mark.parametrize("orientation", [1, 6])
-@pytest.mark.parametrize("order", ["BGR", "RGB"])
-def test_a_picture_is_seen_as_an_evaluation_sees_it(
-    config: CfgNode, orientation: int, order: str, tmp_path: Path
-) -> None:
-    """Upright, in the same order of colours and of the same size: boxes are the same."""
-    cfg = config.clone()
-    cfg.defrost()
-    cfg.INPUT.FORMAT = order
+def stored(kind: str, file: Path) -> Path:
     exif = Image.Exif()
-    exif[274] = orientation
-    file = tmp_path / "picture.png"
-    noise(0).save(file, exif=exif)
-    width, height = (90, 60) if orientation == 1 else (60, 90)
-    predictor = Predictor(cfg)
+    exif[274] = 6 if kind == "turned" else 1
+    picture = noise(0)
+    if kind == "16 bits":
+        values = np.random.default_rng(0).integers(0, 65536, (60, 90)).astype(np.uint16)
+        picture = Image.fromarray(values)
+    picture.save(file, exif=exif)
+    return file
+
+
+@pytest.mark.parametrize("kind", ["upright", "turned", "16 bits"])
+@pytest.mark.parametrize("pixel_format", CHANNELS)
+def test_a_picture_is_seen_as_an_evaluation_sees_it(
+    config: CfgNode, kind: str, pixel_format: str, tmp_path: Path
+) -> None:
+    """In every pixel format, and to the last bit."""
+    file = stored(kind, tmp_path / "picture.png")
+    channels = CHANNELS[pixel_format]
+    words = ["INPUT.FORMAT", pixel_format, "MODEL.PIXEL_MEAN", [1.0] * channels]
+    cfg = changed(config, *words, "MODEL.PIXEL_STD", [1.0] * channels)
+    width, height = (60, 90) if kind == "turned" else (90, 60)
     mapper = NamingDatasetMapper(cfg, False)
-    record = mapper({"file_name": str(file), "width": width, "height": height})
+    expected = mapper({"file_name": str(file), "width": width, "height": height})
+    predictor = Predictor(config)
+    predictor._format = pixel_format
+    found = predictor.record(read_picture(file))
+    assert found["image"].dtype == expected["image"].dtype
+    assert found["image"].shape[0] == channels
+    assert torch.equal(found["image"], expected["image"])
+    assert (found["width"], found["height"]) == (width, height)
+
+
+@pytest.mark.parametrize("pixel_format", ["BGR", "RGB", "YUV-BT.601", "HSV", "LAB"])
+def test_boxes_are_those_of_an_evaluation(
+    config: CfgNode, pixel_format: str, tmp_path: Path
+) -> None:
+    cfg = changed(config, "INPUT.FORMAT", pixel_format)
+    file = stored("turned", tmp_path / "picture.png")
+    predictor = Predictor(cfg)
+    record = NamingDatasetMapper(cfg, False)({"file_name": str(file), "width": 60, "height": 90})
     with torch.no_grad():
         expected = predictor.model([record])[0]["instances"]
     found = predictor(read_picture(file))
@@ -66,7 +90,23 @@ def test_a_picture_is_seen_as_an_evaluation_sees_it(
     torch.testing.assert_close(torch.tensor([each.score for each in found]), expected.scores)
     assert [each.category_index for each in found] == expected.pred_classes.tolist()
     assert [each.name for each in found] == [CLASSES[n] for n in expected.pred_classes]
-    assert len({each.category_index for each in found}) > 1
+    if pixel_format == "BGR":
+        assert len({each.category_index for each in found}) > 1
+
+
+def test_a_pixel_format_of_other_channels_is_refused(config: CfgNode) -> None:
+    with pytest.raises(ConfigError, match=r"INPUT\.FORMAT L has 1 channels"):
+        Predictor(changed(config, "INPUT.FORMAT", "L"))
+    with pytest.raises(ConfigError, match=r"INPUT\.FORMAT L has 1 channels"):
+        NamingDatasetMapper(changed(config, "INPUT.FORMAT", "L"), False)
+
+
+@pytest.mark.parametrize("picture", [Image.new("RGB", (1, 2000)), Image.new("F", (90, 60))])
+def test_pictures_that_cannot_be_looked_at_are_refused(
+    config: CfgNode, picture: Image.Image
+) -> None:
+    with pytest.raises(DatasetError, match=r"a picture of \d+ x \d+ pixels cannot be"):
+        Predictor(config)(picture)
 
 
 def test_a_batch_finds_what_single_pictures_give(config: CfgNode) -> None:

@@ -27,7 +27,9 @@ def test_demo(tool: Tool, detector: CfgNode, frames: Callable[..., Path], tmp_pa
     arguments += ["--threshold", 0, "--opts", "INPUT.MAX_SIZE_TEST", 96]
     done = tool("demo.py", [*arguments, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.999])
     assert done.returncode == 1, done.stderr
-    assert done.stderr.splitlines()[-1].startswith(f"error: {folder / 'broken.jpg'} cannot be read")
+    assert done.stderr.splitlines()[-1].startswith(
+        f"error: the image {folder / 'broken.jpg'} cannot be read"
+    )
     assert f"drawn into {output}: 2 images, 1 videos of 3 frames" in done.stdout
     last = done.stdout.splitlines()[-1]
     assert last.startswith("network: ") and "(median of 4, the first batch left out)" in last

@@ -85,7 +85,7 @@ def test_files_that_are_no_pictures_are_none(
     Image.new("RGB", (200, 100)).save(tmp_path / "large.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)  # as those of 179 million pixels are
     assert entry_of(tmp_path / "large.png", [], []) is None
-    assert "large.png cannot be shown" in caplog.text
+    assert "large.png cannot be read" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["../a.jpg", "x/../../a.jpg", "\0", "a" * 5000, "", ".", "b.jpg"])

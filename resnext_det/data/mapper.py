@@ -1,0 +1,100 @@
+"""A record of a data set -> what the model takes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper
+from detectron2.data import detection_utils as utils
+from detectron2.data import transforms as T
+
+from resnext_det.errors import DatasetError, quoted
+from resnext_det.images import check_pixel_format, read_image, read_labels
+
+Record = dict[str, Any]
+
+_ADVICE = (
+    "Replace the file, take it out of the annotations, or train with DATALOADER.BAD_IMAGES skip."
+)
+
+
+class NamingDatasetMapper(DatasetMapper):
+    """Detectron2's mapper with this package's reading of images, and errors that name the file.
+
+    Masks, keypoints, proposals and semantic segmentation are Detectron2's.
+    """
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
+        """Return the arguments that a config stands for.
+
+        Raises:
+            ConfigError: INPUT.FORMAT is unknown, or does not fit MODEL.PIXEL_MEAN.
+        """
+        check_pixel_format(cfg.INPUT.FORMAT, len(cfg.MODEL.PIXEL_MEAN))
+        arguments: dict[str, Any] = super().from_config(cfg, is_train)
+        return arguments
+
+    def __call__(self, dataset_dict: Record) -> Record | None:
+        """Return what the model takes for one record of a data set.
+
+        Args:
+            dataset_dict: in Detectron2's format; it is not changed.
+
+        Raises:
+            DatasetError: the image cannot be read, is not of the size its record says, or has no
+                pixel left after the resizing.
+        """
+        record = copy.deepcopy(dataset_dict)
+        labels = None
+        try:
+            pixels = read_image(record["file_name"], self.image_format)
+            if "sem_seg_file_name" in record:
+                labels = read_labels(record.pop("sem_seg_file_name"))
+        except DatasetError as error:
+            raise DatasetError(f"{error} {_ADVICE}") from error
+        image, labels, transforms = self._augmented(record, pixels, labels)
+        # A copy, since Pillow's own pixels cannot be written to.
+        record["image"] = torch.as_tensor(np.array(image.transpose(2, 0, 1), order="C"))
+        if labels is not None:
+            record["sem_seg"] = torch.as_tensor(labels.astype("long"))
+        if self.proposal_topk is not None:
+            utils.transform_proposals(
+                record, image.shape[:2], transforms, proposal_topk=self.proposal_topk
+            )
+        if not self.is_train:
+            record.pop("annotations", None)
+        elif "annotations" in record:
+            self._transform_annotations(  # type: ignore[no-untyped-call]
+                record, transforms, image.shape[:2]
+            )
+        return record
+
+    def _augmented(
+        self, record: Record, pixels: Any, labels: Any
+    ) -> tuple[Any, Any, T.TransformList]:
+        name = quoted(str(record["file_name"]))
+        try:
+            utils.check_image_size(record, pixels)
+        except ValueError as error:  # Detectron2's SizeMismatchError
+            height, width = pixels.shape[:2]
+            raise DatasetError(
+                f"the image {name} is {width} x {height} pixels, and the annotations say "
+                f"{quoted(record.get('width'), 20)} x {quoted(record.get('height'), 20)}. Correct "
+                "them, or fetch the file again."
+            ) from error
+        augmented = T.AugInput(pixels, sem_seg=labels)
+        try:
+            transforms = self.augmentations(augmented)
+        except (ValueError, RuntimeError) as error:
+            # Such as a strip whose shorter side becomes 0 when the longer one is made to fit.
+            height, width = pixels.shape[:2]
+            raise DatasetError(
+                f"the image {name} of {width} x {height} pixels cannot be resized or augmented: "
+                f"{quoted(error)}. {_ADVICE}"
+            ) from error
+        return augmented.image, augmented.sem_seg, transforms

@@ -1,0 +1,162 @@
+"""The mapper is Detectron2's, but for the images that it opens and what it says of bad ones."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.structures import BoxMode
+from PIL import Image
+
+from resnext_det import load_config
+from resnext_det.data.mapper import NamingDatasetMapper
+from resnext_det.data.stream import Draw, SeededDataset, seeded
+from resnext_det.errors import DatasetError
+
+NAMES = ("left", "right", "middle")
+
+
+def config(*words: Any) -> CfgNode:
+    given = ["INPUT.MIN_SIZE_TRAIN", "(40, 56)", "INPUT.MAX_SIZE_TRAIN", "80", *words]
+    return load_config("faster_rcnn_X_26_8x4d_FPN_toy", [str(word) for word in given])
+
+
+def record(folder: Path) -> dict[str, Any]:
+    """A record with everything that Detectron2 knows."""
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (60, 90, 3), np.uint8)
+    Image.fromarray(pixels).save(folder / "a.png")
+    Image.fromarray(pixels[..., 0] % 5).save(folder / "labels.png")
+    polygon = [10.0, 10.0, 60.0, 12.0, 55.0, 50.0, 12.0, 45.0]
+    one = {
+        "bbox": [10.0, 10.0, 50.0, 40.0],
+        "bbox_mode": BoxMode.XYWH_ABS,
+        "category_id": 2,
+        "iscrowd": 0,
+        "segmentation": [polygon],
+        "keypoints": [12.0, 14.0, 2.0, 50.0, 20.0, 2.0, 30.0, 30.0, 1.0],
+    }
+    return {
+        "file_name": str(folder / "a.png"),
+        "sem_seg_file_name": str(folder / "labels.png"),
+        "height": 60,
+        "width": 90,
+        "image_id": 7,
+        "annotations": [one, {**one, "iscrowd": 1}, {**one, "bbox": [1.0, 2.0, 30.0, 20.0]}],
+        "proposal_boxes": np.array([[1.0, 2.0, 30.0, 40.0], [5.0, 5.0, 80.0, 50.0]], np.float32),
+        "proposal_objectness_logits": np.array([2.0, 1.0], np.float32),
+        "proposal_bbox_mode": BoxMode.XYXY_ABS,
+    }
+
+
+def plain(value: Any) -> Any:
+    """Return a record as numbers that can be compared."""
+    if hasattr(value, "get_fields"):
+        return {name: plain(field) for name, field in value.get_fields().items()}
+    if hasattr(value, "polygons"):
+        return [[each.tolist() for each in polygons] for polygons in value.polygons]
+    value = getattr(value, "tensor", value)
+    return value.tolist() if isinstance(value, torch.Tensor | np.ndarray) else value
+
+
+@pytest.mark.parametrize("is_train", [True, False])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "",
+        "INPUT.CROP.ENABLED True",
+        "MODEL.MASK_ON True",
+        "MODEL.MASK_ON True INPUT.MASK_FORMAT bitmask",
+        "MODEL.KEYPOINT_ON True",
+        "MODEL.LOAD_PROPOSALS True",
+        "INPUT.FORMAT HSV",
+    ],
+)
+def test_a_record_becomes_what_detectron2_makes_of_it(
+    words: str, is_train: bool, tmp_path: Path
+) -> None:
+    name = "mapper_with_keypoints"
+    if name not in DatasetCatalog.list():
+        DatasetCatalog.register(name, list)
+        MetadataCatalog.get(name).set(
+            keypoint_names=NAMES, keypoint_flip_map=[("left", "right")], thing_classes=["a"] * 3
+        )
+    cfg = config("DATASETS.TRAIN", f"('{name}',)", *words.split())
+    given = record(tmp_path)
+    kept = copy.deepcopy(given)
+    found = []
+    for kind in (DatasetMapper, NamingDatasetMapper):
+        with seeded(5):
+            found.append(kind(cfg, is_train)(given))
+    stock, ours = ({key: plain(value) for key, value in each.items()} for each in found)
+    assert list(ours) == list(stock)
+    assert ours == stock
+    assert found[1]["image"].dtype == found[0]["image"].dtype
+    assert {key: plain(value) for key, value in given.items()} == {
+        key: plain(value) for key, value in kept.items()
+    }
+
+
+HARMS = ["truncated", "empty", "another size", "gone", "a strip", "floats", "a FIFO"]
+
+
+def harmed(file: Path, harm: str) -> dict[str, Any]:
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
+    Image.fromarray(pixels).save(file, "PNG")
+    width, height = 90, 60
+    if harm == "truncated":
+        file.write_bytes(file.read_bytes()[:2000])
+    elif harm == "empty":
+        file.write_bytes(b"")
+    elif harm == "another size":
+        width = 999
+    elif harm == "gone":
+        file.unlink()
+    elif harm == "a strip":
+        width, height = 1, 2000
+        Image.new("RGB", (1, 2000)).save(file)
+    elif harm == "floats":
+        Image.fromarray(np.ones((60, 90), np.float32)).save(file, "TIFF")
+    elif harm == "a FIFO":
+        file.unlink()
+        os.mkfifo(file)
+    return {"file_name": str(file), "height": height, "width": width, "image_id": 1}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+@pytest.mark.parametrize("pixel_format", ["BGR", "YUV-BT.601"])
+def test_a_bad_image_is_named(harm: str, pixel_format: str, tmp_path: Path) -> None:
+    bad = harmed(tmp_path / "bad.png", harm)
+    for is_train in (True, False):
+        mapper = NamingDatasetMapper(config("INPUT.FORMAT", pixel_format), is_train)
+        with pytest.raises(DatasetError, match=r"bad\.png") as raised:
+            mapper(bad)
+        assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_bad_image_is_skipped_if_asked(harm: str, tmp_path: Path) -> None:
+    good = {key: value for key, value in record(tmp_path).items() if "proposal" not in key}
+    bad = harmed(tmp_path / "bad.png", harm)
+    mapper = NamingDatasetMapper(config(), True)
+    found = SeededDataset([bad, good], mapper, 1, skip=True)[Draw(0, 0)]
+    assert found["image_id"] == 7
+    assert len(found["skipped"]) >= 1
+    assert all("bad.png" in each for each in found["skipped"])
+    with pytest.raises(DatasetError, match=r"bad\.png"):
+        SeededDataset([bad, good], mapper, 1)[Draw(0, 0)]
+
+
+def test_semantic_labels_are_opened_as_safely(tmp_path: Path) -> None:
+    given = record(tmp_path)
+    (tmp_path / "labels.png").unlink()
+    os.mkfifo(tmp_path / "labels.png")
+    with pytest.raises(DatasetError, match=r"labels\.png cannot be read: not a regular file"):
+        NamingDatasetMapper(config(), True)(given)
