@@ -11,7 +11,7 @@ import pytest
 
 from resnext_det import load_config
 from resnext_det.data.checks import check_datasets
-from resnext_det.data.registered import locate_minival, register_datasets
+from resnext_det.data.registered import locate, register_datasets
 from resnext_det.errors import ConfigError, DatasetError
 
 TOY = "faster_rcnn_X_26_8x4d_FPN_toy"
@@ -144,11 +144,12 @@ def test_what_is_not_evaluated_is_not_examined(registered: Path) -> None:
 
 def test_minival_is_served_from_the_files_that_are_there(tmp_path: Path) -> None:
     """2014 where it is there, else 2017; with neither, the 2014 names stand in the error."""
-    annotations = tmp_path / "coco" / "annotations"
+    coco, name = tmp_path / "coco", "coco_2014_minival"
+    annotations = coco / "annotations"
     annotations.mkdir(parents=True)
     of_2014, of_2017 = "instances_minival2014.json", "instances_val2017.json"
-    assert locate_minival(tmp_path)[0].name == of_2014
+    assert locate(coco, name)[0].name == of_2014
     (annotations / of_2017).write_text(json.dumps({}))
-    assert [path.name for path in locate_minival(tmp_path)] == [of_2017, "val2017"]
+    assert [path.name for path in locate(coco, name)] == [of_2017, "val2017"]
     (annotations / of_2014).write_text(json.dumps({}))
-    assert [path.name for path in locate_minival(tmp_path)] == [of_2014, "val2014"]
+    assert [path.name for path in locate(coco, name)] == [of_2014, "val2014"]
