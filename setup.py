@@ -16,7 +16,7 @@ setup(
     packages=[*find_packages(include=["resnext_det", "resnext_det.*"]), "resnext_det.configs"],
     package_dir={"resnext_det.configs": "configs"},
     package_data={
-        "resnext_det": ["py.typed", "report/*.j2", "zoo_page/*.j2"],
+        "resnext_det": ["py.typed", "report/*.j2"],
         "resnext_det.configs": ["*.yaml", "*.py"],
     },
     # Detectron2 has no name on the package index that pip could resolve.

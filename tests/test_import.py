@@ -19,7 +19,7 @@ before = dict(os.environ), list(logging.getLogger().handlers)
 import resnext_det
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.data import DatasetCatalog
-importlib.reload(resnext_det.splits)
+importlib.reload(resnext_det.registered)
 assert (dict(os.environ), list(logging.getLogger().handlers)) == before
 assert not logging.getLogger("resnext_det").handlers
 for name in ("build_resnext_backbone", "build_resnext_fpn_backbone",

@@ -11,8 +11,6 @@ from typing import Any
 
 import yaml
 
-from resnext_det.published.setting import Setting, setting_of
-
 logger = logging.getLogger(__name__)
 
 
@@ -30,7 +28,6 @@ class ConfigSummary:
         rate: SOLVER.BASE_LR, as text.
         steps: the iterations at which the learning rate falls.
         weights: MODEL.WEIGHTS; "" for none.
-        setting: for a comparison with published results.
     """
 
     depth: int
@@ -42,7 +39,6 @@ class ConfigSummary:
     rate: str
     steps: list[int]
     weights: str
-    setting: Setting
 
 
 def read_config(run: Path) -> ConfigSummary | None:
@@ -80,41 +76,64 @@ def summary_of(text: str) -> ConfigSummary:
     # A tuple may have been dumped as a list or as the text "(320,)".
     steps = [int(digits) for digits in re.findall(r"\d+", str(solver["STEPS"]))]
     depth = resnets["DEPTH"]
-    setting = setting_of(config)
     family = "ResNet" if template == "1x64d" else "ResNeXt"
     return ConfigSummary(
         depth=depth if isinstance(depth, int) else 0,
         template=template,
         model=f"{family}-{depth}" + ("" if family == "ResNet" else f" {template}"),
-        facts=[("Depth", f"{depth} layers"), ("Template", template), *_facts(config, setting)],
+        facts=[("Depth", f"{depth} layers"), ("Template", template), *_facts(config)],
         iterations=grouped(solver["MAX_ITER"]),
         images_per_update=str(solver["IMS_PER_BATCH"]),
         rate=str(solver["BASE_LR"]),
         steps=steps,
         weights=str(model.get("WEIGHTS") or ""),
-        setting=setting,
     )
 
 
-def _facts(config: Mapping[str, Any], setting: Setting) -> list[tuple[str, str]]:
-    detector = ", ".join(part for part in (setting.detector, setting.neck) if part)
+def _facts(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    sizes = {
+        "training": _sizes(config, "MIN_SIZE_TRAIN"),
+        "testing": _sizes(config, "MIN_SIZE_TEST"),
+    }
+    shown = ", ".join(f"{size} in {phase}" for phase, size in sizes.items() if size)
     data = config.get("DATASETS")
     trained_on = data.get("TRAIN") if isinstance(data, Mapping) else None
     names = ", ".join(map(str, trained_on)) if isinstance(trained_on, list) else trained_on
-    sizes = {
-        "training": setting.train_size and "{} to {}".format(*setting.train_size),
-        "testing": setting.test_size,
-    }
-    if setting.train_size and len(set(setting.train_size)) == 1:
-        sizes["training"] = setting.train_size[0]
-    shown = ", ".join(f"{size} in {phase}" for phase, size in sizes.items() if size)
     facts = {
-        "Detector": detector,
-        "Norm": setting.norm,
+        "Detector": _detector(config["MODEL"]),
+        "Norm": config["MODEL"]["RESNETS"].get("NORM"),
         "Trained on": names,
         "Shorter side": f"{shown} (pixels)" if shown else "",
     }
     return [(name, str(value)) for name, value in facts.items() if value]
+
+
+def _sizes(config: Mapping[str, Any], key: str) -> str:
+    given = config.get("INPUT")
+    # A tuple may have been dumped as a list or as the text "(640, 800)".
+    text = str(given.get(key, "")) if isinstance(given, Mapping) else ""
+    found = [int(digits) for digits in re.findall(r"\d+", text)]
+    return " to ".join(dict.fromkeys(map(str, (min(found), max(found))))) if found else ""
+
+
+def _detector(model: Mapping[str, Any]) -> str:
+    """Return the detector and its neck, such as "Faster R-CNN, FPN"."""
+    architecture, heads = model.get("META_ARCHITECTURE"), str(model.get("ROI_HEADS", ""))
+    kind = str(architecture or "")
+    if kind == "GeneralizedRCNN":
+        kind = "Faster R-CNN"
+        for name, on in (
+            ("Keypoint R-CNN", model.get("KEYPOINT_ON")),
+            ("Mask R-CNN", model.get("MASK_ON")),
+            ("Fast R-CNN", model.get("LOAD_PROPOSALS")),
+            ("Cascade R-CNN", "Cascade" in heads),
+        ):
+            kind = name if on is True else kind
+    backbone = str(model.get("BACKBONE", ""))
+    neck = "FPN" if "fpn" in backbone else "C4" if "Res5" in heads else ""
+    if not neck and model["RESNETS"].get("RES5_DILATION") == 2:
+        neck = "DC5"
+    return ", ".join(part for part in (kind, neck) if part)
 
 
 def grouped(number: object) -> str:

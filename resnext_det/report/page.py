@@ -23,7 +23,7 @@ from resnext_det.files import written_beside
 from resnext_det.looking.curves import Curves, loss_curves, precision_curves
 from resnext_det.looking.drawing import MISTAKE_COLOUR, PREDICTION_COLOUR, TRUTH_COLOUR
 from resnext_det.report.baseline import Comparison, comparison_of
-from resnext_det.report.config import ConfigSummary, grouped, read_config
+from resnext_det.report.config import grouped, read_config
 from resnext_det.report.details import ReportDetails, read_details
 from resnext_det.report.gallery import (
     LOWEST,
@@ -32,7 +32,6 @@ from resnext_det.report.gallery import (
     Gallery,
     make_gallery,
 )
-from resnext_det.report.published import Published, published_beside
 from resnext_det.report.schedule import schedule_facts
 from resnext_det.report.weights import weights_facts
 
@@ -77,14 +76,12 @@ class Section:
         evaluation: its figures.
         details: where the detector errs; None where that was not written.
         comparison: with an earlier evaluation, if there was one.
-        published: figures of others.
         gallery: its pictures.
     """
 
     evaluation: Evaluation
     details: ReportDetails | None
     comparison: Comparison | None
-    published: Published
     gallery: Gallery
 
     @property
@@ -151,7 +148,7 @@ def _render(run: Path) -> str:
             config=config,
             schedule=schedule_facts(run, config, training),
             weights=weights_facts(run, metrics.weights, config, trained=bool(training)),
-            sections=[_section(entry, config, share) for entry in metrics.evaluations],
+            sections=[_section(entry, share) for entry in metrics.evaluations],
             trained=bool(training),
             charts=_charts(training, steps),
             steps=steps,
@@ -166,12 +163,11 @@ def _render(run: Path) -> str:
     )
 
 
-def _section(evaluation: Evaluation, config: ConfigSummary | None, most: int) -> Section:
+def _section(evaluation: Evaluation, most: int) -> Section:
     return Section(
         evaluation,
         read_details(evaluation.details),
         comparison_of(evaluation.baseline),
-        published_beside(evaluation, config),
         make_gallery(evaluation, most),
     )
 

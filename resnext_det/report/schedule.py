@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from resnext_det.evaluation.run_folder import Record
-from resnext_det.published.setting import COCO_TRAIN_IMAGES, TRAINVAL35K
 from resnext_det.report.config import ConfigSummary, grouped
 
 _LOG_BYTES = 1_000_000  # the plan stands at the beginning of log.txt
@@ -45,7 +44,7 @@ def schedule_facts(
         facts.append(("Rate falls at", _falls(config)))
     elif batch is not None:
         facts.append(("Images per update", str(batch)))
-    images = _training_images(run, config)
+    images = _training_images(run)
     if images and batch:
         epochs = done * float(batch) / images
         facts.append(("Epochs", f"{epochs:.2f} of {grouped(images)} images"))
@@ -95,14 +94,11 @@ def _finite(training: Sequence[Record], key: str) -> list[float]:
     return [record[key] for record in training if math.isfinite(record.get(key, math.nan))]
 
 
-def _training_images(run: Path, config: ConfigSummary | None) -> int | None:
-    """Return on how many images was trained, by the plan in log.txt, else by COCO's name."""
+def _training_images(run: Path) -> int | None:
+    """Return the number of training images that the plan in log.txt names."""
     try:
         with (run / "log.txt").open("rb") as stream:
             found = _IMAGES.findall(stream.read(_LOG_BYTES).decode("utf-8", "replace"))
     except OSError:
-        found = []
-    if found:
-        return int(found[-1].replace(",", "") or 0)
-    known = config is not None and config.setting.train_set == TRAINVAL35K
-    return COCO_TRAIN_IMAGES if known else None
+        return None
+    return int(found[-1].replace(",", "") or 0) if found else None

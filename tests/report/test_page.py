@@ -341,22 +341,6 @@ def test_details_that_cannot_be_read_are_left_out(copied: Path, text: str | None
     assert "Average precision in %" in page.text
 
 
-def test_published_figures_stand_beside_those_of_minival_alone(copied: Path, run: Path) -> None:
-    config = (run / "config.yaml").read_text()
-    config = config.replace("DEPTH: 26, NUM_GROUPS: 8", "DEPTH: 50, NUM_GROUPS: 32")
-    (copied / "config.yaml").write_text(config)
-    assert "Published figures are of COCO minival" in Page(write_report(copied)).text
-    for name in ("coco_2014_minival", "coco_2017_val"):
-        edited(copied, name=name, image_count=5000)
-        page = Page(write_report(copied))
-        assert re.search(r"Table 8, schedule its own .{1,300} 27\.5 49\.7", page.text), name
-        assert "This run" in page.text
-    edited(copied, name="coco_2017_val", image_count=14)
-    page = Page(write_report(copied))
-    assert "all 5,000 images of COCO minival" in page.text
-    assert "Table 8" not in page.text
-
-
 def test_an_rpn_alone_has_a_page_of_recalls(run: Path) -> None:
     document = json.loads((run / "metrics.json").read_text())
     figures = {f"AR{s}@{n}": n / 13 + len(s) for n in (100, 300, 1000) for s in ("", "s", "m", "l")}

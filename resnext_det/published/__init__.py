@@ -1,1 +1,0 @@
-"""What others published for the same networks, as data."""

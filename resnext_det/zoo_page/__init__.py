@@ -1,1 +1,0 @@
-"""MODEL_ZOO.md, written from data."""
