@@ -89,10 +89,8 @@ def test_a_killed_evaluation_goes_on_with_what_it_has(
         stderr=subprocess.DEVNULL,
     )
     kept = "predictions_toy_coco_train.*.partial/*.jsonl"
-    limit = time.monotonic() + 200
     while not any(file.stat().st_size > 20_000 for file in tmp_path.glob(kept)):
         assert process.poll() is None, "it was over before it could be killed"
-        assert time.monotonic() < limit
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()

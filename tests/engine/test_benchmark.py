@@ -6,7 +6,6 @@ import functools
 import importlib
 import json
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -32,20 +31,34 @@ SIGMOIDS = Subject(
 )
 
 
-class Sleeper(nn.Module):
-    """Takes a known time, and writes down how it was called."""
+class Clock:
+    """Stands in for the module `time`: it moves when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+class Worker(nn.Module):
+    """Takes a known time of a clock, and writes down how it was called."""
 
     def __init__(
-        self, name: str, seconds: float, calls: list[tuple[str, bool, bool, bool]]
+        self,
+        name: str,
+        seconds: float,
+        calls: list[tuple[str, bool, bool, bool]],
+        clock: Clock,
     ) -> None:
         super().__init__()
-        self.name, self.seconds, self.calls = name, seconds, calls
+        self.name, self.seconds, self.calls, self.clock = name, seconds, calls, clock
         self.weight = nn.Parameter(torch.ones(1))
 
     def forward(self, x: torch.Tensor) -> dict[str, Any]:
         gradients, fresh = torch.is_grad_enabled(), self.weight.grad is None
         self.calls.append((self.name, self.training, gradients, fresh))
-        time.sleep(self.seconds)
+        self.clock.now += self.seconds
         return {"a": x * self.weight, "b": [x + self.weight]}
 
 
@@ -60,23 +73,31 @@ def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "peak_memory", peak)
 
 
-def sleepers(calls: list[Any]) -> list[Subject]:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(benchmark, "time", made)
+    return made
+
+
+def workers(calls: list[Any], clock: Clock) -> list[Subject]:
     return [
-        Subject("quick", lambda: Sleeper("quick", 0.02, calls), (2, 3)),
-        Subject("slow", lambda: Sleeper("slow", 0.06, calls), (5, 3)),
+        Subject("quick", lambda: Worker("quick", 2.0, calls, clock), (2, 3)),
+        Subject("slow", lambda: Worker("slow", 6.0, calls, clock), (5, 3)),
     ]
 
 
 @pytest.mark.usefixtures("no_processes")
-def test_times_and_ratios() -> None:
-    found = measure(sleepers([]), rounds=3, warm_up=0, device="cpu")
+def test_times_and_ratios(clock: Clock) -> None:
+    found = measure(workers([], clock), rounds=3, warm_up=0, device="cpu")
     assert [(each.subject, each.mode) for each in found.measurements] == [
         *[("quick", "inference"), ("quick", "training")],
         *[("slow", "inference"), ("slow", "training")],
     ]
     for mode in benchmark.MODES:
-        assert 0.02 <= found.of("quick", mode).median_seconds < 0.04
-        assert 2 < found.time_ratio("slow", "quick", mode) < 4
+        assert found.of("quick", mode).seconds == pytest.approx([2.0] * 3)
+        assert found.of("quick", mode).median_seconds == pytest.approx(2)
+        assert found.time_ratio("slow", "quick", mode) == pytest.approx(3)
         assert found.memory_ratio("slow", "quick", mode) == 2.5
     assert found.of("quick", "training").peak_bytes == 400
     assert (found.device, found.shapes["slow"]) == ("cpu", (5, 3))
@@ -85,9 +106,9 @@ def test_times_and_ratios() -> None:
 
 
 @pytest.mark.usefixtures("no_processes")
-def test_subjects_take_turns_and_the_warm_up_does_not_count() -> None:
+def test_subjects_take_turns_and_the_warm_up_does_not_count(clock: Clock) -> None:
     calls: list[tuple[str, bool, bool, bool]] = []
-    found = measure(sleepers(calls), rounds=2, warm_up=1, device="cpu")
+    found = measure(workers(calls, clock), rounds=2, warm_up=1, device="cpu")
     assert all(len(each.seconds) == 2 for each in found.measurements)
     order = [name for name, *_ in calls[::2]]
     assert order == ["quick", "slow", "slow", "quick", "quick", "slow"]
@@ -98,9 +119,9 @@ def test_subjects_take_turns_and_the_warm_up_does_not_count() -> None:
 
 
 @pytest.mark.usefixtures("no_processes")
-def test_threads_are_left_alone() -> None:
+def test_threads_are_left_alone(clock: Clock) -> None:
     before = torch.get_num_threads(), dict(os.environ)
-    measure(sleepers([]), modes=["inference"], rounds=1, warm_up=0, device="cpu")
+    measure(workers([], clock), modes=["inference"], rounds=1, warm_up=0, device="cpu")
     assert (torch.get_num_threads(), dict(os.environ)) == before
 
 

@@ -243,9 +243,7 @@ def test_what_is_ready_is_served_while_another_process_fetches(
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < until
+    while not condition():  # pytest's timeout ends what never comes
         time.sleep(0.01)
 
 
