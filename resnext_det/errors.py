@@ -62,6 +62,16 @@ def quoted(value: object, limit: int = 200) -> str:
     return _cut(_escaped(text), limit)
 
 
+def plain(text: str, limit: int = 100) -> str:
+    """Return text from outside, such as a name in a table, as `quoted` does but without quotes.
+
+    Args:
+        text: of any length.
+        limit: most characters of the result, from 8 on.
+    """
+    return _cut(_escaped(text[: limit + 1]), limit)
+
+
 def _escaped(text: str) -> str:
     return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
 

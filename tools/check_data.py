@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from resnext_det.data.checks import read_annotations
+from resnext_det.data.annotations import read_annotations
 from resnext_det.data.health import examine
 from resnext_det.errors import DatasetError, reported
 

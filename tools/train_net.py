@@ -17,8 +17,8 @@ from detectron2.utils import comm
 
 from resnext_det.config import load_config, locate_config
 from resnext_det.data import custom
+from resnext_det.data.annotations import forget
 from resnext_det.data.checks import check_datasets
-from resnext_det.data.health import Document
 from resnext_det.engine.evaluating import check_expectations, evaluate, last_checkpoint
 from resnext_det.engine.schedule import check_learning_rate, scale
 from resnext_det.engine.setup import check_folder, set_up
@@ -50,15 +50,13 @@ def parse() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
-def check(
-    cfg: CfgNode, arguments: argparse.Namespace, documents: dict[str, Document], world_size: int
-) -> None:
+def check(cfg: CfgNode, arguments: argparse.Namespace, world_size: int) -> None:
     """Look for what would end the run later, once for all processes."""
     check_expectations(cfg)
     Engine(cfg.TEST.ENGINE)  # refuses one that is not known
     tested, trained = list(cfg.DATASETS.TEST), list(cfg.DATASETS.TRAIN)
     names = tested if arguments.eval_only else [*trained, *tested]
-    check_datasets(cfg, names, documents=documents, ignore_health=arguments.ignore_health)
+    check_datasets(cfg, names, ignore_health=arguments.ignore_health)
     if arguments.eval_only:
         if arguments.resume:
             last_checkpoint(cfg)
@@ -97,9 +95,10 @@ def main() -> None:
         if arguments.cross_check:
             arguments.opts += ["TEST.CROSS_CHECK", "True"]
         cfg = load_config(arguments.config_file, arguments.opts)
-        cfg, documents = custom.from_arguments(cfg, arguments)
-        check(cfg, arguments, documents, where.world_size)
-        del documents  # gigabytes, of the whole of COCO
+        cfg = custom.from_arguments(cfg, arguments)
+        check(cfg, arguments, where.world_size)
+        if where.world_size > 1:
+            forget()  # the processes read for themselves
     launch.run_everywhere(run, where, (cfg, arguments))
 
 

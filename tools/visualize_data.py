@@ -71,10 +71,9 @@ def row(image: TrainingImage) -> list[object]:
 def run(arguments: argparse.Namespace) -> tuple[Path, list[list[object]]]:
     """Write the pictures; return their folder and the table."""
     cfg = load_config(arguments.config_file, arguments.opts)
-    cfg, documents = custom.from_arguments(cfg, arguments)
+    cfg = custom.from_arguments(cfg, arguments)
     names = list(cfg.DATASETS.TEST if arguments.eval_only else cfg.DATASETS.TRAIN)
-    check_datasets(cfg, names, documents=documents, ignore_health=arguments.ignore_health)
-    del documents  # gigabytes, of the whole of COCO
+    check_datasets(cfg, names, ignore_health=arguments.ignore_health)
     folder = arguments.output or Path(cfg.OUTPUT_DIR) / f"images_of_{arguments.split}"
     augmented = not arguments.no_augmentation
     if arguments.eval_only:

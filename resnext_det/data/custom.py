@@ -17,21 +17,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
+from detectron2.data import DatasetCatalog
 
-from resnext_det.data.categories import check_same_categories, read_categories
+from resnext_det.data import annotations
+from resnext_det.data.annotations import Document, read_annotations
+from resnext_det.data.categories import check_same_classes, read_categories
 from resnext_det.data.checks import (
     CUSTOM,
     check_not_empty,
     check_registered,
+    classes_of,
     configured_classes,
-    read_annotations,
 )
-from resnext_det.data.health import Document
 from resnext_det.data.image_files import missing_files
 from resnext_det.data.record_forms import is_name, leads_out
-from resnext_det.errors import ConfigError, DatasetError
+from resnext_det.errors import ConfigError, DatasetError, quoted
 
 logger = logging.getLogger(__name__)
 
@@ -75,9 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def from_arguments(
-    cfg: CfgNode, arguments: argparse.Namespace
-) -> tuple[CfgNode, dict[str, Document]]:
+def from_arguments(cfg: CfgNode, arguments: argparse.Namespace) -> CfgNode:
     """Do what `use` does, as the command line says.
 
     Args:
@@ -85,8 +83,7 @@ def from_arguments(
         arguments: the flags of `add_arguments`, "eval_only", and overrides in "opts".
 
     Returns:
-        The config, and the annotations that were read, by data set, for `check_datasets`. Without
-        any of the flags the config is the given one.
+        The config; without any of the flags, the given one.
 
     Raises:
         ConfigError: flags that contradict each other, the overrides, or the config.
@@ -94,7 +91,7 @@ def from_arguments(
     """
     located = _of_arguments(arguments)
     if not located:
-        return cfg, {}
+        return cfg
     splits = [data.split for data in located]
     if arguments.eval_only and "test" not in splits:
         raise ConfigError("--eval-only evaluates on --test-json, which is not given.")
@@ -110,14 +107,14 @@ def from_arguments(
                 f"{key} beside --train-json or --test-json: both name data sets. {key} takes names "
                 "that are registered, the flags take files; leave one of them out."
             )
-    made, documents = _use(cfg, located)
+    made = _use(cfg, located)
     before, after = configured_classes(cfg), configured_classes(made)
     if before and after and before != after and before[0] in overridden:
         raise ConfigError(
             f"{before[0]} is set to {before[1]}, and the annotations have {after[1]} categories. "
             "Leave it out: it follows from them."
         )
-    return made, documents
+    return made
 
 
 def use(
@@ -130,8 +127,7 @@ def use(
     """Register data sets in this process, and make a config that trains and evaluates on them.
 
     Category ids may start at 0 or 1 and have holes: class i of the model is the category with the
-    i-th id. The test file must have the same categories as the training file, all of them: class i
-    of the evaluation is the i-th id of the test file.
+    i-th id. The test file must have the same names in the same order, all of them.
 
     Args:
         cfg: the config; it is not changed.
@@ -153,7 +149,7 @@ def use(
         *_locate("train", train_json, train_images),
         *_locate("test", test_json, test_images),
     ]
-    return _use(cfg, located)[0]
+    return _use(cfg, located)
 
 
 def register_arguments(arguments: argparse.Namespace) -> None:
@@ -177,13 +173,10 @@ def register(data: CustomData, classes: Sequence[str] = ()) -> None:
         classes: in the order of their category ids, where they are known; Detectron2 adds them as
             it loads the data. With them, an entry of the same name is replaced.
     """
-    if data.name in DatasetCatalog.list():
-        if not classes:
-            return
-        DatasetCatalog.remove(data.name)
-        MetadataCatalog.remove(data.name)
+    if data.name in DatasetCatalog.list() and not classes:
+        return
     metadata = {"thing_classes": list(classes)} if classes else {}
-    register_coco_instances(data.name, metadata, str(data.file), str(data.images))
+    annotations.register(data.name, metadata, data.file, data.images)
 
 
 def class_names(cfg: CfgNode) -> list[str]:
@@ -201,35 +194,29 @@ def class_names(cfg: CfgNode) -> list[str]:
     if not names:
         raise ConfigError("no data set is named: set DATASETS.TRAIN.")
     check_registered(names[0])
-    metadata = MetadataCatalog.get(names[0])
-    if hasattr(metadata, "thing_classes"):
-        return list(metadata.thing_classes)
-    if not hasattr(metadata, "json_file"):
-        raise ConfigError(f"data set {names[0]} has no names of classes (thing_classes).")
-    file = Path(metadata.json_file)
-    document = read_annotations(file, names[0])
-    return list(read_categories(document["categories"], file).values())
+    classes = classes_of(names[0])
+    if classes is None:
+        raise ConfigError(f"data set {quoted(names[0])} has no names of classes (thing_classes).")
+    return classes
 
 
-def _use(cfg: CfgNode, located: list[CustomData]) -> tuple[CfgNode, dict[str, Document]]:
+def _use(cfg: CfgNode, located: list[CustomData]) -> CfgNode:
     key = _check_model(cfg)
     if not located:
         raise ConfigError("no annotations are named: neither to train on nor to evaluate with.")
-    documents: dict[str, Document] = {}
     categories = []
     for data in located:
-        if data.name not in documents:
-            documents[data.name] = read_annotations(data.file, data.name)
-        document = documents[data.name]
+        document = read_annotations(data.file, data.name)
         check_not_empty(document, data.name, data.file, training=data.split == "train")
         _check_file_names(document, data)
-        categories.append(read_categories(document["categories"], data.file))
-    if len(located) == 2:
-        check_same_categories(categories[0], categories[1], located[0].file, located[1].file)
-    if len(documents) < len(located):
+        categories.append(list(read_categories(document["categories"], data.file).values()))
+    check_same_classes(
+        categories[0], categories[-1], quoted(located[0].file), quoted(located[-1].file)
+    )
+    if len({data.name for data in located}) < len(located):
         logger.warning("the figures will be those of the images that are trained on")
     for data in located:
-        register(data, list(categories[0].values()))
+        register(data, categories[0])
     made = cfg.clone()
     made.defrost()
     made.DATASETS.TRAIN = tuple(data.name for data in located if data.split == "train")
@@ -237,7 +224,7 @@ def _use(cfg: CfgNode, located: list[CustomData]) -> tuple[CfgNode, dict[str, Do
     made.merge_from_list([key, len(categories[0])])
     if cfg.is_frozen():
         made.freeze()
-    return made, documents
+    return made
 
 
 def _check_model(cfg: CfgNode) -> str:
@@ -260,13 +247,14 @@ def _check_file_names(document: Document, data: CustomData) -> None:
     out = [name for name in names if leads_out(name)]
     if out:
         raise DatasetError(
-            f"{data.file}: {len(out)} of {len(names)} file names lead out of the image folder, "
-            f"such as {out[0]!r}. They must be relative to --{data.split}-images, without '..'."
+            f"{quoted(data.file)}: {len(out)} of {len(names)} file names lead out of the image "
+            f"folder, such as {quoted(out[0])}. They must be relative to "
+            f"--{data.split}-images, without '..'."
         )
     if names and len(missing_files(names, data.images)) == len(names):
         raise ConfigError(
-            f"none of the images that {data.file} names, such as {names[0]!r}, is in "
-            f"{data.images}: say where they are with --{data.split}-images."
+            f"none of the images that {quoted(data.file)} names, such as {quoted(names[0])}, is in "
+            f"{quoted(data.images)}: say where they are with --{data.split}-images."
         )
 
 
@@ -278,10 +266,10 @@ def _locate(split: str, json: str | Path | None, images: str | Path | None) -> l
         return []
     file = Path(json).expanduser()
     if not file.is_file():
-        raise ConfigError(f"--{split}-json: there is no file {json}.")
+        raise ConfigError(f"--{split}-json: there is no file {quoted(Path(json))}.")
     folder = Path(images).expanduser() if images else file.parent
     if not folder.is_dir():
-        raise ConfigError(f"--{split}-images: there is no folder {images}.")
+        raise ConfigError(f"--{split}-images: there is no folder {quoted(folder)}.")
     return [CustomData(split, file.resolve(), folder.resolve())]
 
 

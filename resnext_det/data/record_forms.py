@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import re
-import reprlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
 from resnext_det.data.findings import Finding, Record, found, show_record
+from resnext_det.errors import quoted
 
 # Up to here whole numbers are exact as a float, and a 64-bit integer holds them.
 GREATEST_ID = 2**53
 _GREATEST_NUMBER = 1e12
+# Drawing a polygon takes memory by the length of its sides.
+_GREATEST_COORDINATE = 1e6
 _SURROGATE = re.compile("[\ud800-\udfff]")
+LEFT_OUT = "leaves them out"
+"""What --ignore-health does about annotations that cannot be used."""
 _ANNOTATION_IDS = ("id", "image_id", "category_id")
 
 
@@ -55,6 +60,103 @@ def is_name(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip()) and not _SURROGATE.search(value)
 
 
+def is_image(record: object) -> bool:
+    """Tell whether an image's record has all that a training or an evaluation reads."""
+    return (
+        isinstance(record, dict)
+        and is_whole(record.get("id"))
+        and is_side(record.get("width"))
+        and is_side(record.get("height"))
+        and is_name(record.get("file_name"))
+    )
+
+
+def is_object(record: object) -> bool:
+    """Tell whether an annotation has an image, a category, a box and a usable "iscrowd".
+
+    Its own id is not looked at: nothing needs it.
+    """
+    return (
+        isinstance(record, dict)
+        and is_whole(record.get("image_id"))
+        and is_whole(record.get("category_id"))
+        and is_box(record.get("bbox"))
+        and record.get("iscrowd") in (0, 1, None)
+    )
+
+
+def is_segmentation(value: object, height: object = None, width: object = None) -> bool:
+    """Tell whether a value is a list of polygons, or an RLE that is safe to decode.
+
+    Args:
+        value: what "segmentation" holds.
+        height: of the image, in pixels; None if it is not known.
+        width: of the image, in pixels; None if it is not known.
+    """
+    if isinstance(value, dict):
+        return _is_rle(value, height, width)
+    if not isinstance(value, list) or not set(map(type, value)) <= {list}:
+        return False
+    return all(_are_coordinates(polygon) for polygon in value)
+
+
+def polygons_of(value: list[list[float]]) -> list[list[float]]:
+    """Return the polygons that have 3 points, which are the ones that Detectron2 keeps."""
+    return [each for each in value if len(each) >= 6 and len(each) % 2 == 0]
+
+
+def is_keypoints(value: object) -> bool:
+    """Tell whether a value is a flat list of x, y and visibility, over and over."""
+    return isinstance(value, list) and len(value) % 3 == 0 and _are_coordinates(value)
+
+
+def _are_coordinates(values: list[Any]) -> bool:
+    # In C: the polygons of COCO hold tens of millions of numbers.
+    if not values:
+        return True
+    if not set(map(type, values)) <= {int, float}:
+        return False
+    if not -_GREATEST_COORDINATE <= min(values) <= max(values) <= _GREATEST_COORDINATE:
+        return False
+    return math.isfinite(sum(values))  # a NaN hides from min and max
+
+
+def _is_rle(value: Record, height: object, width: object) -> bool:
+    size, counts = value.get("size"), value.get("counts")
+    if not isinstance(size, list) or len(size) != 2 or not all(map(is_side, size)):
+        return False
+    if (height is not None and size[0] != height) or (width is not None and size[1] != width):
+        return False
+    if set(map(type, size)) != {int}:
+        return False
+    if isinstance(counts, str):
+        counts = _runs(counts)
+    if not isinstance(counts, list) or not set(map(type, counts)) <= {int}:
+        return False
+    # pycocotools writes as many pixels as the runs say, wherever that is.
+    return min(counts, default=0) >= 0 and sum(counts) == size[0] * size[1]
+
+
+def _runs(text: str) -> list[int] | None:
+    """Return the runs of a compressed RLE, None if it is none; see COCO's rleFrString."""
+    runs: list[int] = []
+    number = shift = 0
+    for sign in text:
+        bits = ord(sign) - 48
+        if not 0 <= bits < 64 or shift > 50:
+            return None
+        number |= (bits & 0x1F) << shift
+        shift += 5
+        if bits & 0x20:
+            continue
+        if bits & 0x10:
+            number -= 1 << shift
+        # From the fourth run on, differences to the last but one are stored.
+        runs.append(number + (runs[-2] if len(runs) > 2 else 0))
+        number = shift = 0
+    return None if shift else runs
+
+
 def leads_out(file_name: str) -> bool:
     """Tell whether a file name leaves the image folder: an absolute path, or one with ".."."""
     path = PurePosixPath(file_name)
@@ -77,8 +179,10 @@ def check_images(images: list[Record]) -> Iterator[Finding]:
     yield from found("error", "images without a file_name", bad, show_record("file_name"))
     names = [each["file_name"] for each in images if is_name(each.get("file_name"))]
     what = 'file names that lead out of the image folder (absolute, or with "..")'
-    yield from found("error", what, [name for name in names if leads_out(name)], reprlib.repr)
-    yield from found("error", "file names of several images", repeated(names), reprlib.repr)
+    out = [name for name in names if leads_out(name)]
+    yield from found("error", what, out, quoted, ignored="reads them where they lead")
+    what = "file names of several images"
+    yield from found("error", what, repeated(names), quoted, ignored="takes each as an image")
 
 
 def check_categories(categories: list[Record]) -> Iterator[Finding]:
@@ -91,7 +195,7 @@ def check_categories(categories: list[Record]) -> Iterator[Finding]:
     bad = [each for each in categories if not is_name(each.get("name"))]
     yield from found("error", "categories without a name", bad, show_record("name"))
     names = [each["name"] for each in categories if is_name(each.get("name"))]
-    yield from found("error", "names of several categories", repeated(names), reprlib.repr)
+    yield from found("error", "names of several categories", repeated(names), quoted)
 
 
 def check_annotations(annotations: list[Record]) -> tuple[list[Finding], list[Record]]:
@@ -101,11 +205,12 @@ def check_annotations(annotations: list[Record]) -> tuple[list[Finding], list[Re
         annotations: the records.
     """
     boxless = [each for each in annotations if not is_box(each.get("bbox"))]
+    what = "boxes that are not 4 finite numbers"
     findings = [
         *_check_ids("annotations", annotations, _ANNOTATION_IDS),
-        *found("error", "boxes that are not 4 finite numbers", boxless, show_record("bbox")),
+        *found("error", what, boxless, show_record("bbox"), ignored=LEFT_OUT),
         *_check_flags(annotations),
-        *_check_segmentations(annotations),
+        *_check_keypoints(annotations),
         *_check_areas(annotations),
     ]
     strange = any(_not_whole(annotations, key) for key in _ANNOTATION_IDS)
@@ -119,11 +224,16 @@ def check_annotations(annotations: list[Record]) -> tuple[list[Finding], list[Re
 
 
 def _check_flags(annotations: list[Record]) -> Iterator[Finding]:
-    bad = [each for each in annotations if each.get("iscrowd", 0) not in (0, 1)]
-    yield from found("error", "iscrowd that is not 0 or 1", bad, show_record("iscrowd"))
-    bad = [each for each in annotations if each.get("ignore", 0) != 0]
+    show = show_record("iscrowd")
+    what = "iscrowd that is not 0 or 1"
+    bad = [each for each in annotations if each.get("iscrowd", 0) not in (0, 1, None)]
+    yield from found("error", what, bad, show, ignored=LEFT_OUT)
+    bad = [each for each in annotations if each.get("iscrowd", 0) is None]
+    yield from found("error", f"{what}, but null", bad, show, ignored="takes it as 0")
+    bad = [each for each in annotations if each.get("ignore")]
     what = 'annotations to ignore, which Detectron2 refuses (use "iscrowd": 1)'
-    yield from found("error", what, bad, show_record("ignore"))
+    does = "leaves them out of a training and, like pycocotools, evaluates them as objects"
+    yield from found("error", what, bad, show_record("ignore"), ignored=does)
 
 
 def _check_areas(annotations: list[Record]) -> Iterator[Finding]:
@@ -134,38 +244,52 @@ def _check_areas(annotations: list[Record]) -> Iterator[Finding]:
         [each for each in annotations if each.get("area") is not None] if without else annotations
     )
     bad = [each for each in given if not is_area(each["area"])]
-    yield from found("error", "areas that are no number from 0 on", bad, show_record("area"))
+    what, does = "areas that are no number from 0 on", "evaluates with the box's"
+    yield from found("error", what, bad, show_record("area"), ignored=does)
 
 
-def _check_segmentations(annotations: list[Record]) -> Iterator[Finding]:
+def check_segmentations(annotations: list[Record], images: list[Record]) -> Iterator[Finding]:
+    """Yield what is wrong with masks.
+
+    Args:
+        annotations: the records.
+        images: the records; an RLE must be of its image's size.
+    """
     segmented = [each for each in annotations if each.get("segmentation")]
-    bad = [each for each in segmented if not _is_segmentation(each["segmentation"])]
-    what = "segmentations that are neither polygons nor RLE"
-    yield from found("error", what, bad, show_record("segmentation"))
-    bad = [each for each in segmented if _is_left_out(each["segmentation"])]
+    sizes = {
+        each["id"]: (each.get("height"), each.get("width"))
+        for each in images
+        if is_whole(each.get("id"))
+    }
+    bad, empty = [], []
+    for each in segmented:
+        mask, image = each["segmentation"], each.get("image_id")
+        size = sizes.get(image, (None, None)) if is_whole(image) else (None, None)
+        if not is_segmentation(mask, *size):
+            bad.append(each)
+        elif isinstance(mask, list) and not polygons_of(mask):
+            # Detectron2's rule, whether masks are trained or not.
+            empty.append(each)
+    what = "segmentations that are neither polygons nor an RLE of the image's size"
+    show = show_record("segmentation")
+    yield from found("error", what, bad, show, ignored="goes on without these masks")
     what = "objects that Detectron2 leaves out, as no polygon of theirs has 3 points"
-    yield from found("error", what, bad, show_record("segmentation"))
+    yield from found("error", what, empty, show, ignored=LEFT_OUT)
 
 
-def _is_segmentation(value: object) -> bool:
-    if isinstance(value, dict):
-        return isinstance(value.get("counts"), (str, list)) and isinstance(value.get("size"), list)
-    return isinstance(value, list) and set(map(type, value)) <= {list}
-
-
-def _is_left_out(value: object) -> bool:
-    # The rule of Detectron2's load_coco_json, whether masks are trained or not.
-    return (
-        isinstance(value, list)
-        and _is_segmentation(value)
-        and not any(count >= 6 and count % 2 == 0 for count in map(len, value))
-    )
+def _check_keypoints(annotations: list[Record]) -> Iterator[Finding]:
+    given = [each for each in annotations if each.get("keypoints")]
+    bad = [each for each in given if not is_keypoints(each["keypoints"])]
+    what = "keypoints that are not a flat list of x, y and visibility"
+    does = "goes on without these keypoints"
+    yield from found("error", what, bad, show_record("keypoints"), ignored=does)
 
 
 def _check_ids(kind: str, records: list[Record], keys: Sequence[str]) -> Iterator[Finding]:
     for key in keys:
         what = f"{kind} whose {key} is no whole number from 0 on"
-        yield from found("error", what, _not_whole(records, key), show_record(key))
+        does = "" if kind != "annotations" else "does without" if key == "id" else LEFT_OUT
+        yield from found("error", what, _not_whole(records, key), show_record(key), ignored=does)
     floats = [record for record in records if float in {type(record.get(key)) for key in keys}]
     what = f"{kind} with ids that are written 1.0, not 1"
     yield from found("warning", what, floats, show_record(*keys))

@@ -7,9 +7,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
+from detectron2.data import MetadataCatalog
 
+from resnext_det.data.annotations import register
 from resnext_det.data.shapes import CLASSES
 
 TOY_TRAIN = "toy_coco_train"
@@ -121,18 +121,11 @@ def register_datasets(root: Path) -> None:
     classes = {key: of_coco[key] for key in ("thing_classes", "thing_colors")}
     classes["thing_dataset_id_to_contiguous_id"] = of_coco["thing_dataset_id_to_contiguous_id"]
     for name in PARTS:
-        _register(name, classes, *locate(root / "coco", name))
+        register(name, classes, *locate(root / "coco", name))
     toy = root / TOY_FOLDER
     for name, split in ((TOY_TRAIN, "train2017"), (TOY_MINIVAL, "val2017")):
         annotations = toy / "annotations" / f"instances_{split}.json"
-        _register(name, {"thing_classes": list(CLASSES)}, annotations, toy / split)
-
-
-def _register(name: str, metadata: dict[str, object], annotations: Path, images: Path) -> None:
-    if name in DatasetCatalog.list():
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
-    register_coco_instances(name, metadata, str(annotations), str(images))
+        register(name, {"thing_classes": list(CLASSES)}, annotations, toy / split)
 
 
 register_datasets(datasets_root())

@@ -25,6 +25,7 @@ from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSample
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from resnext_det.config import complete
+from resnext_det.data.annotations import forget, serve
 from resnext_det.errors import ConfigError, DatasetError
 
 Record = dict[str, Any]
@@ -219,6 +220,7 @@ def build_stream(
             f"DATALOADER.BAD_IMAGES is {loader.BAD_IMAGES!r}; it must be stop or skip."
         )
     records = training_records(cfg)
+    forget()  # before there are workers, whose memory would be as large
     dataset = SeededDataset(records, mapper, seed, skip=loader.BAD_IMAGES == "skip")
     lying = None
     if loader.ASPECT_RATIO_GROUPING:
@@ -238,6 +240,7 @@ def training_records(cfg: CfgNode) -> list[Record]:
     """Return the records of DATASETS.TRAIN, as Detectron2's own loader filters them."""
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
     proposals = cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None
+    serve(cfg.DATASETS.TRAIN)
     records: list[Record] = get_detection_dataset_dicts(
         cfg.DATASETS.TRAIN,
         filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,

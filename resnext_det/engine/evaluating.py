@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from resnext_det.checkpoints.run import read_run
 from resnext_det.config import complete
 from resnext_det.data.custom import class_names
+from resnext_det.engine.classes import check_classes
 from resnext_det.engine.trainer import Trainer
-from resnext_det.errors import ConfigError, DatasetError
+from resnext_det.errors import ConfigError
 from resnext_det.evaluation.engines import FIGURES
 from resnext_det.evaluation.proposals import PROPOSAL_FIGURES
 from resnext_det.modeling.detectors import build_detector
@@ -36,6 +35,7 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
     Raises:
         WeightsError: the weights do not fill the whole detector.
         ConfigError: `resume`, and there is no checkpoint in OUTPUT_DIR.
+        DatasetError: the data has other classes than the weights.
     """
     if resume:
         checkpoint = last_checkpoint(cfg)
@@ -45,7 +45,7 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
         cfg.freeze()
     model = build_detector(cfg)
     logger.info("%s", load_weights(model, cfg, whole_detector=True))
-    check_classes(cfg)
+    check_classes(cfg, weights=Path(PathManager.get_local_path(cfg.MODEL.WEIGHTS)))
     return Trainer.test(cfg, model)
 
 
@@ -111,34 +111,3 @@ def last_checkpoint(cfg: CfgNode) -> Path:
         )
     # The pointer names a file beside it; anything else in it is not followed.
     return folder / Path(pointer.read_text().strip()).name
-
-
-def check_classes(cfg: CfgNode) -> None:
-    """Refuse classes in another order than the weights learned them: AP would be near 0, no more.
-
-    Args:
-        cfg: MODEL.WEIGHTS, a local file or an address, and DATASETS.TEST are read.
-
-    Raises:
-        DatasetError: the same names in another order.
-    """
-    file = Path(PathManager.get_local_path(cfg.MODEL.WEIGHTS))
-    run = read_run(file)
-    if run is None or not run.class_names:
-        return
-    learned = list(run.class_names)
-    for name in cfg.DATASETS.TEST:
-        tested = list(MetadataCatalog.get(name).get("thing_classes", learned))
-        if tested == learned:
-            continue
-        differing = [f"{one!r} is {two!r}" for one, two in zip(learned, tested) if one != two][:3]
-        line = (
-            f"the classes that {file.name} learned are called otherwise in {name}: "
-            f"{', '.join(differing)}"
-        )
-        if sorted(tested) == sorted(learned):
-            raise DatasetError(
-                f"{line}. They are the same in another order: give the categories of the "
-                "annotations the ids that they had in training."
-            )
-        logger.warning("%s", line)

@@ -22,10 +22,13 @@ from torch import nn
 from resnext_det.checkpoints.disk import checkpoint_bytes, free_bytes
 from resnext_det.checkpoints.writing import export_weights
 from resnext_det.config import complete
+from resnext_det.data.annotations import forget, serve
+from resnext_det.data.checks import check_agreement, configured_classes
 from resnext_det.data.custom import class_names
 from resnext_det.data.mapper import NamingDatasetMapper
 from resnext_det.data.stream import Share, build_stream, seeded, training_records
 from resnext_det.engine.checkpoints import Checkpointer, Checkpoints
+from resnext_det.engine.classes import check_classes
 from resnext_det.engine.evaluation_hook import Evaluation, Goal, validation_losses
 from resnext_det.engine.hooks import Progress, Throughput
 from resnext_det.engine.inference import evaluate_datasets, renamed
@@ -65,11 +68,14 @@ class Trainer(DefaultTrainer):
 
         Raises:
             ConfigError: a schedule that cannot be run.
+            DatasetError: DATASETS.TEST has other classes than DATASETS.TRAIN.
         """
         # DefaultTrainer.__init__ builds a loop and a loader of its own, without a way to say
         # otherwise, and its create_ddp_model cannot be told that there is no GPU.
         TrainerBase.__init__(self)
         cfg, self.plan = scale(cfg, comm.get_world_size())
+        if configured_classes(cfg) is not None:
+            check_agreement([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         share = Share(
@@ -145,6 +151,8 @@ class Trainer(DefaultTrainer):
             SystemExit: a signal ended the training; the code is `stopping.REQUEUE`.
         """
         self._tell_plan()
+        # MODEL.WEIGHTS may have learned others, and no longer says what this model learns.
+        bare(self._trainer.model).class_names = class_names(self.cfg)
         try:
             results: dict[str, Any] | None = super().train()  # type: ignore[no-untyped-call]
         except Stop as stop:
@@ -236,6 +244,7 @@ class Trainer(DefaultTrainer):
 
     def _validation_batches(self) -> Iterable[list[dict[str, Any]]]:
         # With annotations, and without augmentation.
+        serve(self.cfg.DATASETS.TEST)
         mapper = NamingDatasetMapper(
             self.cfg, True, augmentations=build_augmentation(self.cfg, is_train=False)
         )
@@ -291,20 +300,28 @@ class Trainer(DefaultTrainer):
             cfg: the config; DATASETS.TEST names the data sets.
             model: with its weights.
             evaluators: as in Detectron2: one, or one for each data set; None for this package's.
+
+        Raises:
+            DatasetError: the data has other classes than the model.
         """
+        check_classes(cfg, learned=getattr(bare(model), "class_names", ()))
         if evaluators is not None:
             found: dict[str, Any] = super().test(cfg, model, evaluators)  # type: ignore[no-untyped-call]
             return found
-        return evaluate_datasets(
-            cfg,
-            model,
-            functools.partial(cls.build_evaluator, cfg),
-            functools.partial(cls.build_test_loader, cfg),
-        )
+        try:
+            return evaluate_datasets(
+                cfg,
+                model,
+                functools.partial(cls.build_evaluator, cfg),
+                functools.partial(cls.build_test_loader, cfg),
+            )
+        finally:
+            forget()
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
         """Return Detectron2's loader for an evaluation, whose errors name the image."""
+        serve([dataset_name])
         mapper = NamingDatasetMapper(cfg, False)
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 

@@ -194,7 +194,7 @@ class BoxEvaluator(DatasetEvaluator):
     def needs_none_but(self, done: frozenset[int]) -> bool:
         """Tell whether all images are among those that are done; the same in all processes."""
         found = comm.is_main_process() and done.issuperset(
-            read_truth(self.annotations).image_ids.tolist()
+            read_truth(self.annotations, checked=True).image_ids.tolist()
         )
         return any(comm.all_gather(found))
 
@@ -247,7 +247,7 @@ class BoxEvaluator(DatasetEvaluator):
                 the engines differ.
         """
         of_proposals = any(comm.all_gather(self._predictions.of_proposals))
-        truth = read_truth(self.annotations)
+        truth = read_truth(self.annotations, checked=True)
         # A data set without such a table counts its categories as a model does.
         table = self.metadata.get("thing_dataset_id_to_contiguous_id")
         categories = dict(enumerate(truth.categories))

@@ -10,13 +10,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from resnext_det.data.annotations import Document, read_annotations
 from resnext_det.data.categories import read_categories
-from resnext_det.data.checks import read_annotations
 from resnext_det.data.columns import Columns
 from resnext_det.data.findings import Record
-from resnext_det.data.health import Document
-from resnext_det.data.record_forms import is_area, is_box, is_side, is_whole, repeated
-from resnext_det.errors import DatasetError
+from resnext_det.data.record_forms import is_area, is_object, is_side, is_whole, repeated
+from resnext_det.errors import DatasetError, quoted
 from resnext_det.files import file_digest
 
 logger = logging.getLogger(__name__)
@@ -45,7 +44,7 @@ class Truth:
     objects: Columns
 
 
-def read_truth(file: Path) -> Truth:
+def read_truth(file: Path, *, checked: bool = False) -> Truth:
     """Read what detections are held against.
 
     The ids of the annotations are not read, so that none can be wrong. pycocotools finds its
@@ -54,6 +53,8 @@ def read_truth(file: Path) -> Truth:
 
     Args:
         file: a COCO annotation file.
+        checked: `check_datasets` let it pass, perhaps with --ignore-health. Annotations without
+            COCO's form are left out then, which is logged, as the training leaves them out.
 
     Returns:
         What it holds. Annotations of images or categories that are not listed are left out, as in
@@ -67,21 +68,33 @@ def read_truth(file: Path) -> Truth:
     categories = read_categories(document["categories"], file)
     image_ids = _image_ids(document, file)
     annotations = document["annotations"]
-    _check(annotations, file, "annotations", _is_sound)
+    if checked:
+        annotations = [each for each in annotations if is_object(each)]
+    else:
+        _check(annotations, file, "annotations", _is_sound)
+    left_out = len(document["annotations"]) - len(annotations)
+    if left_out:
+        logger.warning(
+            "%s: %d annotations are left out, as they do not have COCO's form",
+            quoted(file),
+            left_out,
+        )
     columns = Columns.of(annotations)
     known = np.isin(columns.image_ids, image_ids)
     known &= np.isin(columns.category_ids, list(categories))
     if not known.all():
         logger.warning(
             "%s: %d annotations are left out, as their image or their category is not listed",
-            file,
+            quoted(file),
             (~known).sum(),
         )
     names = tuple(str(image.get("file_name", "")) for image in document["images"])
     objects = _with_areas(columns.where(known), file)
     negative = int((objects.boxes[:, 2:] < 0).any(axis=1).sum())
     if negative:
-        logger.warning("%s: %d boxes of negative width or height cannot be found", file, negative)
+        logger.warning(
+            "%s: %d boxes of negative width or height cannot be found", quoted(file), negative
+        )
     sides = [[image.get("width"), image.get("height")] for image in document["images"]]
     sizes = np.array([[x if is_side(x) else 0 for x in each] for each in sides], np.float64)
     return Truth(file, file_digest(file), image_ids, names, sizes, categories, objects)
@@ -93,21 +106,17 @@ def _image_ids(document: Document, file: Path) -> NDArray[np.int64]:
     ids = np.array([image["id"] for image in images], np.int64)
     if len(np.unique(ids)) < len(ids):
         first = ", ".join(repeated([str(number) for number in ids])[:3])
-        raise DatasetError(f"{file}: there are several images with one id, such as {first}.")
+        raise DatasetError(
+            f"{quoted(file)}: there are several images with one id, such as {first}."
+        )
     if not len(ids):
-        raise DatasetError(f"{file} lists no images.")
+        raise DatasetError(f"{quoted(file)} lists no images.")
     return ids
 
 
 def _is_sound(record: Record) -> bool:
-    ids = is_whole(record.get("image_id")) and is_whole(record.get("category_id"))
     area = record.get("area")
-    return (
-        ids
-        and is_box(record.get("bbox"))
-        and record.get("iscrowd") in (0, 1, None)
-        and (area is None or is_area(area))
-    )
+    return is_object(record) and (area is None or is_area(area))
 
 
 def _check(
@@ -116,8 +125,8 @@ def _check(
     bad = [each for each in records if not isinstance(each, dict) or not is_sound(each)]
     if bad:
         raise DatasetError(
-            f"{file}: {len(bad)} of the {len(records)} {kind} have not COCO's form, such as "
-            f"{str(bad[0])[:200]}. Ids are whole numbers from 0 on, a bbox is 4 numbers (x, y, "
+            f"{quoted(file)}: {len(bad)} of the {len(records)} {kind} have not COCO's form, such "
+            f"as {quoted(bad[0])}. Ids are whole numbers from 0 on, a bbox is 4 numbers (x, y, "
             "width, height), an area is a number from 0 on, and iscrowd is 0 or 1. (python "
             "tools/check_data.py --json FILE tells more.)"
         )
@@ -130,7 +139,7 @@ def _with_areas(objects: Columns, file: Path) -> Columns:
     logger.warning(
         "%s: %d annotations have no area, which tells small objects from large ones: that of the "
         "box is taken",
-        file,
+        quoted(file),
         without.sum(),
     )
     areas = np.where(without, objects.boxes[:, 2] * objects.boxes[:, 3], objects.areas)

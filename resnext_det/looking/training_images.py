@@ -15,6 +15,7 @@ from detectron2.data import build_detection_test_loader
 from detectron2.data.detection_utils import build_augmentation, convert_image_to_rgb
 from PIL import Image, ImageDraw, ImageOps
 
+from resnext_det.data.annotations import serve
 from resnext_det.data.custom import class_names
 from resnext_det.data.mapper import NamingDatasetMapper
 from resnext_det.data.stream import Share, build_stream
@@ -104,6 +105,7 @@ def evaluation_images(
     cfg = _without_workers(cfg)
     if not cfg.DATASETS.TEST:
         raise ConfigError("DATASETS.TEST is empty: there is nothing to look at.")
+    serve(cfg.DATASETS.TEST)
     changes = build_augmentation(cfg, is_train=False) if augmented else []
     mapper = NamingDatasetMapper(cfg, True, augmentations=changes)
     batches: Iterable[list[dict[str, Any]]] = build_detection_test_loader(

@@ -138,7 +138,7 @@ def make_gallery(evaluation: Evaluation, limit: int) -> Gallery:
 
 def _read(evaluation: Evaluation) -> tuple[Truth, Detections]:
     try:
-        truth = read_truth(evaluation.annotations)
+        truth = read_truth(evaluation.annotations, checked=True)
     except DatasetError as error:
         raise DatasetError(
             f"{error} Put the annotations back, or evaluate again with those you have."
