@@ -112,7 +112,7 @@ def read_json(file: Path) -> Any:
         raise DatasetError(f"{quoted(file)} is not JSON: {quoted(error)}") from error
 
 
-def register(name: str, metadata: dict[str, Any], file: Path, images: Path) -> None:
+def register_annotations(name: str, metadata: dict[str, Any], file: Path, images: Path) -> None:
     """Register a data set, served by `load_records`; an entry of the same name is replaced.
 
     Args:

@@ -9,7 +9,7 @@ from pathlib import Path
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from resnext_det.data.annotations import Document, read_annotations, serve, note_classes
+from resnext_det.data.annotations import Document, note_classes, read_annotations, serve
 from resnext_det.data.categories import check_same_classes, read_categories
 from resnext_det.data.findings import Finding
 from resnext_det.data.health import examine

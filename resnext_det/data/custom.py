@@ -19,8 +19,7 @@ from pathlib import Path
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 
-from resnext_det.data import annotations
-from resnext_det.data.annotations import Document, read_annotations
+from resnext_det.data.annotations import Document, read_annotations, register_annotations
 from resnext_det.data.categories import check_same_classes, read_categories
 from resnext_det.data.checks import (
     CUSTOM,
@@ -176,7 +175,7 @@ def register(data: CustomData, classes: Sequence[str] = ()) -> None:
     if data.name in DatasetCatalog.list() and not classes:
         return
     metadata = {"thing_classes": list(classes)} if classes else {}
-    annotations.register(data.name, metadata, data.file, data.images)
+    register_annotations(data.name, metadata, data.file, data.images)
 
 
 def class_names(cfg: CfgNode) -> list[str]:
@@ -217,11 +216,11 @@ def _use(cfg: CfgNode, located: list[CustomData]) -> CfgNode:
         logger.warning("the figures will be those of the images that are trained on")
     for data in located:
         register(data, categories[0])
-    made = cfg.clone()
+    made: CfgNode = cfg.clone()
     made.defrost()
     made.DATASETS.TRAIN = tuple(data.name for data in located if data.split == "train")
     made.DATASETS.TEST = tuple(data.name for data in located if data.split == "test")
-    made.merge_from_list([key, len(categories[0])])
+    made.merge_from_list([key, str(len(categories[0]))])
     if cfg.is_frozen():
         made.freeze()
     return made

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from detectron2.data import MetadataCatalog
 
-from resnext_det.data.annotations import register
+from resnext_det.data.annotations import register_annotations
 from resnext_det.data.shapes import CLASSES
 
 TOY_TRAIN = "toy_coco_train"
@@ -121,11 +121,11 @@ def register_datasets(root: Path) -> None:
     classes = {key: of_coco[key] for key in ("thing_classes", "thing_colors")}
     classes["thing_dataset_id_to_contiguous_id"] = of_coco["thing_dataset_id_to_contiguous_id"]
     for name in PARTS:
-        register(name, classes, *locate(root / "coco", name))
+        register_annotations(name, classes, *locate(root / "coco", name))
     toy = root / TOY_FOLDER
     for name, split in ((TOY_TRAIN, "train2017"), (TOY_MINIVAL, "val2017")):
         annotations = toy / "annotations" / f"instances_{split}.json"
-        register(name, {"thing_classes": list(CLASSES)}, annotations, toy / split)
+        register_annotations(name, {"thing_classes": list(CLASSES)}, annotations, toy / split)
 
 
 register_datasets(datasets_root())

@@ -152,7 +152,7 @@ class Trainer(DefaultTrainer):
         """
         self._tell_plan()
         # MODEL.WEIGHTS may have learned others, and no longer says what this model learns.
-        bare(self._trainer.model).class_names = class_names(self.cfg)
+        bare(self._trainer.model).class_names = class_names(self.cfg)  # type: ignore[assignment]
         try:
             results: dict[str, Any] | None = super().train()  # type: ignore[no-untyped-call]
         except Stop as stop:

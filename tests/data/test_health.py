@@ -17,7 +17,7 @@ from hypothesis import strategies as some
 from PIL import Image
 from pycocotools.cocoeval import COCOeval
 
-from resnext_det.data.checks import read_annotations
+from resnext_det.data.annotations import read_annotations
 from resnext_det.data.health import Health, examine
 from resnext_det.evaluation.evaluator import evaluate_boxes
 
@@ -54,8 +54,18 @@ def lines(health: Health) -> list[str]:
 
 
 def first(key: str, value: object) -> Damage:
-    """Set a field of the first annotation."""
-    return lambda document: document["annotations"][0].update({key: value})
+    """Set a field of the first annotation; the area fits any box."""
+    more = {"area": 1} if key == "bbox" else {}
+    return lambda document: document["annotations"][0].update({key: value, **more})
+
+
+def of_all(key: str, value: object) -> Damage:
+    """Set a field of every annotation."""
+    return lambda document: [each.update({key: value}) for each in document["annotations"]]
+
+
+def rle(size: list[int], counts: object) -> dict[str, object]:
+    return {"size": size, "counts": counts}
 
 
 def of_image(key: str, value: object) -> Damage:
@@ -80,7 +90,7 @@ def twenty(*box: float) -> Damage:
 
     def damage(document: Document) -> None:
         document["annotations"] = [
-            {**entry, "id": 100 * repeat + entry["id"], "bbox": list(box)}
+            {**entry, "id": 100 * repeat + entry["id"], "bbox": list(box), "area": box[2] * box[3]}
             for repeat in range(4)
             for entry in document["annotations"]
         ]
@@ -128,14 +138,31 @@ def twenty(*box: float) -> Damage:
         # Other fields of annotations.
         (first("iscrowd", 2), "error: iscrowd that is not 0 or 1: 1 (id 11, iscrowd 2)"),
         (first("iscrowd", "0"), "error: iscrowd that is not 0 or 1"),
-        (first("iscrowd", None), "error: iscrowd that is not 0 or 1"),
+        (first("iscrowd", None), "error: iscrowd that is not 0 or 1, but null: 1 (id 11"),
         (first("ignore", 1), "error: annotations to ignore"),
         (first("area", 0), "warning: areas of 0"),
+        (first("area", 210), "warning: areas larger than the box: an evaluation sorts objects"),
+        (of_all("area", 8000), "warning: areas larger than the box"),
+        (of_all("area", 1.0), "warning: the area of all annotations is 1, whatever their box"),
+        (first("id", 0), "warning: annotations with the id 0, which pycocotools never finds"),
         (first("area", -1), "error: areas that are no number from 0 on"),
         (first("area", "7"), "error: areas that are no number from 0 on"),
         (without("annotations", "area"), "warning: annotations without area: an evaluation takes"),
         (first("segmentation", "x"), "error: segmentations that are neither polygons nor RLE"),
         (first("segmentation", {"size": [1, 1]}), "error: segmentations that are neither"),
+        (first("segmentation", [1, 1, 5, 1, 5, 5]), "error: segmentations that are neither"),
+        (first("segmentation", [[1, 1, 5, 1, 5, "5"]]), "error: segmentations that are neither"),
+        (first("segmentation", [[1, 1, 5, math.nan, 5, 5]]), "error: segmentations that are"),
+        (first("segmentation", [[1, 1, 5, 1, 5, 1e9]]), "error: segmentations that are neither"),
+        (first("segmentation", rle([80], [8000])), "error: segmentations that are neither"),
+        (first("segmentation", rle([80, 80], [6400])), "error: segmentations that are neither"),
+        (first("segmentation", rle([80, 100], [8001])), "error: segmentations that are neither"),
+        (first("segmentation", rle([80, 100], [-1, 8001])), "error: segmentations that are"),
+        (first("segmentation", rle([80, 100], "~~~")), "error: segmentations that are neither"),
+        (first("segmentation", rle([80, 100], "00")), "error: segmentations that are neither"),
+        (first("keypoints", [[1, 2], [3, 4]]), "error: keypoints that are not a flat list"),
+        (first("keypoints", [1, 2, 2, None, None, 0]), "error: keypoints that are not a flat"),
+        (first("keypoints", [1, 2, 2, 3]), "error: keypoints that are not a flat list"),
         (first("segmentation", [[1, 2, 3, 4]]), "error: objects that Detectron2 leaves out"),
         (first("segmentation", [[]]), "error: objects that Detectron2 leaves out"),
         # Images.
@@ -210,7 +237,7 @@ def test_what_is_sound_passes(change: Damage) -> None:
 )
 def test_a_box_is_reported_once(changes: dict[str, object], found: str) -> None:
     document = sound()
-    document["annotations"][0].update(changes)
+    document["annotations"][0].update(area=0.5, **changes)
     (said,) = lines(examine(document))
     assert said.startswith(found)
 
@@ -352,19 +379,19 @@ def test_what_else_stands_in_the_file_does_not_matter(on_disk: Callable[[Documen
     assert not examine(document, training=False).errors
 
 
-def test_an_evaluation_leaves_headers_and_quality_alone(
-    on_disk: Callable[[Document], Path],
-) -> None:
+def test_an_evaluation_does_not_mind_quality(on_disk: Callable[[Document], Path]) -> None:
     document = sound()
     file = on_disk(document)
-    (file.parent / "1.png").write_bytes(b"no picture")
     of_category("id", 4)(document)
     first("category_id", 2)(document)
     document["annotations"][3]["category_id"] = 2
     for_training = lines(examine(document, file.parent))
-    assert any("cannot be used: 1 (the image" in line for line in for_training)
     assert any("categories without annotations" in line for line in for_training)
     assert lines(examine(document, file.parent, training=False)) == []
+    (file.parent / "1.png").write_bytes(b"no picture")
+    for training in (True, False):
+        said = lines(examine(document, file.parent, training=training))
+        assert any("cannot be used: 1 (the image" in line for line in said)
 
 
 def test_image_files(on_disk: Callable[[Document], Path], tmp_path: Path) -> None:
