@@ -13,9 +13,9 @@ else
 RUN := output/demo-from-scratch
 WEIGHTS := ""
 endif
-# The first Python that runs and that the pinned versions were made for; install.py explains a miss.
-PYTHON ?= $(shell for name in python3.11 python3.12 python3.10 python3; do \
-	$$name -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' \
+# The first Python that runs and that the lock was made for; install.py explains a miss.
+PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3.14 python3.10 python3; do \
+	$$name -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' \
 	2>/dev/null && { echo $$name; exit; }; done; echo python3)
 IN_VENV := $(VENV)/bin/python
 CONFIG := configs/faster_rcnn_X_26_8x4d_FPN_toy.yaml

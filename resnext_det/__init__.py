@@ -23,12 +23,12 @@ def _require_detectron2() -> None:
         raise ImportError(
             f"resnext_det needs Detectron2, and importing it failed: {type(error).__name__}: "
             f"{error}. In a checkout of resnext_det, `make setup` installs everything it needs. "
-            "In an environment of your own (NumPy below 2, setuptools below 81):\n"
+            "In an environment of your own (setuptools below 81):\n"
             "  pip install --no-deps --upgrade --only-binary=:all: --python-version 3.10 "
             "--implementation cp --platform manylinux2014_x86_64 --target "
             '"$(python -c \'import sysconfig; print(sysconfig.get_path("purelib"))\')" '
             "sal-detectron2==0.7.2\n"
-            "  pip install 'numpy<2' 'setuptools<81' cloudpickle hydra-core 'iopath<0.1.10' "
+            "  pip install 'setuptools<81' cloudpickle hydra-core 'iopath<0.1.10' "
             "'omegaconf<2.4' tensorboard termcolor yacs"
         ) from error
 

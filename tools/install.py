@@ -16,7 +16,7 @@ import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 REQUIREMENTS = os.path.join(ROOT, "requirements")
-OLDEST, NEWEST = (3, 10), (3, 12)
+OLDEST, NEWEST = (3, 10), (3, 14)
 DETECTRON2_SOURCE = "git+https://github.com/facebookresearch/detectron2.git@a59f0563"
 
 
@@ -42,11 +42,11 @@ def main():
 
 
 def refuse_other_pythons():
-    """Exit with what to do, unless this Python is one the pinned versions were resolved for."""
+    """Exit with what to do, unless this Python is one the lock was resolved for."""
     if OLDEST <= sys.version_info[:2] <= NEWEST:
         return
     sys.exit(
-        "error: this is Python {} ({}), and resnext_det needs Python 3.10, 3.11 or 3.12. "
+        "error: this is Python {} ({}), and resnext_det needs Python 3.10 to 3.14. "
         "Name one of them: make PYTHON=/path/to/python3.11 ...".format(
             platform.python_version(), sys.executable
         )
@@ -59,7 +59,7 @@ def fingerprint(detectron2):
     for text in (detectron2, "{}.{}".format(*sys.version_info[:2]), platform.machine()):
         digest.update(text.encode())
     names = [os.path.join(REQUIREMENTS, name) for name in sorted(os.listdir(REQUIREMENTS))]
-    for name in [*names, os.path.join(ROOT, "setup.py"), os.path.abspath(__file__)]:
+    for name in [*names, os.path.join(ROOT, "pyproject.toml"), os.path.abspath(__file__)]:
         with open(name, "rb") as file:
             digest.update(file.read())
     return digest.hexdigest()
@@ -110,11 +110,8 @@ def environment_version(folder):
 
 
 def install(python, detectron2):
-    """Install the pinned requirements, then Detectron2, then this package in editable form."""
-    constraints = os.path.join(REQUIREMENTS, "constraints.txt")
-    lists = ["-r", os.path.join(REQUIREMENTS, "runtime.txt")]
-    lists += ["-r", os.path.join(REQUIREMENTS, "development.txt")]
-    pip(python, "-c", constraints, *lists)
+    """Install the locked requirements, then Detectron2, then this package in editable form."""
+    pip(python, "--require-hashes", "-r", os.path.join(REQUIREMENTS, "lock.txt"))
     if detectron2 == "source":
         pip(python, "--no-build-isolation", "--no-deps", DETECTRON2_SOURCE)
     else:
@@ -138,7 +135,7 @@ def pip(python, *arguments):
     command = [python, "-m", "pip", "install", "--disable-pip-version-check", *arguments]
     print("+ " + " ".join(command), flush=True)
     if subprocess.call(command) != 0:
-        sys.exit("error: the command above failed; what it printed says why. Mend it, run again.")
+        sys.exit("error: the command above failed; see its output, fix that, and run this again.")
 
 
 def verify(python):
