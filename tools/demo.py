@@ -4,8 +4,8 @@
         --opts MODEL.WEIGHTS model_final.pth
     python tools/demo.py --config-file F --webcam --output DIR --opts MODEL.WEIGHTS model_final.pth
 
-Writes each picture as .jpg, each video as .mp4 without its sound, and detections.json. Boxes only:
-masks and keypoints are not drawn. The camera is recorded until Ctrl-C; it was not tried with a
+Writes each picture as .jpg, each video as .mp4 without its sound, and detections.json, with masks
+and keypoints if the detector has them. The camera is recorded until Ctrl-C; it was not tried with a
 camera. A file that cannot be read, or only in part, is named, and the exit code is 1.
 """
 

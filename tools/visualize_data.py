@@ -1,4 +1,4 @@
-"""Draw the images that a training sees, after augmentation, with their boxes and classes.
+"""Draw the images that a training sees, after augmentation, with boxes, masks and keypoints.
 
     python tools/visualize_data.py --config-file F [--count 16] [--output DIR] [KEY VALUE ...]
 
@@ -63,8 +63,8 @@ def row(image: TrainingImage) -> list[object]:
         image.image_id,
         image.file.name,
         *image.picture.size,
-        len(image.boxes),
-        ", ".join(dict.fromkeys(image.labels)),
+        len(image.objects),
+        ", ".join(dict.fromkeys(each.label for each in image.objects)),
     ]
 
 

@@ -1,9 +1,9 @@
-"""Pictures -> boxes, classes and scores."""
+"""Pictures -> boxes, classes and scores, with masks and keypoints if the detector has them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
+from numpy.typing import NDArray
 from PIL import Image
 
 from resnext_det.checkpoints.run import read_run
@@ -40,16 +41,26 @@ class Detection:
         name: of the class.
         score: 0 to 1.
         category_index: of the class among the model's outputs, from 0.
+        mask: (height, width) of the picture; None without a mask head.
+        keypoints: (K, 3), x and y in pixels and a score; None without a keypoint head.
     """
 
     box: tuple[float, float, float, float]
     name: str
     score: float
     category_index: int
+    mask: NDArray[np.bool_] | None = field(default=None, compare=False)
+    keypoints: NDArray[np.float32] | None = field(default=None, compare=False)
 
 
 class Predictor:
-    """Runs a trained detector on single pictures: boxes, classes and scores, and no masks."""
+    """Runs a trained detector on single pictures.
+
+    Attributes:
+        model: the detector.
+        report: what was loaded, in words.
+        connections: pairs of keypoints that a line connects.
+    """
 
     def __init__(self, cfg: CfgNode) -> None:
         """Build the detector and load MODEL.WEIGHTS.
@@ -71,6 +82,7 @@ class Predictor:
         self.model = build_detector(cfg).eval()
         self.report = load_weights(self.model, cfg, whole_detector=True)
         self._names = _class_names(cfg)
+        self.connections = keypoint_connections(cfg)
         self._resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
         self._format = cfg.INPUT.FORMAT
 
@@ -136,10 +148,15 @@ class Predictor:
         return [self._detections(output["instances"].to("cpu")) for output in outputs]
 
     def _detections(self, found: Instances) -> list[Detection]:
+        nothing: list[Any] = [None] * len(found)
         return [
-            Detection((x0, y0, x1 - x0, y1 - y0), self._name(label), score, label)
-            for (x0, y0, x1, y1), label, score in zip(
-                found.pred_boxes.tensor.tolist(), found.pred_classes.tolist(), found.scores.tolist()
+            Detection((x0, y0, x1 - x0, y1 - y0), self._name(label), score, label, mask, keypoints)
+            for (x0, y0, x1, y1), label, score, mask, keypoints in zip(
+                found.pred_boxes.tensor.tolist(),
+                found.pred_classes.tolist(),
+                found.scores.tolist(),
+                found.pred_masks.numpy() if found.has("pred_masks") else nothing,
+                found.pred_keypoints.numpy() if found.has("pred_keypoints") else nothing,
             )
         ]
 
@@ -161,6 +178,24 @@ def with_threshold(cfg: CfgNode, score: float) -> CfgNode:
         part.SCORE_THRESH_TEST = min(part.SCORE_THRESH_TEST, score)
     changed.freeze()
     return changed
+
+
+def keypoint_connections(cfg: CfgNode) -> list[tuple[int, int]]:
+    """Return the pairs of keypoints that a line connects, as the metadata of DATASETS.TEST say.
+
+    Args:
+        cfg: the config.
+    """
+    if not cfg.MODEL.KEYPOINT_ON or not cfg.DATASETS.TEST:
+        return []
+    metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
+    names = list(metadata.get("keypoint_names", []))
+    rules = metadata.get("keypoint_connection_rules", [])
+    return [
+        (names.index(one), names.index(other))
+        for one, other, _ in rules
+        if one in names and other in names
+    ]
 
 
 def _no_boxes(architecture: str, given: str) -> ConfigError:

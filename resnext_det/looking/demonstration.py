@@ -14,6 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
@@ -25,7 +27,7 @@ from resnext_det.looking.detections_file import (
     detection_entries,
     written_detections,
 )
-from resnext_det.looking.drawing import draw_detections
+from resnext_det.looking.drawing import Drawn, draw_objects
 from resnext_det.looking.inputs import Source
 from resnext_det.looking.pictures import read_drawable, save_jpeg
 from resnext_det.looking.video_reading import VideoReader, open_video
@@ -35,6 +37,7 @@ T = TypeVar("T")
 
 FILE = "detections.json"
 
+_LOWEST_OF_KEYPOINTS = 0.05  # score of those that are drawn, as by Detectron2's Visualizer
 _MEASURED = 10_000  # batches and pictures, the last ones
 
 
@@ -230,14 +233,23 @@ class Demonstration:
 
     def _draw(self, picture: Image.Image, detections: Sequence[Detection]) -> Image.Image:
         began = time.perf_counter()
-        drawn = draw_detections(
-            picture,
-            [each.box for each in detections],
-            [each.name for each in detections],
-            [each.score for each in detections],
-        )
+        objects = [
+            Drawn(
+                each.box,
+                f"{each.name} {each.score:.2f}",
+                each.category_index,
+                each.mask,
+                None if each.keypoints is None else _surely(each.keypoints),
+            )
+            for each in detections
+        ]
+        drawn = draw_objects(picture, objects, self._predictor.connections)
         self._drawing.append(time.perf_counter() - began)
         return drawn
+
+
+def _surely(keypoints: NDArray[np.float32]) -> NDArray[np.float32]:
+    return keypoints - np.array([0, 0, _LOWEST_OF_KEYPOINTS], np.float32)
 
 
 def _batches(items: Iterator[T], size: int) -> Iterator[list[T]]:

@@ -9,6 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+import pycocotools.mask as mask_util
+
 from resnext_det.engine.predictor import Detection
 from resnext_det.files import written_beside
 
@@ -111,17 +114,28 @@ def detection_entries(detections: Sequence[Detection]) -> list[Entry]:
         detections: of a picture.
 
     Returns:
-        "box" (x, y, width, height in pixels), "name", "category_index" and "score" of each.
+        "box" (x, y, width, height in pixels), "name", "category_index" and "score" of each; if the
+        detector has them, "mask" as COCO's compressed RLE, and "keypoints" as triples of x, y and
+        score.
     """
-    return [
-        {
-            "box": [round(value, 3) for value in each.box],
-            "name": each.name,
-            "category_index": each.category_index,
-            "score": round(each.score, 6),
-        }
-        for each in detections
-    ]
+    return [_entry(each) for each in detections]
+
+
+def _entry(detection: Detection) -> Entry:
+    entry: Entry = {
+        "box": [round(value, 3) for value in detection.box],
+        "name": detection.name,
+        "category_index": detection.category_index,
+        "score": round(detection.score, 6),
+    }
+    if detection.mask is not None:
+        encoded = mask_util.encode(np.asfortranarray(detection.mask, dtype=np.uint8))
+        entry["mask"] = {"size": encoded["size"], "counts": encoded["counts"].decode("ascii")}
+    if detection.keypoints is not None:
+        entry["keypoints"] = [
+            [round(float(value), 3) for value in point] for point in detection.keypoints
+        ]
+    return entry
 
 
 @contextlib.contextmanager

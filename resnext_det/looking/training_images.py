@@ -13,15 +13,17 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
 from detectron2.data.detection_utils import build_augmentation, convert_image_to_rgb
+from detectron2.structures import BitMasks, Instances, PolygonMasks
 from PIL import Image, ImageDraw, ImageOps
 
 from resnext_det.data.annotations import serve
 from resnext_det.data.custom import class_names
 from resnext_det.data.mapper import NamingDatasetMapper
 from resnext_det.data.stream import Share, build_stream
+from resnext_det.engine.predictor import keypoint_connections
 from resnext_det.engine.schedule import scale
 from resnext_det.errors import ConfigError, ResNeXtError
-from resnext_det.looking.drawing import LabelledBox, class_colour, draw_boxes
+from resnext_det.looking.drawing import Drawn, draw_objects
 from resnext_det.looking.pictures import made_by, save_png
 
 SHEET = "contact_sheet.png"
@@ -43,8 +45,8 @@ class TrainingImage:
         image_id: as the annotations have it.
         file: that it was read from.
         picture: its pixels, RGB.
-        boxes: N boxes: left, top, width and height in pixels of the picture.
-        labels: the classes' names of those.
+        objects: with masks and keypoints if the model has a head for them.
+        connections: pairs of keypoints that a line connects.
     """
 
     position: int
@@ -52,8 +54,8 @@ class TrainingImage:
     image_id: object
     file: Path
     picture: Image.Image
-    boxes: list[tuple[float, float, float, float]]
-    labels: list[str]
+    objects: list[Drawn]
+    connections: list[tuple[int, int]]
 
 
 def training_images(
@@ -118,19 +120,15 @@ def evaluation_images(
 
 
 def draw_image(image: TrainingImage) -> Image.Image:
-    """Draw an image's boxes and their classes.
+    """Draw an image's objects and their classes.
 
     Args:
         image: of `training_images`.
 
     Returns:
-        An RGB picture, enlarged where labels could not be read.
+        An RGB picture of the same size.
     """
-    boxes = [
-        LabelledBox(box, label, class_colour(label))
-        for box, label in zip(image.boxes, image.labels, strict=True)
-    ]
-    return draw_boxes(image.picture, boxes)
+    return draw_objects(image.picture, image.objects, image.connections)
 
 
 def write_images(images: Iterable[TrainingImage], folder: Path) -> Iterator[TrainingImage]:
@@ -214,19 +212,39 @@ def _image(
 ) -> TrainingImage:
     pixels = record["image"].permute(1, 2, 0)
     rgb = convert_image_to_rgb(pixels, cfg.INPUT.FORMAT)
-    corners, classes = [], []
-    if "instances" in record:
-        corners = record["instances"].gt_boxes.tensor.tolist()
-        classes = record["instances"].gt_classes.tolist()
     return TrainingImage(
         position=position,
         iteration=iteration,
         image_id=record.get("image_id"),
         file=Path(record["file_name"]),
         picture=Image.fromarray(np.ascontiguousarray(rgb).clip(0, 255).astype(np.uint8)),
-        boxes=[(x0, y0, x1 - x0, y1 - y0) for x0, y0, x1, y1 in corners],
-        labels=[names[each] if each < len(names) else f"class {each}" for each in classes],
+        objects=_objects(record["instances"], names) if "instances" in record else [],
+        connections=keypoint_connections(cfg),
     )
+
+
+def _objects(truth: Instances, names: Sequence[str]) -> list[Drawn]:
+    masks: Sequence[Any] = [None] * len(truth)
+    points: Sequence[Any] = [None] * len(truth)
+    if truth.has("gt_masks"):
+        found = truth.gt_masks
+        if isinstance(found, PolygonMasks):
+            found = BitMasks.from_polygon_masks(found, *truth.image_size)
+        masks = found.tensor.numpy()
+    if truth.has("gt_keypoints"):
+        points = truth.gt_keypoints.tensor.numpy()
+    return [
+        Drawn(
+            (x0, y0, x1 - x0, y1 - y0),
+            names[category] if category < len(names) else f"class {category}",
+            category,
+            mask,
+            keypoints,
+        )
+        for (x0, y0, x1, y1), category, mask, keypoints in zip(
+            truth.gt_boxes.tensor.tolist(), truth.gt_classes.tolist(), masks, points
+        )
+    ]
 
 
 def _without_workers(cfg: CfgNode) -> CfgNode:

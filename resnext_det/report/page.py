@@ -21,7 +21,6 @@ from resnext_det.evaluation.run_folder import (
 )
 from resnext_det.files import written_beside
 from resnext_det.looking.curves import Curves, loss_curves, precision_curves
-from resnext_det.looking.drawing import MISTAKE_COLOUR, PREDICTION_COLOUR, TRUTH_COLOUR
 from resnext_det.report.baseline import Comparison, comparison_of
 from resnext_det.report.config import grouped, read_config
 from resnext_det.report.details import ReportDetails, read_details
@@ -37,6 +36,8 @@ from resnext_det.report.weights import weights_facts
 
 logger = logging.getLogger(__name__)
 
+# Okabe and Ito's colours: they stay apart for most kinds of colour blindness.
+_COLOURS = {"truth": "#009e73", "right": "#0072b2", "wrong": "#d55e00"}
 MOST_PICTURES = 36
 _FILTERED_FROM = 9  # classes; fewer are found at a glance
 
@@ -154,7 +155,7 @@ def _render(run: Path) -> str:
             steps=steps,
             tables=(("Average precision", PRECISION), ("Average recall", RECALL)),
             limits=LIMITS,
-            colours={"truth": TRUTH_COLOUR, "right": PREDICTION_COLOUR, "wrong": MISTAKE_COLOUR},
+            colours=_COLOURS,
             shown_from=SHOWN_FROM,
             lowest=LOWEST,
             matched_from=MATCHED_FROM,

@@ -21,12 +21,15 @@ CLASSES = ("a", "b", "c", "d", "e", "f")
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> CfgNode:
-    """A toy detector with random weights, as the trainer saves it."""
-    folder = tmp_path_factory.mktemp("detector")
+    return saved(tmp_path_factory.mktemp("detector"))
+
+
+def saved(folder: Path, *more: str) -> CfgNode:
+    """Return the config of a toy detector with random weights, as the trainer saves it."""
     words = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "TEST.DETECTIONS_PER_IMAGE", "8"]
     words += ["INPUT.MIN_SIZE_TEST", "64", "INPUT.MAX_SIZE_TEST", "96"]
     words += ["MODEL.WEIGHTS", str(folder / "model_final.pth")]
-    cfg = load_config("faster_rcnn_X_26_8x4d_FPN_toy", words)
+    cfg = load_config("faster_rcnn_X_26_8x4d_FPN_toy", [*words, *more])
     torch.manual_seed(1)
     model = build_model(cfg)
     model.roi_heads.box_predictor.cls_score.weight.data *= 200  # else all are of one class
@@ -117,6 +120,28 @@ def test_a_batch_finds_what_single_pictures_give(config: CfgNode) -> None:
     for picture, found in zip(pictures, together):
         alone = predictor(picture)
         assert [each.box for each in found] == [pytest.approx(e.box, abs=0.01) for e in alone]
+
+
+@pytest.mark.parametrize("head", ["MASK", "KEYPOINT"])
+def test_masks_and_keypoints_are_the_models(head: str, tmp_path: Path) -> None:
+    """On the picture, not on the resized image."""
+    tested = ["DATASETS.TEST", "('keypoints_coco_2017_val',)"]
+    predictor = Predictor(saved(tmp_path, f"MODEL.{head}_ON", "True", *tested))
+    record = predictor.record(noise(0))
+    with torch.no_grad():
+        expected = predictor.model([record])[0]["instances"]
+    found = predictor.detect([record])[0]
+    assert len(found) == 8
+    for number, each in enumerate(found):
+        if head == "MASK":
+            assert each.keypoints is None and each.mask is not None
+            assert each.mask.shape == (60, 90)
+            assert np.array_equal(each.mask, expected.pred_masks[number].numpy())
+        else:
+            assert each.mask is None and each.keypoints is not None
+            assert np.array_equal(each.keypoints, expected.pred_keypoints[number].numpy())
+    # Of a left ear, which is number 3, and a left eye.
+    assert ((3, 1) in predictor.connections) == (head == "KEYPOINT")
 
 
 def changed(config: CfgNode, *words: object) -> CfgNode:

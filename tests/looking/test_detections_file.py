@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
+import pycocotools.mask as mask_util
 import pytest
 
 from resnext_det.engine.predictor import Detection
@@ -34,6 +36,20 @@ def test_the_document_is_json_whatever_is_in_it(tmp_path: Path) -> None:
         ],
         "problems": [{"file": "x.jpg", "problem": "is bad"}],
     }
+
+
+def test_masks_and_keypoints_are_written(tmp_path: Path) -> None:
+    mask = np.random.default_rng(0).random((30, 20)) > 0.5
+    points = np.array([[1.5, 2.25, 0.5]], np.float32)
+    detections = [
+        Detection((1, 2, 3, 4), "a", 0.5, 0, mask),
+        Detection((1, 2, 3, 4), "a", 0.5, 0, keypoints=points),
+        Detection((1, 2, 3, 4), "a", 0.5, 0),
+    ]
+    masked, pointed, plain = json.loads(json.dumps(detection_entries(detections)))
+    assert np.array_equal(mask_util.decode(masked.pop("mask")), mask)
+    assert pointed.pop("keypoints") == points.tolist()
+    assert masked == pointed == plain
 
 
 @pytest.mark.parametrize("before", [0, 1])

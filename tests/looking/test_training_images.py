@@ -16,6 +16,7 @@ from resnext_det.engine.trainer import Trainer
 from resnext_det.errors import ConfigError
 from resnext_det.looking.training_images import (
     SHEET,
+    TrainingImage,
     draw_image,
     evaluation_images,
     training_images,
@@ -42,6 +43,14 @@ def config(root: Path, *more: Any) -> CfgNode:
     )
 
 
+def boxes_of(image: TrainingImage) -> list[tuple[float, ...]]:
+    return [tuple(each.box) for each in image.objects]
+
+
+def labels_of(image: TrainingImage) -> list[str]:
+    return [each.label for each in image.objects]
+
+
 @pytest.mark.parametrize("order", ["BGR", "RGB"])
 def test_the_images_are_those_of_the_first_iterations(
     order: str, datasets: Path, tmp_path: Path
@@ -63,8 +72,8 @@ def test_the_images_are_those_of_the_first_iterations(
         rgb = pixels[:, :, ::-1] if order == "BGR" else pixels
         assert np.array_equal(np.asarray(one.picture), rgb)
         boxes = record["instances"].gt_boxes.tensor.numpy()
-        assert np.allclose([(x, y, x + w, y + h) for x, y, w, h in one.boxes], boxes, atol=1e-4)
-        assert one.labels == [names[n] for n in record["instances"].gt_classes]
+        assert np.allclose([(x, y, x + w, y + h) for x, y, w, h in boxes_of(one)], boxes, atol=1e-4)
+        assert labels_of(one) == [names[n] for n in record["instances"].gt_classes]
     assert len({one.picture.size for one in found}) > 3  # it is augmented
 
 
@@ -83,7 +92,7 @@ def test_without_augmentation_the_same_images_are_as_on_disk(datasets: Path) -> 
             for entry in annotations["annotations"]
             if entry["image_id"] == each.image_id and not entry["iscrowd"]
         ]
-        assert np.allclose(each.boxes, expected, atol=1e-4)
+        assert np.allclose(boxes_of(each), expected, atol=1e-4)
 
 
 def test_what_is_evaluated_is_resized_and_nothing_else(datasets: Path) -> None:
@@ -93,8 +102,8 @@ def test_what_is_evaluated_is_resized_and_nothing_else(datasets: Path) -> None:
     assert {min(each.picture.size) for each in found} == {48}
     for each, plain in zip(found, evaluation_images(cfg, 6, augmented=False), strict=True):
         scale = 48 / min(plain.picture.size)
-        assert each.labels == plain.labels
-        assert np.allclose(each.boxes, scale * np.array(plain.boxes), atol=0.6)
+        assert labels_of(each) == labels_of(plain)
+        assert np.allclose(boxes_of(each), scale * np.array(boxes_of(plain)), atol=0.6)
 
 
 def test_pictures_and_a_contact_sheet_are_written(datasets: Path, tmp_path: Path) -> None:
@@ -125,14 +134,40 @@ def test_a_second_run_leaves_none_of_the_first(datasets: Path, tmp_path: Path) -
 def test_boxes_are_drawn_where_they_are(datasets: Path) -> None:
     image = next(iter(training_images(config(datasets), 1, SEED)))
     drawn = np.asarray(draw_image(image)).astype(int)
-    plain = image.picture.resize((drawn.shape[1], drawn.shape[0]), Image.Resampling.LANCZOS)
-    changed = np.abs(drawn - np.asarray(plain).astype(int)).sum(axis=2) > 30
-    scale = drawn.shape[1] / image.picture.width
+    changed = np.abs(drawn - np.asarray(image.picture).astype(int)).sum(axis=2) > 30
     rows, columns = np.nonzero(changed)
-    right = max(x + w for x, _, w, _ in image.boxes) * scale
-    bottom = max(y + h for _, y, _, h in image.boxes) * scale
+    right = max(x + w for x, _, w, _ in boxes_of(image))
+    bottom = max(y + h for _, y, _, h in boxes_of(image))
     assert rows.max() == pytest.approx(bottom, abs=4)
     assert columns.max() >= right - 4
+
+
+def test_masks_follow_the_augmentation(datasets: Path, tmp_path: Path) -> None:
+    """Each is within its box, and fills as much of it as the polygon that was written."""
+    (tmp_path / "toy_coco").mkdir()
+    for name in ("train2017", "val2017"):
+        (tmp_path / "toy_coco" / name).symlink_to(datasets / "toy_coco" / name)
+    (tmp_path / "toy_coco" / "annotations").mkdir()
+    for file in (datasets / "toy_coco" / "annotations").iterdir():
+        document = json.loads(file.read_text())
+        for each in document["annotations"]:
+            x, y, w, h = each["bbox"]
+            each["iscrowd"] = 0
+            each["segmentation"] = [[x, y, x + w, y, x + w, y + h]]
+        (tmp_path / "toy_coco" / "annotations" / file.name).write_text(json.dumps(document))
+    cfg = config(tmp_path, "INPUT.CROP.ENABLED", False).clone()
+    cfg.defrost()
+    cfg.MODEL.MASK_ON = True
+    images = list(training_images(cfg, 4, SEED))
+    for image in images:
+        for each in image.objects:
+            assert each.mask is not None
+            assert each.mask.shape == image.picture.size[::-1]
+            x, y, w, h = each.box
+            inside = each.mask[round(y) : round(y + h), round(x) : round(x + w)]
+            assert inside.sum() >= 0.95 * each.mask.sum()
+            assert inside.mean() == pytest.approx(0.5, abs=0.1)
+        assert draw_image(image).size == image.picture.size
 
 
 def test_nothing_to_evaluate_is_an_error(datasets: Path) -> None:
