@@ -41,7 +41,7 @@ from fvcore.common.param_scheduler import MultiStepParamScheduler
 
 from resnext_det import ResNeXt  # the import registers the data sets, too
 from resnext_det.data.mapper import NamingDatasetMapper
-from resnext_det.evaluation.evaluator import box_evaluator
+from resnext_det.evaluation.evaluator import detection_evaluator
 
 if globals().get("__loader__") is not None:
     # Python imports a module once, so all children would change one and the same base.
@@ -170,7 +170,7 @@ dataloader = {
         ),
         num_workers="${..train.num_workers}",
     ),
-    "evaluator": L(box_evaluator)(
+    "evaluator": L(detection_evaluator)(
         dataset="${..test.dataset.names}",
         # A folder of its own: Detectron2 writes its training log to metrics.json, as the evaluator
         # does its figures.

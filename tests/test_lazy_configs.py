@@ -32,7 +32,7 @@ from resnext_det import model_zoo
 from resnext_det.data.mapper import NamingDatasetMapper
 from resnext_det.data.registered import datasets_root, register_datasets
 from resnext_det.errors import ConfigError
-from resnext_det.evaluation.evaluator import BoxEvaluator
+from resnext_det.evaluation.evaluator import DetectionEvaluator
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 BASE = "base_resnext_fpn"
@@ -440,5 +440,5 @@ def test_detectron2s_own_tool_trains_and_evaluates(datasets: Path, tmp_path: Pat
     saved = LazyConfig.load(str(tmp_path / "config.yaml"))
     assert not differences(light_model(saved), light_model(model_zoo.get_lazy_config(TOY)))
     evaluator = instantiate(saved.dataloader.evaluator)
-    assert isinstance(evaluator, BoxEvaluator)
+    assert isinstance(evaluator, DetectionEvaluator)
     assert evaluator.output == tmp_path / "inference"

@@ -5,8 +5,9 @@
     python tools/evaluate.py ... --baseline OTHER_RUN/metrics.json  is it better, and how surely?
     python tools/evaluate.py ... --images val2017 --output FOLDER   metrics.json and a report
 
-Annotations and results are in COCO's formats. --proposals gives the average recall of 100, 300
-and 1000 boxes per image, whatever their class.
+Annotations and results are in COCO's formats. Boxes, masks and keypoints are evaluated if both
+files hold them, or what --iou-type names. --proposals gives the average recall of 100, 300 and
+1000 boxes per image, whatever their class.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from resnext_det.errors import reported
+from resnext_det.errors import DatasetError, reported
 from resnext_det.evaluation.compare import (
     RESAMPLES,
     compare_with,
@@ -23,11 +24,11 @@ from resnext_det.evaluation.compare import (
     difference_table,
 )
 from resnext_det.evaluation.details import error_table
-from resnext_det.evaluation.detections import check_detections, read_detections
-from resnext_det.evaluation.engines import ENGINES
+from resnext_det.evaluation.detections import KINDS, Detections, check_detections, read_detections
+from resnext_det.evaluation.engines import ENGINES, Protocol
 from resnext_det.evaluation.evaluator import Engine, evaluate_detections, write_evaluated
 from resnext_det.evaluation.proposals import proposal_figures, proposal_table
-from resnext_det.evaluation.truth import read_truth
+from resnext_det.evaluation.truth import Truth, read_truth
 from resnext_det.files import check_writable, file_digest
 from resnext_det.report.page import write_report
 
@@ -39,6 +40,10 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--annotations", type=Path, required=True, metavar="JSON")
     parser.add_argument("--results", type=Path, required=True, metavar="JSON")
+    parser.add_argument("--iou-type", nargs="+", choices=KINDS, help="what is evaluated")
+    parser.add_argument(
+        "--oks-sigmas", nargs="+", type=float, default=[], help="of keypoints other than COCO's 17"
+    )
     parser.add_argument("--engine", choices=list(ENGINES), default="hotcoco")
     parser.add_argument("--cross-check", action="store_true", help="by both; fail if they differ")
     parser.add_argument("--baseline", type=Path, metavar="JSON", help="metrics.json of another")
@@ -54,6 +59,9 @@ def parse() -> argparse.Namespace:
         parser.error("--proposals has neither a baseline nor a report")
     if arguments.images and not arguments.output:
         parser.error("--images is for the report: name a folder for it, --output DIR")
+    with_boxes = not arguments.iou_type or "bbox" in arguments.iou_type
+    if not with_boxes and (arguments.baseline or arguments.output):
+        parser.error("--baseline and --output need boxes: --iou-type bbox ...")
     if arguments.resamples < 0:
         parser.error("--resamples must be 0 or more")
     if arguments.seed < 0:
@@ -66,18 +74,28 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if arguments.output:
         check_writable(arguments.output, "--output")
     truth = read_truth(arguments.annotations)
-    detections = read_detections(arguments.results, classes=not arguments.proposals)
+    detections = read_detections(
+        arguments.results, classes=not arguments.proposals, numbers=truth.text_numbers
+    )
     print(f"{len(detections):,} detections: {arguments.results}")
-    print(f"{len(truth.image_ids):,} images: {truth.file}\n")
+    print(f"{len(truth.image_ids):,} images: {truth.file}")
     if arguments.proposals:
         check_detections(detections, truth, str(arguments.results), classes=False)
-        engine = {"engine": arguments.engine, "cross_check": arguments.cross_check}
-        print(proposal_table(proposal_figures(truth, detections, **engine)))
+        settings = {"engine": arguments.engine, "cross_check": arguments.cross_check}
+        print(f"\n{proposal_table(proposal_figures(truth, detections, **settings))}")
         return
     engine = Engine(arguments.engine, arguments.cross_check)
-    evaluated = evaluate_detections(truth, detections, engine, str(arguments.results))
-    print(evaluated.figures.table())
-    print(f"\n{error_table(evaluated.details)}")
+    evaluated = {}
+    for kind in kinds_of(arguments, truth, detections):
+        evaluated[kind] = evaluate_detections(
+            truth,
+            detections,
+            engine,
+            str(arguments.results),
+            Protocol.of(kind, tuple(arguments.oks_sigmas)),
+        )
+        print(f"\n{kind}\n{evaluated[kind].figures.table()}")
+        print(f"\n{error_table(evaluated[kind].details)}")
     if arguments.cross_check:
         print("\nhotcoco and pycocotools agree.")
     if arguments.baseline:
@@ -102,6 +120,26 @@ def evaluate(arguments: argparse.Namespace) -> None:
             {**more, "engine": vars(engine)},
         )
         print(f"\nReport: {write_report(arguments.output)}")
+
+
+def kinds_of(
+    arguments: argparse.Namespace, truth: Truth, detections: Detections
+) -> tuple[str, ...]:
+    """Return what is evaluated: what was asked for, or what both files hold."""
+    held = [kind for kind in detections.kinds if truth.holds(kind)]
+    if not arguments.iou_type and (arguments.baseline or arguments.output) and "bbox" not in held:
+        raise DatasetError(
+            f"{arguments.results} has no boxes, which --baseline and --output need: add bbox to "
+            "the detections, or leave these out."
+        )
+    missing = [kind for kind in arguments.iou_type or () if kind not in held]
+    if missing or not held:
+        raise DatasetError(
+            f"--iou-type {' '.join(missing)}: the detections hold {' '.join(detections.kinds)}, "
+            f"and both files hold {' '.join(held) or 'nothing in common'}: name one of these, or "
+            "files that have more."
+        )
+    return tuple(arguments.iou_type or held)
 
 
 def main() -> None:

@@ -23,7 +23,8 @@ from tqdm import tqdm
 from resnext_det.engine.train_loop import bare
 from resnext_det.environment import commit, versions
 from resnext_det.errors import EvaluationError
-from resnext_det.evaluation.evaluator import BoxEvaluator
+from resnext_det.evaluation.evaluator import DetectionEvaluator
+from resnext_det.evaluation.predictions import ImageKey
 from resnext_det.files import file_digest
 
 logger = logging.getLogger(__name__)
@@ -56,13 +57,13 @@ def evaluate_datasets(
         EvaluationError: the processes have different weights.
     """
     results: OrderedDict[str, Results] = OrderedDict()
-    kept: list[BoxEvaluator] = []
+    kept: list[DetectionEvaluator] = []
     with buffers_of_the_first(model):
         digest = model_digest(cfg, model)
         for name in cfg.DATASETS.TEST:
             evaluator = evaluator_of(name)
-            done: frozenset[int] = frozenset()
-            if isinstance(evaluator, BoxEvaluator):
+            done: frozenset[ImageKey] = frozenset()
+            if isinstance(evaluator, DetectionEvaluator):
                 _tell_files(evaluator)
                 evaluator.description["model_sha256"] = digest
                 done = evaluator.keep(_identity(digest, evaluator))
@@ -75,7 +76,7 @@ def evaluate_datasets(
     return next(iter(results.values())) if len(results) == 1 else results
 
 
-def _tell_files(evaluator: BoxEvaluator) -> None:
+def _tell_files(evaluator: DetectionEvaluator) -> None:
     logger.info(
         "evaluating on %s: annotations %s, images %s",
         evaluator.dataset,
@@ -89,11 +90,11 @@ def _evaluate(
     evaluator: DatasetEvaluator,
     loader_of: Callable[[str], Loader],
     name: str,
-    done: frozenset[int],
+    done: frozenset[ImageKey],
 ) -> Results:
     if done:
         logger.info("%d images were predicted before this evaluation was ended", len(done))
-        if isinstance(evaluator, BoxEvaluator) and evaluator.needs_none_but(done):
+        if isinstance(evaluator, DetectionEvaluator) and evaluator.needs_none_but(done):
             evaluator.reset()
             return evaluator.evaluate()
     bar = tqdm(
@@ -111,7 +112,7 @@ def _evaluate(
 class Remaining:
     """The batches of a loader without the images that are done; those are read all the same."""
 
-    def __init__(self, loader: Loader, done: frozenset[int]) -> None:
+    def __init__(self, loader: Loader, done: frozenset[ImageKey]) -> None:
         """Wrap a loader.
 
         Args:
@@ -227,7 +228,7 @@ def model_digest(cfg: CfgNode, model: nn.Module) -> str:
     return str(comm.all_gather(found)[0])  # git may have been too busy in another
 
 
-def _identity(digest: str, evaluator: BoxEvaluator) -> str:
+def _identity(digest: str, evaluator: DetectionEvaluator) -> str:
     """Return a digest of a model and of the files that it is evaluated on, as the first has them.
 
     Of images it is names, sizes and times: they may be gigabytes.

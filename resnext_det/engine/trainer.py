@@ -43,7 +43,7 @@ from resnext_det.engine.train_loop import (
     shared_seed,
 )
 from resnext_det.engine.writers import build_writers, forget_after, writing_period
-from resnext_det.evaluation.evaluator import BoxEvaluator, Engine
+from resnext_det.evaluation.evaluator import DetectionEvaluator, Engine
 from resnext_det.modeling.detectors import check_names
 from resnext_det.pretrained.loading import load_weights
 
@@ -326,9 +326,11 @@ class Trainer(DefaultTrainer):
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> BoxEvaluator:
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DetectionEvaluator:
         """Return the evaluator that writes metrics.json into OUTPUT_DIR."""
         description = {"weights": cfg.MODEL.WEIGHTS}
         test = complete(cfg).TEST
         engine = Engine(test.ENGINE, test.CROSS_CHECK)
-        return BoxEvaluator(dataset_name, Path(cfg.OUTPUT_DIR), description, engine)
+        return DetectionEvaluator(
+            dataset_name, Path(cfg.OUTPUT_DIR), description, engine, test.KEYPOINT_OKS_SIGMAS
+        )

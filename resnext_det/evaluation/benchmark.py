@@ -70,7 +70,9 @@ def made_up(size: Size = Size(), seed: int = 0) -> tuple[Truth, Detections]:
     names = {number: f"class {number}" for number in range(1, size.classes + 1)}
     file_names = tuple(f"{number:012}.jpg" for number in ids)
     sizes = np.tile(np.array(_SIDES, np.float64), (size.images, 1))
-    truth = Truth(Path("made_up.json"), "", ids, file_names, sizes, names, objects)
+    truth = Truth(
+        Path("made_up.json"), "", ids, tuple(ids.tolist()), file_names, sizes, names, objects
+    )
 
     of = generator.integers(0, size.objects, size.detections)
     scores = generator.random(size.detections)
@@ -169,7 +171,7 @@ def _everything(annotations: Path, results: Path) -> Summary:
     evaluated.figures.table()
     with tempfile.TemporaryDirectory() as folder:
         entry = {"images": ""}
-        write_evaluated(Path(folder), "made_up", {}, truth, results, evaluated, entry)
+        write_evaluated(Path(folder), "made_up", {}, truth, results, {"bbox": evaluated}, entry)
     return tuple(
         -1 if value is None else value / 100 for value in evaluated.figures.figures.values()
     )

@@ -180,6 +180,7 @@ def _resampled(
         file=truth.file,
         sha256="",
         image_ids=np.arange(len(owners)),
+        image_keys=tuple(range(len(owners))),
         file_names=("",) * len(owners),
         sizes=truth.sizes[owners],
         categories=truth.categories,
@@ -253,7 +254,7 @@ def compare_with(
         DatasetError: the earlier evaluation cannot be read, or was made with other annotations.
     """
     earlier = find_baseline(metrics, truth)
-    before = read_detections(earlier.detections)
+    before = read_detections(earlier.detections, numbers=truth.text_numbers)
     recorded = earlier.detections_sha256
     if recorded and recorded != file_digest(earlier.detections):
         raise DatasetError(

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tabulate import tabulate
 
 from resnext_det.evaluation.detections import Detections
-from resnext_det.evaluation.engines import Accumulated, hotcoco_evaluation
+from resnext_det.evaluation.engines import Accumulated, Protocol, hotcoco_evaluation
 from resnext_det.evaluation.truth import Truth
 
 CONFUSED_FROM = 0.5
@@ -90,15 +90,20 @@ class Details:
 
 
 def details_of(
-    evaluation: hotcoco.COCOeval, found: Accumulated, truth: Truth, detections: Detections
+    evaluation: hotcoco.COCOeval,
+    found: Accumulated,
+    truth: Truth,
+    detections: Detections,
+    protocol: Protocol = Protocol(),
 ) -> Details:
     """Return where a detector errs.
 
     Args:
-        evaluation: of `engines.hotcoco_evaluation`, with COCO's own protocol.
+        evaluation: of `engines.hotcoco_evaluation`.
         found: what it accumulated.
         truth: the annotations.
         detections: that were evaluated.
+        protocol: COCO's own for a kind; the similarity of keypoints takes the place of IoU.
     """
     precision = found.precision[:, :, :, 0, -1]  # of objects of any size, 100 per image
     present = np.flatnonzero((precision > -1).any(axis=(0, 1)))
@@ -112,18 +117,18 @@ def details_of(
         for kind in ERROR_KINDS
     )
     recalls = np.linspace(0, 1, precision.shape[1])
-    return Details(recalls, curves, _confusion(evaluation, truth, detections), kinds)
+    return Details(recalls, curves, _confusion(evaluation, truth, detections, protocol), kinds)
 
 
 def _confusion(
-    evaluation: hotcoco.COCOeval, truth: Truth, detections: Detections
+    evaluation: hotcoco.COCOeval, truth: Truth, detections: Detections, protocol: Protocol
 ) -> NDArray[np.int64]:
     """Count true classes by detected ones, without what COCO ignores: detections in a crowd."""
     counted = evaluation.image_diagnostics(iou_thr=OVERLAP)["dt_status"]
     numbers = np.arange(1, len(detections) + 1)  # as hotcoco numbers them
     kept = np.isin(numbers, np.fromiter(counted, np.int64, len(counted)))
     shown = detections.where(kept & (detections.scores >= CONFUSED_FROM))
-    found = hotcoco_evaluation(truth, shown).confusion_matrix(iou_thr=OVERLAP)
+    found = hotcoco_evaluation(truth, shown, protocol).confusion_matrix(iou_thr=OVERLAP)
     return np.asarray(found["matrix"]).astype(np.int64)
 
 

@@ -3,61 +3,108 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import hotcoco
 import numpy as np
 from numpy.typing import NDArray
 
 from resnext_det.data.record_forms import GREATEST_ID
-from resnext_det.errors import DatasetError
+from resnext_det.errors import DatasetError, quoted
 from resnext_det.evaluation.truth import Truth
 
 _COLUMNS = ("image_id", "x", "y", "width", "height", "score", "category_id")
 _LISTED = 5
+KINDS = ("bbox", "segm", "keypoints")
+"""What can be evaluated, by COCO's names."""
+
+Numbers = Mapping[Any, int]
+"""Of images, by their ids in an annotation file; see `Truth.numbers`."""
 
 
 @dataclass(frozen=True)
 class Detections:
-    """N detected boxes, or proposals.
+    """N detected objects, or proposals.
 
     Attributes:
         image_ids: (N,).
         category_ids: (N,), as the annotations number them.
         boxes: (N, 4): x, y, width, height in pixels.
         scores: (N,).
+        segmentations: (N,) masks as COCO's compressed RLE ({"size": [height, width], "counts":
+            text}); None without masks.
+        keypoints: (N, K, 3): x, y and score; None without keypoints.
+        boxed: False if the boxes are those of masks or keypoints, as there were no others.
     """
 
     image_ids: NDArray[np.int64]
     category_ids: NDArray[np.int64]
     boxes: NDArray[np.float64]
     scores: NDArray[np.float64]
+    segmentations: NDArray[np.object_] | None = None
+    keypoints: NDArray[np.float64] | None = None
+    boxed: bool = True
 
     def __len__(self) -> int:
         return len(self.scores)
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Return what they hold, of `KINDS`."""
+        held = self.boxed, self.segmentations is not None, self.keypoints is not None
+        return tuple(kind for kind, is_held in zip(KINDS, held) if is_held)
+
     @classmethod
-    def of(cls, results: Sequence[dict[str, Any]], *, classes: bool = True) -> Detections:
+    def of(
+        cls,
+        results: Sequence[dict[str, Any]],
+        *,
+        classes: bool = True,
+        numbers: Numbers | None = None,
+    ) -> Detections:
         """Return the detections of a list in COCO's results format.
 
         Args:
-            results: each with image_id, category_id, bbox (x, y, width, height) and score.
+            results: each with image_id, category_id, score, and bbox (x, y, width, height),
+                segmentation (compressed RLE), keypoints (x, y, score, ...), or several of them.
             classes: False for proposals, whose category_id is not looked at.
+            numbers: of the images; None if their ids are numbers.
 
         Raises:
             DatasetError: one has not this form; the message shows it.
         """
+        reading = _Reading(
+            frozenset(
+                key
+                for key in _KEYS
+                if any(isinstance(each, dict) and _holds(each, key) for each in results)
+            )
+            or frozenset({"bbox"}),
+            classes,
+            numbers,
+        )
         try:
-            rows = [_row(each, classes) for each in results]
+            rows = [reading.row(each) for each in results]
             table = _numbers(rows).reshape(len(rows), len(_COLUMNS))
             sound = _are_sound(table)
-        except (KeyError, TypeError, ValueError):
+            poses = None
+            if "keypoints" in reading.held:
+                poses = _numbers([each["keypoints"] for each in results])
+                poses = poses.reshape(len(rows), -1, 3)
+                sound = sound and bool(np.isfinite(poses).all())
+        except (KeyError, TypeError, ValueError, OverflowError):
             sound = False
         if not sound:
-            raise DatasetError(_complaint(results, classes))
-        return cls.of_table(table)
+            raise DatasetError(_complaint(results, reading))
+        found = replace(cls.of_table(table), keypoints=poses, boxed="bbox" in reading.held)
+        if "segmentation" not in reading.held:
+            return found
+        masks = np.empty(len(rows), np.object_)
+        masks[:] = [each["segmentation"] for each in results]
+        return replace(found, segmentations=masks)
 
     @classmethod
     def of_table(cls, table: NDArray[np.float64]) -> Detections:
@@ -75,16 +122,36 @@ class Detections:
         """Return the detections as `of_table` takes them."""
         return np.column_stack([self.image_ids, self.boxes, self.scores, self.category_ids])
 
-    def results(self) -> list[dict[str, Any]]:
-        """Return the detections in COCO's results format."""
-        columns = self.image_ids, self.category_ids, self.boxes, self.scores
-        keys = "image_id", "category_id", "bbox", "score"
-        return [dict(zip(keys, row)) for row in zip(*(column.tolist() for column in columns))]
+    def results(self, image_keys: Mapping[int, int | str] | None = None) -> list[dict[str, Any]]:
+        """Return the detections in COCO's results format.
+
+        Args:
+            image_keys: ids of the images in the annotation file by `image_ids`; None if they are
+                the same.
+        """
+        ids: list[Any] = self.image_ids.tolist()
+        if image_keys is not None:
+            ids = [image_keys[each] for each in ids]
+        columns = {"image_id": ids, "category_id": self.category_ids.tolist()}
+        if self.boxed:
+            columns["bbox"] = self.boxes.tolist()
+        columns["score"] = self.scores.tolist()
+        if self.segmentations is not None:
+            columns["segmentation"] = self.segmentations.tolist()
+        if self.keypoints is not None:
+            columns["keypoints"] = self.keypoints.reshape(len(self), -1).tolist()
+        return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
     def where(self, kept: NDArray[np.bool_] | NDArray[np.int64]) -> Detections:
         """Return some of the detections: `kept` is a mask (N,), or row numbers."""
         return Detections(
-            self.image_ids[kept], self.category_ids[kept], self.boxes[kept], self.scores[kept]
+            self.image_ids[kept],
+            self.category_ids[kept],
+            self.boxes[kept],
+            self.scores[kept],
+            None if self.segmentations is None else self.segmentations[kept],
+            None if self.keypoints is None else self.keypoints[kept],
+            self.boxed,
         )
 
     def in_order(self, image_ids: NDArray[np.int64]) -> Detections:
@@ -95,10 +162,53 @@ class Detections:
         """
         ranks = np.argsort(image_ids, kind="stable")
         places = ranks[np.searchsorted(image_ids[ranks], self.image_ids)]
-        order = np.argsort(places, kind="stable")
-        return Detections(
-            self.image_ids[order], self.category_ids[order], self.boxes[order], self.scores[order]
-        )
+        return self.where(np.argsort(places, kind="stable"))
+
+
+_KEYS = ("bbox", "segmentation", "keypoints")
+
+
+def _holds(result: dict[str, Any], key: str) -> bool:
+    # pycocotools' loadRes adds every box's outline as a polygon to the results that it is given.
+    value = result.get(key)
+    return isinstance(value, dict) if key == "segmentation" else bool(value)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How a result becomes a row of numbers; `held` are those of `_KEYS` that all must have."""
+
+    held: frozenset[str]
+    classes: bool
+    numbers: Numbers | None
+
+    def row(self, result: dict[str, Any]) -> tuple[Any, ...]:
+        """Return what `Detections.of_table` takes."""
+        image = result["image_id"]
+        if self.numbers is not None:
+            image = self.numbers[image]
+        category = result["category_id"] if self.classes else 0
+        if "segmentation" in self.held:
+            _check_mask(result["segmentation"])
+        if "bbox" in self.held:
+            box = result["bbox"]
+        elif "segmentation" in self.held:
+            box = hotcoco.mask.to_bbox(result["segmentation"])
+        else:  # as pycocotools does
+            points = np.array(result["keypoints"], np.float64).reshape(-1, 3)[:, :2]
+            low, high = points.min(axis=0), points.max(axis=0)
+            box = [*low, *(high - low)]
+        return (image, *box, result["score"], category)
+
+
+def _check_mask(value: object) -> None:
+    """Refuse what is no compressed RLE."""
+    if not isinstance(value, dict) or not isinstance(value.get("counts"), str):
+        raise TypeError("no compressed RLE")
+    size = value.get("size")
+    if not isinstance(size, list) or [type(side) for side in size] != [int, int] or min(size) < 1:
+        raise ValueError("no height and width")
+    hotcoco.mask.area(value)  # refuses what does not fill height and width
 
 
 def _numbers(rows: Sequence[object]) -> NDArray[np.float64]:
@@ -120,33 +230,37 @@ def _are_sound(table: NDArray[np.float64]) -> bool:
     )
 
 
-def _row(result: dict[str, Any], classes: bool) -> tuple[Any, ...]:
-    category = result["category_id"] if classes else 0
-    return (result["image_id"], *result["bbox"], result["score"], category)
-
-
-def _complaint(results: Sequence[dict[str, Any]], classes: bool) -> str:
+def _complaint(results: Sequence[dict[str, Any]], reading: _Reading) -> str:
+    points = None
     for position, each in enumerate(results):
         try:
-            sound = _are_sound(_numbers(_row(each, classes)).reshape(1, len(_COLUMNS)))
-        except (KeyError, TypeError, ValueError):
+            sound = _are_sound(_numbers(reading.row(each)).reshape(1, len(_COLUMNS)))
+            if "keypoints" in reading.held:
+                pose = _numbers(each["keypoints"]).reshape(-1, 3)
+                points = len(pose) if points is None else points
+                sound = sound and len(pose) == points and bool(np.isfinite(pose).all())
+        except (KeyError, TypeError, ValueError, OverflowError):
             sound = False
         if not sound:
             return (
                 f"detection {position} of {len(results)} has not the form of COCO's results: "
-                f"{str(each)[:200]}. It takes image_id and category_id (whole numbers), bbox (x, "
-                "y, width and height in pixels) and score, all finite."
+                f"{quoted(each)}. It takes image_id and category_id (whole numbers), score, and "
+                "bbox (x, y, width and height in pixels), all finite; and segmentation (compressed "
+                "RLE) and keypoints (x, y, score, ...) in all detections or in none."
             )
     return "the detections have not the form of COCO's results."
 
 
-def read_detections(file: Path, *, classes: bool = True) -> Detections:
+def read_detections(
+    file: Path, *, classes: bool = True, numbers: Numbers | None = None
+) -> Detections:
     """Read a file in COCO's results format.
 
     Args:
         file: JSON: a list of objects with image_id, category_id, bbox and score, as this package,
             Detectron2 (coco_instances_results.json), mmdetection and others write it.
         classes: False for proposals, whose category_id is not looked at.
+        numbers: of the images, by the ids that the file has; None if these are numbers.
 
     Returns:
         The detections, in the order of the file.
@@ -167,7 +281,7 @@ def read_detections(file: Path, *, classes: bool = True) -> Detections:
             "image_id, category_id, bbox and score."
         )
     try:
-        return Detections.of(content, classes=classes)
+        return Detections.of(content, classes=classes, numbers=numbers)
     except DatasetError as error:
         raise DatasetError(f"{file}: {error}") from error
 

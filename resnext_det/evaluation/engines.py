@@ -6,6 +6,7 @@ import contextlib
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import hotcoco
 import numpy as np
@@ -21,11 +22,18 @@ FIGURES = (
     *("AP", "AP50", "AP75", "APs", "APm", "APl"),
     *("AR1", "AR10", "AR100", "ARs", "ARm", "ARl"),
 )
-"""The 12 figures in the order of COCO's own summary."""
+"""The 12 figures of boxes and masks, in the order of COCO's own summary."""
+KEYPOINT_FIGURES = (
+    *("AP", "AP50", "AP75", "APm", "APl"),
+    *("AR", "AR50", "AR75", "ARm", "ARl"),
+)
+"""The 10 figures of keypoints."""
 
 DEFAULT_LIMITS = (1, 10, 100)
+KEYPOINT_LIMITS = (20,)
 _AGREEMENT = 1e-12
 """Both add the same numbers, in orders of their own: more than rounding is a difference."""
+_COCO_KEYPOINTS = 17
 
 
 @dataclass(frozen=True)
@@ -36,10 +44,27 @@ class Protocol:
         limits: the numbers of detections per image (and class) that recall is computed for; the
             last holds for precision.
         by_class: False for proposals, which have no class.
+        kind: what is compared: "bbox", "segm" or "keypoints".
+        sigmas: of K keypoints, for their similarity (OKS); empty for COCO's 17.
     """
 
     limits: tuple[int, ...] = DEFAULT_LIMITS
     by_class: bool = True
+    kind: str = "bbox"
+    sigmas: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, kind: str, sigmas: tuple[float, ...] = ()) -> Protocol:
+        """Return COCO's own protocol for a kind."""
+        limits = KEYPOINT_LIMITS if kind == "keypoints" else DEFAULT_LIMITS
+        return cls(limits, kind=kind, sigmas=sigmas if kind == "keypoints" else ())
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """Return the names of what COCO's summary has, none for proposals."""
+        if not self.by_class:
+            return ()
+        return KEYPOINT_FIGURES if self.kind == "keypoints" else FIGURES
 
 
 @dataclass(frozen=True)
@@ -49,7 +74,8 @@ class Accumulated:
     Attributes:
         precision: (IoU thresholds, recalls, classes, areas, limits).
         recall: (IoU thresholds, classes, areas, limits).
-        summary: COCO's 12 figures, -1 where there is nothing to find; empty for proposals.
+        summary: COCO's 12 figures (10 of keypoints), -1 where there is nothing to find; empty for
+            proposals.
     """
 
     precision: NDArray[np.float64]
@@ -73,24 +99,113 @@ def hotcoco_evaluation(
     Raises:
         DatasetError: hotcoco refuses them.
     """
+    _check_kind(truth, detections, protocol)
     try:
-        annotations = hotcoco.COCO.from_arrays(
-            [{"id": number} for number in truth.image_ids.tolist()],
-            [{"id": number, "name": name} for number, name in truth.categories.items()],
-            truth.objects.image_ids,
-            truth.objects.category_ids,
-            truth.objects.boxes,
-            area=truth.objects.areas,
-            iscrowd=truth.objects.crowds,
-        )
-        evaluation = hotcoco.COCOeval(annotations, annotations.load_res(detections.table), "bbox")
+        annotations = _hotcoco_annotations(truth, protocol.kind)
+        results = annotations.load_res(_results(detections, protocol.kind))
+        evaluation = hotcoco.COCOeval(annotations, results, protocol.kind)
         evaluation.params.max_dets = list(protocol.limits)
         evaluation.params.use_cats = protocol.by_class
+        if protocol.sigmas:
+            evaluation.params.kpt_oks_sigmas = list(protocol.sigmas)
         evaluation.evaluate()
         evaluation.accumulate()
     except (ValueError, KeyError, RuntimeError) as error:
         raise DatasetError(f"cannot evaluate against {truth.file}: {error}") from error
     return evaluation
+
+
+def _hotcoco_annotations(truth: Truth, kind: str) -> hotcoco.COCO:
+    if kind == "keypoints":
+        return hotcoco.COCO(_document(truth, kind))
+    objects = truth.objects
+    return hotcoco.COCO.from_arrays(
+        _images(truth),
+        [{"id": number, "name": name} for number, name in truth.categories.items()],
+        objects.image_ids,
+        objects.category_ids,
+        objects.boxes,
+        area=objects.areas,
+        iscrowd=objects.crowds,
+        segmentation=truth.masks if kind == "segm" else None,
+    )
+
+
+def _images(truth: Truth) -> list[dict[str, int]]:
+    return [
+        {"id": number, "width": int(width), "height": int(height)}
+        for number, (width, height) in zip(truth.image_ids.tolist(), truth.sizes.tolist())
+    ]
+
+
+def _document(truth: Truth, kind: str) -> dict[str, Any]:
+    """Return the annotations as a file has them, with ids from 1 on.
+
+    To pycocotools, an object with the id 0 counts as never found.
+    """
+    objects = truth.objects
+    columns: dict[str, list[Any]] = {
+        "image_id": objects.image_ids.tolist(),
+        "category_id": objects.category_ids.tolist(),
+        "bbox": objects.boxes.tolist(),
+        "area": objects.areas.tolist(),
+        "iscrowd": objects.crowds.astype(int).tolist(),
+    }
+    if kind == "segm":
+        columns["segmentation"] = truth.masks
+    if kind == "keypoints":
+        poses = truth.poses
+        columns["keypoints"] = poses.reshape(len(poses), -1).tolist()
+        columns["num_keypoints"] = (poses[:, :, 2] > 0).sum(axis=1).tolist()
+    rows = zip(*columns.values())
+    return {
+        "images": _images(truth),
+        "categories": [{"id": n, "name": name} for n, name in truth.categories.items()],
+        "annotations": [
+            {"id": number, **dict(zip(columns, row))} for number, row in enumerate(rows, start=1)
+        ],
+    }
+
+
+def _results(detections: Detections, kind: str) -> Any:
+    """Return the detections as both engines load them.
+
+    The area of a mask is its own, and that of keypoints is their box's, as in Detectron2.
+    """
+    if kind == "bbox" or not len(detections):
+        return detections.table
+    unwanted = {"segm": ("bbox", "keypoints"), "keypoints": ("segmentation",)}[kind]
+    return [
+        {key: value for key, value in each.items() if key not in unwanted}
+        for each in detections.results()
+    ]
+
+
+def _check_kind(truth: Truth, detections: Detections, protocol: Protocol) -> None:
+    """Refuse masks of another size than their images', and keypoints of another number."""
+    if protocol.kind == "segm" and detections.segmentations is not None:
+        sizes = dict(zip(truth.image_ids.tolist(), truth.sizes[:, ::-1].astype(int).tolist()))
+        found = zip(detections.image_ids.tolist(), detections.segmentations.tolist())
+        other = [(n, each["size"]) for n, each in found if each["size"] != sizes[n]]
+        if other:
+            number, size = other[0]
+            raise DatasetError(
+                f"{len(other)} of {len(detections)} masks have another size than their image in "
+                f"{truth.file}: of image {number}, height and width are {size} and "
+                f"{sizes[number]}. Resize the masks to the images."
+            )
+    if protocol.kind == "keypoints":
+        count = truth.poses.shape[1]
+        sigmas = len(protocol.sigmas) or _COCO_KEYPOINTS
+        poses = detections.keypoints
+        given = count if poses is None or not len(poses) else poses.shape[1]
+        if not count == sigmas == given:
+            raise DatasetError(
+                f"objects of {truth.file} have {count} keypoints, detections {given}, and there "
+                f"are {sigmas} sigmas: they must be as many. Set TEST.KEYPOINT_OKS_SIGMAS (in "
+                "tools/evaluate.py: --oks-sigmas) to one number for each keypoint; the default is "
+                f"COCO's for {_COCO_KEYPOINTS}."
+            )
 
 
 def accumulated(evaluation: hotcoco.COCOeval, protocol: Protocol = Protocol()) -> Accumulated:
@@ -101,7 +216,7 @@ def accumulated(evaluation: hotcoco.COCOeval, protocol: Protocol = Protocol()) -
         protocol: that it was made with.
     """
     summary: tuple[float, ...] = ()
-    if protocol == Protocol():
+    if protocol.figures:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints the table as it computes it
             evaluation.summarize()
         summary = tuple(float(value) for value in evaluation.stats)
@@ -125,36 +240,27 @@ def by_pycocotools(
     """
     with contextlib.redirect_stdout(io.StringIO()):  # it prints each of its steps
         annotations = COCO()
-        objects = truth.objects
-        columns = objects.image_ids, objects.category_ids, objects.boxes, objects.areas
-        rows = zip(*(column.tolist() for column in (*columns, objects.crowds.astype(int))))
-        keys = "image_id", "category_id", "bbox", "area", "iscrowd"
-        annotations.dataset = {
-            "images": [{"id": number} for number in truth.image_ids.tolist()],
-            "categories": [{"id": n, "name": name} for n, name in truth.categories.items()],
-            # From 1 on: an object with the id 0 counts as never found.
-            "annotations": [
-                {"id": number, **dict(zip(keys, row))} for number, row in enumerate(rows, start=1)
-            ],
-        }
+        annotations.dataset = _document(truth, protocol.kind)
         annotations.createIndex()
-        results = _results(annotations, detections)
-        evaluation = COCOeval(annotations, results, "bbox")
+        results = _pycocotools_results(annotations, detections, protocol.kind)
+        evaluation = COCOeval(annotations, results, protocol.kind)
         evaluation.params.maxDets = list(protocol.limits)
         evaluation.params.useCats = int(protocol.by_class)
+        if protocol.sigmas:
+            evaluation.params.kpt_oks_sigmas = np.array(protocol.sigmas)
         evaluation.evaluate()
         evaluation.accumulate()
         summary: Sequence[float] = ()
-        if protocol == Protocol():
+        if protocol.figures:
             evaluation.summarize()
             summary = evaluation.stats
     arrays = evaluation.eval
     return Accumulated(arrays["precision"], arrays["recall"], tuple(map(float, summary)))
 
 
-def _results(annotations: COCO, detections: Detections) -> COCO:
+def _pycocotools_results(annotations: COCO, detections: Detections, kind: str) -> COCO:
     if len(detections):
-        loaded: COCO = annotations.loadRes(detections.table)
+        loaded: COCO = annotations.loadRes(_results(detections, kind))
         return loaded
     results = COCO()  # its loadRes takes the first detection for what all are like
     results.dataset = {**annotations.dataset, "annotations": []}
@@ -162,8 +268,8 @@ def _results(annotations: COCO, detections: Detections) -> COCO:
     return results
 
 
-Engine = Callable[[Truth, Detections, Protocol], Accumulated]
-ENGINES: dict[str, Engine] = {"hotcoco": by_hotcoco, "pycocotools": by_pycocotools}
+_Compute = Callable[[Truth, Detections, Protocol], Accumulated]
+ENGINES: dict[str, _Compute] = {"hotcoco": by_hotcoco, "pycocotools": by_pycocotools}
 
 
 def compute(
@@ -189,23 +295,24 @@ def compute(
     if not cross_check:
         return ENGINES[engine](truth, detections, protocol)
     found = {name: each(truth, detections, protocol) for name, each in ENGINES.items()}
-    check_agreement(found["hotcoco"], found["pycocotools"])
+    check_agreement(found["hotcoco"], found["pycocotools"], protocol.figures)
     return found[engine]
 
 
-def check_agreement(one: Accumulated, other: Accumulated) -> None:
+def check_agreement(one: Accumulated, other: Accumulated, figures: Sequence[str] = FIGURES) -> None:
     """Refuse two accumulations that differ, in any class, area, threshold or recall.
 
     Args:
         one: by hotcoco.
         other: by pycocotools, of the same annotations and detections.
+        figures: names of their summaries.
 
     Raises:
         EvaluationError: they differ; the message says where.
     """
     differing = [
         f"{name} is {ours!r} and {theirs!r}"
-        for name, ours, theirs in zip(FIGURES, one.summary, other.summary)
+        for name, ours, theirs in zip(figures, one.summary, other.summary)
         if abs(ours - theirs) > _AGREEMENT
     ]
     for what, mine, yours in (

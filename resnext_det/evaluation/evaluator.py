@@ -1,4 +1,4 @@
-"""Detections of boxes -> COCO's figures and tables, for Detectron2's programs and for files."""
+"""Detections -> COCO's figures and tables, for Detectron2's programs and for files."""
 
 from __future__ import annotations
 
@@ -14,14 +14,20 @@ from detectron2.data.datasets.coco import convert_to_coco_json
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
-from resnext_det.errors import ConfigError
+from resnext_det.errors import ConfigError, DatasetError
 from resnext_det.evaluation.details import Details, details_of
 from resnext_det.evaluation.detections import Detections, check_detections
-from resnext_det.evaluation.engines import ENGINES, accumulated, compute, hotcoco_evaluation
-from resnext_det.evaluation.figures import BoxFigures, figures_of
+from resnext_det.evaluation.engines import (
+    ENGINES,
+    Protocol,
+    accumulated,
+    compute,
+    hotcoco_evaluation,
+)
+from resnext_det.evaluation.figures import Figures, figures_of
 from resnext_det.evaluation.metrics_file import file_name_of, write_detections, write_metrics
 from resnext_det.evaluation.plausibility import suspicions
-from resnext_det.evaluation.predictions import Predictions, rows_of
+from resnext_det.evaluation.predictions import ImageKey, Predictions, found_in
 from resnext_det.evaluation.proposals import proposal_figures, proposal_table
 from resnext_det.evaluation.truth import Truth, read_truth
 from resnext_det.files import file_digest, write_json
@@ -53,41 +59,51 @@ class Engine:
 class Evaluated:
     """The figures of detections, and where they err."""
 
-    figures: BoxFigures
+    figures: Figures
     details: Details
 
 
 def evaluate_detections(
-    truth: Truth, detections: Detections, engine: Engine = Engine(), source: str = "the detections"
+    truth: Truth,
+    detections: Detections,
+    engine: Engine = Engine(),
+    source: str = "the detections",
+    protocol: Protocol = Protocol(),
 ) -> Evaluated:
-    """Compute COCO's figures for boxes, and where the detector errs.
+    """Compute COCO's figures, and where the detector errs.
+
+    Detections that look as if they were in another form than COCO's are warned about.
 
     Args:
         truth: the annotations.
         detections: of its images. Without any, the figures are 0, as nothing was found.
         engine: what computes the figures; the tables of errors are hotcoco's.
         source: where the detections are from, for messages.
+        protocol: of boxes, masks or keypoints.
 
     Raises:
-        DatasetError: detections of other images or classes.
+        DatasetError: detections of other images or classes; annotations without masks or
+            keypoints, or with other ones.
         EvaluationError: the engines differ.
-
-    Detections that look as if they were in another form than COCO's are warned about.
     """
     check_detections(detections, truth, source)
-    for suspicion in suspicions(truth, detections):
-        logger.warning("%s: %s", source, suspicion)
+    if protocol.kind == "bbox":
+        for suspicion in suspicions(truth, detections):
+            logger.warning("%s: %s", source, suspicion)
     # Ties in score go to the first: the order must not depend on how images were shared out.
     ordered = detections.in_order(truth.image_ids)
-    evaluation = hotcoco_evaluation(truth, ordered)
-    fast = accumulated(evaluation)
+    evaluation = hotcoco_evaluation(truth, ordered, protocol)
+    fast = accumulated(evaluation, protocol)
     found = fast
     if engine != Engine():
-        found = compute(truth, ordered, engine=engine.name, cross_check=engine.cross_check)
-    return Evaluated(figures_of(found, truth), details_of(evaluation, fast, truth, ordered))
+        found = compute(
+            truth, ordered, protocol, engine=engine.name, cross_check=engine.cross_check
+        )
+    figures = figures_of(found, truth, protocol)
+    return Evaluated(figures, details_of(evaluation, fast, truth, ordered, protocol))
 
 
-def evaluate_boxes(annotations: Path, detections: Sequence[dict[str, Any]]) -> BoxFigures:
+def evaluate_boxes(annotations: Path, detections: Sequence[dict[str, Any]]) -> Figures:
     """Compute COCO's figures for boxes.
 
     Args:
@@ -110,7 +126,7 @@ def write_evaluated(
     description: Mapping[str, str],
     truth: Truth,
     detections: Path | Detections,
-    evaluated: Evaluated,
+    evaluated: Mapping[str, Evaluated],
     entry: Mapping[str, Any],
 ) -> None:
     """Write an evaluation as a run's folder has it: metrics.json, the detections, the details.
@@ -121,16 +137,20 @@ def write_evaluated(
         description: see `metrics_file.write_metrics`.
         truth: the annotations.
         detections: a file that there is already, or what to write.
-        evaluated: the figures.
+        evaluated: by kind, "bbox" among them: its figures stand at the data set itself.
         entry: what else stands with the data set, such as the folder of the images.
     """
     if isinstance(detections, Detections):
         file = Path(f"detections_{file_name_of(dataset)}.json")
-        write_detections(folder / file, detections)
+        keys = dict(zip(truth.numbers.values(), truth.numbers))
+        write_detections(folder / file, detections, keys)
     else:
         file = detections.resolve()
     details = f"details_{file_name_of(dataset)}.json"
-    write_json(folder / details, evaluated.details.document(truth), indent=None)
+    others = {kind: each for kind, each in evaluated.items() if kind != "bbox"}
+    more = {kind: each.details.document(truth) for kind, each in others.items()}
+    document = {**evaluated["bbox"].details.document(truth), **more}
+    write_json(folder / details, document, indent=None)
     write_metrics(
         folder,
         dataset,
@@ -143,16 +163,18 @@ def write_evaluated(
             "detections_sha256": file_digest(folder / file),
             "details": details,
             **entry,
-            **evaluated.figures.document(),
+            **evaluated["bbox"].figures.document(),
+            **{kind: each.figures.document() for kind, each in others.items()},
         },
     )
 
 
-class BoxEvaluator(DatasetEvaluator):
+class DetectionEvaluator(DatasetEvaluator):
     """Detectron2's evaluator protocol: gathers detections, computes and writes the figures.
 
-    Writes `metrics.json`, `detections_DATASET.json` and `details_DATASET.json` into the output
-    folder; for an RPN alone, `metrics.json` with the average recall of its proposals.
+    Evaluates boxes and, if the model gives them, masks and keypoints. Writes `metrics.json`,
+    `detections_DATASET.json` and `details_DATASET.json` into the output folder; for an RPN alone,
+    `metrics.json` with the average recall of its proposals.
     """
 
     def __init__(
@@ -161,6 +183,7 @@ class BoxEvaluator(DatasetEvaluator):
         output: Path,
         description: dict[str, str],
         engine: Engine = Engine(),
+        sigmas: Sequence[float] = (),
     ) -> None:
         """Prepare for one data set.
 
@@ -169,11 +192,13 @@ class BoxEvaluator(DatasetEvaluator):
             output: the folder for what is written.
             description: what stands beside the figures, such as the weights' name.
             engine: what computes the figures.
+            sigmas: of keypoints, as TEST.KEYPOINT_OKS_SIGMAS; empty for COCO's.
         """
         self.dataset = dataset
         self.output = output
         self.description = description
         self.engine = engine
+        self.sigmas = tuple(sigmas)
         self.metadata = MetadataCatalog.get(dataset)
         if "json_file" not in self.metadata.as_dict():
             self.metadata.json_file = _converted(dataset, output)
@@ -191,14 +216,14 @@ class BoxEvaluator(DatasetEvaluator):
         folder = self.metadata.get("image_root", "")
         return str(Path(folder).resolve()) if folder else ""
 
-    def needs_none_but(self, done: frozenset[int]) -> bool:
+    def needs_none_but(self, done: frozenset[ImageKey]) -> bool:
         """Tell whether all images are among those that are done; the same in all processes."""
         found = comm.is_main_process() and done.issuperset(
-            read_truth(self.annotations, checked=True).image_ids.tolist()
+            read_truth(self.annotations, checked=True).image_keys
         )
         return any(comm.all_gather(found))
 
-    def keep(self, identity: str) -> frozenset[int]:
+    def keep(self, identity: str) -> frozenset[ImageKey]:
         """Keep predictions on disk until `forget`, and go on from those there are.
 
         Called in all processes together, before the first image.
@@ -230,17 +255,17 @@ class BoxEvaluator(DatasetEvaluator):
             outputs: the model's outputs, with `Instances` under "instances", or under "proposals".
         """
         for record, output in zip(inputs, outputs):
-            of_proposals = "instances" not in output
-            image_id = int(record["image_id"])
-            self._predictions.add(image_id, rows_of(output), of_proposals=of_proposals)
+            key = record["image_id"]
+            self._predictions.add(key if isinstance(key, str) else int(key), found_in(output))
 
     def evaluate(self) -> OrderedDict[str, dict[str, float]]:
         """Compute the figures of all processes' detections.
 
         Returns:
             {"bbox": {"AP": ..., "AP50": ..., "AP-person": ...}} in percent, NaN for what cannot
-            be computed, as Detectron2's own evaluator; {"box_proposals": {"AR@1000": ...}} for
-            proposals; nothing but on the main process.
+            be computed, as Detectron2's own evaluator, and so for "segm" and "keypoints" if the
+            model has them; {"box_proposals": {"AR@1000": ...}} for proposals; nothing but on the
+            main process.
 
         Raises:
             EvaluationError: images were left out, the model has other classes than the data, or
@@ -253,11 +278,11 @@ class BoxEvaluator(DatasetEvaluator):
         categories = dict(enumerate(truth.categories))
         if table is not None:
             categories = {position: category for category, position in table.items()}
-        detections = self._predictions.gather(truth.image_ids.tolist(), categories)
+        detections = self._predictions.gather(truth.numbers, categories)
         results: OrderedDict[str, dict[str, float]] = OrderedDict()
         if detections is not None:
-            write = self._proposals if of_proposals else self._boxes
-            results = OrderedDict([write(truth, detections)])
+            write = self._proposals if of_proposals else self._instances
+            results = OrderedDict(write(truth, detections))
         if not self._predictions.on_disk:
             self._predictions.forget()
         return results
@@ -266,15 +291,27 @@ class BoxEvaluator(DatasetEvaluator):
         """Forget what `keep` kept: all is written. Called in all processes."""
         self._predictions.forget()
 
-    def _boxes(self, truth: Truth, detections: Detections) -> tuple[str, dict[str, float]]:
-        evaluated = evaluate_detections(truth, detections, self.engine)
+    def _instances(self, truth: Truth, detections: Detections) -> dict[str, dict[str, float]]:
+        evaluated: dict[str, Evaluated] = {}
+        for kind in detections.kinds:
+            try:
+                protocol = Protocol.of(kind, self.sigmas)
+                evaluated[kind] = evaluate_detections(
+                    truth, detections, self.engine, protocol=protocol
+                )
+            except DatasetError as error:
+                if kind == "bbox":
+                    raise
+                # The training is done, and its boxes have figures.
+                logger.error("%s is not evaluated: %s", kind, error)
         images = {"images": self.images}
         arguments = self.output, self.dataset, self.description, truth, detections, evaluated
         write_evaluated(*arguments, {**images, "engine": vars(self.engine)})
-        self._tell(truth, evaluated.figures.table())
-        return "bbox", evaluated.figures.flat()
+        for kind, each in evaluated.items():
+            self._tell(truth, kind, each.figures.table())
+        return {kind: each.figures.flat() for kind, each in evaluated.items()}
 
-    def _proposals(self, truth: Truth, proposals: Detections) -> tuple[str, dict[str, float]]:
+    def _proposals(self, truth: Truth, proposals: Detections) -> dict[str, dict[str, float]]:
         figures = proposal_figures(
             truth, proposals, engine=self.engine.name, cross_check=self.engine.cross_check
         )
@@ -286,11 +323,13 @@ class BoxEvaluator(DatasetEvaluator):
             "proposals": figures,
         }
         write_metrics(self.output, self.dataset, self.description, entry)
-        self._tell(truth, proposal_table(figures))
-        return "box_proposals", {k: float("nan") if v is None else v for k, v in figures.items()}
+        self._tell(truth, "box_proposals", proposal_table(figures))
+        flat = {name: float("nan") if v is None else v for name, v in figures.items()}
+        return {"box_proposals": flat}
 
-    def _tell(self, truth: Truth, table: str) -> None:
-        logger.info("%s, %d images, by %s:", self.dataset, len(truth.image_ids), truth.file)
+    def _tell(self, truth: Truth, kind: str, table: str) -> None:
+        images = len(truth.image_ids)
+        logger.info("%s of %s, %d images, by %s:", kind, self.dataset, images, truth.file)
         logger.info("\n%s", table)
 
 
@@ -305,12 +344,12 @@ def _converted(dataset: str, output: Path) -> str:
     return str(file)
 
 
-def box_evaluator(dataset: str, output: str, weights: str) -> BoxEvaluator:
-    """Return a `BoxEvaluator` made of text alone, which is what a LazyConfig can hold and save.
+def detection_evaluator(dataset: str, output: str, weights: str) -> DetectionEvaluator:
+    """Return a `DetectionEvaluator` of arguments that a LazyConfig can hold and save.
 
     Args:
         dataset: a registered data set with a COCO annotation file.
         output: the folder for what is written.
         weights: the name that stands beside the figures.
     """
-    return BoxEvaluator(dataset, Path(output), {"weights": weights})
+    return DetectionEvaluator(dataset, Path(output), {"weights": weights})

@@ -1,4 +1,4 @@
-"""COCO's 12 figures of detected boxes, and the same for every class."""
+"""COCO's figures of boxes, masks or keypoints, and the same for every class."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tabulate import tabulate
 
-from resnext_det.evaluation.engines import FIGURES, Accumulated
+from resnext_det.evaluation.engines import Accumulated, Protocol
 from resnext_det.evaluation.truth import Truth
 
-_LAST = -1  # of the limits: 100 detections
-_ALL, _SMALL, _MEDIUM, _LARGE = range(4)  # of the areas
+_LAST = -1  # of the limits: 100 detections, 20 of keypoints
+_AREAS = {"bbox": ("", "s", "m", "l"), "segm": ("", "s", "m", "l"), "keypoints": ("", "m", "l")}
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,13 @@ class ClassFigures:
         name: of the class.
         AP: averaged over IoU 0.50 to 0.95.
         AP50: at IoU 0.50.
-        APs: AP of objects below 32 x 32 pixels.
+        APs: AP of objects below 32 x 32 pixels; None for keypoints, as COCO ignores those.
         APm: of those up to 96 x 96.
         APl: of larger ones.
-        AR: the greatest recall with 100 detections per image, averaged over IoU 0.50 to 0.95.
-        instances: objects of the class in the annotations, crowds not counted.
+        AR: the greatest recall with 100 detections per image (20 for keypoints), averaged over
+            IoU 0.50 to 0.95.
+        instances: objects of the class in the annotations, crowds not counted, and for keypoints
+            only those with any.
     """
 
     name: str
@@ -42,18 +44,24 @@ class ClassFigures:
 
 
 @dataclass(frozen=True)
-class BoxFigures:
-    """COCO's 12 figures by name, in percent (None where there is nothing to find), and by class."""
+class Figures:
+    """COCO's figures by name, in percent (None where there is nothing to find), and by class.
+
+    Attributes:
+        figures: the 12 of boxes or masks, or the 10 of keypoints.
+        per_class: one entry for every class.
+    """
 
     figures: dict[str, float | None]
     per_class: tuple[ClassFigures, ...]
 
     def table(self) -> str:
         """Return the figures and the classes as text for a terminal."""
-        halves = FIGURES[:6], FIGURES[6:]
+        names = list(self.figures)
+        halves = names[: len(names) // 2], names[len(names) // 2 :]
         upper = "\n\n".join(
-            tabulate([[shown(self.figures[name]) for name in names]], headers=names)
-            for names in halves
+            tabulate([[shown(self.figures[name]) for name in half]], headers=half)
+            for half in halves
         )
         keys = list(asdict(self.per_class[0]))
         rows = [
@@ -77,32 +85,38 @@ def shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def figures_of(found: Accumulated, truth: Truth) -> BoxFigures:
+def figures_of(found: Accumulated, truth: Truth, protocol: Protocol = Protocol()) -> Figures:
     """Return the figures of an evaluation.
 
     Args:
         found: what an engine accumulated.
         truth: the annotations.
+        protocol: that was computed.
     """
-    figures = dict(zip(FIGURES, map(percent, found.summary)))
+    figures = dict(zip(protocol.figures, map(percent, found.summary)))
     objects = truth.objects
+    counted = ~objects.crowds
+    if protocol.kind == "keypoints":
+        counted &= (truth.poses[:, :, 2] > 0).any(axis=1)
+    areas = _AREAS[protocol.kind]
     rows = []
     for position, (number, name) in enumerate(truth.categories.items()):
         precision = found.precision[:, :, position, :, _LAST]
-        instances = (objects.category_ids == number) & ~objects.crowds
+        by_area = {size: mean_percent(precision[:, :, place]) for place, size in enumerate(areas)}
+        instances = (objects.category_ids == number) & counted
         rows.append(
             ClassFigures(
                 name,
-                AP=mean_percent(precision[:, :, _ALL]),
-                AP50=mean_percent(precision[0, :, _ALL]),
-                APs=mean_percent(precision[:, :, _SMALL]),
-                APm=mean_percent(precision[:, :, _MEDIUM]),
-                APl=mean_percent(precision[:, :, _LARGE]),
-                AR=mean_percent(found.recall[:, position, _ALL, _LAST]),
+                AP=by_area[""],
+                AP50=mean_percent(precision[0, :, 0]),
+                APs=by_area.get("s"),
+                APm=by_area["m"],
+                APl=by_area["l"],
+                AR=mean_percent(found.recall[:, position, 0, _LAST]),
                 instances=int(instances.sum()),
             )
         )
-    return BoxFigures(figures, tuple(rows))
+    return Figures(figures, tuple(rows))
 
 
 def percent(value: float) -> float | None:

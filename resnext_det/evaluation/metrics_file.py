@@ -29,9 +29,11 @@ def file_name_of(dataset: str) -> str:
     return f"{plain}_{hashlib.sha256(dataset.encode()).hexdigest()[:8]}"
 
 
-def write_detections(target: Path, detections: Detections) -> None:
-    """Write detections in COCO's results format."""
-    write_json(target, detections.results(), indent=None)
+def write_detections(
+    target: Path, detections: Detections, image_keys: Mapping[int, int | str] | None = None
+) -> None:
+    """Write detections in COCO's results format; `image_keys` as in `Detections.results`."""
+    write_json(target, detections.results(image_keys), indent=None)
 
 
 def write_metrics(

@@ -33,6 +33,19 @@ class ClassResult:
 
 
 @dataclass(frozen=True)
+class KindResult:
+    """The figures of masks or keypoints, beside those of boxes.
+
+    Attributes:
+        figures: COCO's by name, in percent; None where there is nothing to measure.
+        per_class: one entry for every class.
+    """
+
+    figures: dict[str, float | None]
+    per_class: list[ClassResult]
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """The evaluation on one data set.
 
@@ -49,6 +62,8 @@ class Evaluation:
         details: the file of curves, confused classes and errors; None where none was written.
         engine: what computed the figures, in words; "" where that is not known.
         baseline: that it was compared with, as it stands there; see `report_baseline`.
+        segm: figures of masks; None if none were evaluated.
+        keypoints: figures of keypoints; None if none were evaluated.
     """
 
     name: str
@@ -63,6 +78,8 @@ class Evaluation:
     details: Path | None = None
     engine: str = ""
     baseline: Any = None
+    segm: KindResult | None = None
+    keypoints: KindResult | None = None
 
     @property
     def ranked(self) -> list[ClassResult]:
@@ -194,7 +211,16 @@ def _evaluation(run: Path, name: str, entry: Mapping[str, Any]) -> Evaluation:
         details=None if details is None else run / details,
         engine=_engine(entry.get("engine")),
         baseline=entry.get("baseline"),
+        segm=_kind_result(entry.get("segm")),
+        keypoints=_kind_result(entry.get("keypoints")),
     )
+
+
+def _kind_result(entry: Mapping[str, Any] | None) -> KindResult | None:
+    if entry is None:
+        return None
+    per_class = [_class_result(result) for result in entry["per_class"]]
+    return KindResult(_percents(entry["figures"]), per_class)
 
 
 def _class_result(entry: Mapping[str, Any]) -> ClassResult:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +17,15 @@ from resnext_det.data.annotations import Document, read_annotations
 from resnext_det.data.categories import read_categories
 from resnext_det.data.columns import Columns
 from resnext_det.data.findings import Record
-from resnext_det.data.record_forms import is_area, is_object, is_side, is_whole, repeated
+from resnext_det.data.record_forms import (
+    GREATEST_ID,
+    is_area,
+    is_object,
+    is_segmentation,
+    is_side,
+    is_whole,
+    polygons_of,
+)
 from resnext_det.errors import DatasetError, quoted
 from resnext_det.files import file_digest
 
@@ -28,20 +39,86 @@ class Truth:
     Attributes:
         file: they were read from.
         sha256: of the file, hexadecimal.
-        image_ids: (M,), in the order of the file.
+        image_ids: (M,), in the order of the file; positions if the file has text for ids.
+        image_keys: the M ids as the file has them.
         file_names: of the M images, "" where the file has none.
         sizes: (M, 2): width and height of the images in pixels, 0 where the file has none.
         categories: names by ids, ids ascending.
         objects: N annotations, all of these images and categories; every area is a number.
+        segmentations: of the N annotations, as the file has them; see `masks`.
+        keypoints: of the N annotations, as the file has them; see `poses`.
     """
 
     file: Path
     sha256: str
     image_ids: NDArray[np.int64]
+    image_keys: tuple[int | str, ...]
     file_names: tuple[str, ...]
     sizes: NDArray[np.float64]
     categories: dict[int, str]
     objects: Columns
+    segmentations: tuple[object, ...] = ()
+    keypoints: tuple[object, ...] = ()
+
+    @functools.cached_property
+    def numbers(self) -> dict[int | str, int]:
+        """Return `image_ids` by the ids that the file has."""
+        return dict(zip(self.image_keys, self.image_ids.tolist()))
+
+    @property
+    def text_numbers(self) -> dict[int | str, int] | None:
+        """Return `numbers` if the file has text for ids, and None if its ids are these numbers."""
+        return self.numbers if isinstance(self.image_keys[0], str) else None
+
+    @functools.cached_property
+    def masks(self) -> list[Any]:
+        """Return the segmentations, polygons or run lengths, in a form that is safe to evaluate.
+
+        Raises:
+            DatasetError: an object has none, or its image has no size.
+        """
+        rows = np.argsort(self.image_ids)
+        places = rows[np.searchsorted(self.image_ids, self.objects.image_ids, sorter=rows)]
+        sizes = self.sizes[places][:, ::-1].astype(int).tolist()
+        found = [_mask(each, size) for each, size in zip(self.segmentations, sizes)]
+        bad = [position for position, each in enumerate(found) if each is None]
+        if bad or len(found) < len(sizes):
+            first = quoted(self.segmentations[bad[0]]) if bad else "none"
+            raise DatasetError(
+                f"{quoted(self.file)}: {len(bad) or len(sizes)} of {len(sizes)} annotations have no "
+                f"segmentation that can be evaluated, such as {first}. It takes polygons (lists "
+                "of x, y, x, y, ... from three points on) or RLE of the image's height and width, "
+                "which the image must have. Without them, evaluate boxes alone: --iou-type bbox."
+            )
+        return found
+
+    @functools.cached_property
+    def poses(self) -> NDArray[np.float64]:
+        """Return the keypoints, (N, K, 3): x, y and visibility, 0 for a point without a place.
+
+        Raises:
+            DatasetError: no object has any, or they are not K times x, y, visibility.
+        """
+        given = [each for each in self.keypoints if each]
+        try:
+            table = np.array(given, np.float64)
+            if table.ndim != 2 or table.shape[1] % 3 or not np.isfinite(table).all():
+                raise ValueError
+        except (ValueError, TypeError, OverflowError):
+            raise DatasetError(
+                f"{quoted(self.file)}: {len(given)} of {len(self.objects.areas)} annotations have "
+                "keypoints, and they cannot be evaluated. Each takes one flat list of x, y, "
+                "visibility (0, 1 or 2) for every point, as many in all annotations. Without them, "
+                "evaluate boxes alone: --iou-type bbox."
+            ) from None
+        poses = np.zeros((len(self.objects.areas), table.shape[1] // 3, 3))
+        poses[[bool(each) for each in self.keypoints]] = table.reshape(len(table), -1, 3)
+        return poses
+
+    def holds(self, kind: str) -> bool:
+        """Tell whether there is anything to find of a kind: "bbox", "segm" or "keypoints"."""
+        columns = {"segm": self.segmentations, "keypoints": self.keypoints}
+        return kind == "bbox" or any(columns[kind])
 
 
 def read_truth(file: Path, *, checked: bool = False) -> Truth:
@@ -66,8 +143,12 @@ def read_truth(file: Path, *, checked: bool = False) -> Truth:
     """
     document = read_annotations(file)
     categories = read_categories(document["categories"], file)
-    image_ids = _image_ids(document, file)
+    keys = _image_keys(document, file)
     annotations = document["annotations"]
+    image_ids = np.array(keys if _are_whole(keys) else range(len(keys)), np.int64)
+    if not _are_whole(keys):  # Detectron2 and pycocotools take text as well
+        numbers: dict[object, int] = dict(zip(keys, image_ids.tolist()))
+        annotations = [_numbered(each, numbers) for each in annotations]
     if checked:
         annotations = [each for each in annotations if is_object(each)]
     else:
@@ -88,6 +169,7 @@ def read_truth(file: Path, *, checked: bool = False) -> Truth:
             quoted(file),
             (~known).sum(),
         )
+    kept = [record for record, keep in zip(annotations, known.tolist()) if keep]
     names = tuple(str(image.get("file_name", "")) for image in document["images"])
     objects = _with_areas(columns.where(known), file)
     negative = int((objects.boxes[:, 2:] < 0).any(axis=1).sum())
@@ -97,21 +179,61 @@ def read_truth(file: Path, *, checked: bool = False) -> Truth:
         )
     sides = [[image.get("width"), image.get("height")] for image in document["images"]]
     sizes = np.array([[x if is_side(x) else 0 for x in each] for each in sides], np.float64)
-    return Truth(file, file_digest(file), image_ids, names, sizes, categories, objects)
+    return Truth(
+        file=file,
+        sha256=file_digest(file),
+        image_ids=image_ids,
+        image_keys=tuple(keys),
+        file_names=names,
+        sizes=sizes,
+        categories=categories,
+        objects=objects,
+        segmentations=tuple(each.get("segmentation") for each in kept),
+        keypoints=tuple(each.get("keypoints") for each in kept),
+    )
 
 
-def _image_ids(document: Document, file: Path) -> NDArray[np.int64]:
+def _image_keys(document: Document, file: Path) -> list[int | str]:
     images = document["images"]
-    _check(images, file, "images", lambda image: is_whole(image.get("id")))
-    ids = np.array([image["id"] for image in images], np.int64)
-    if len(np.unique(ids)) < len(ids):
-        first = ", ".join(repeated([str(number) for number in ids])[:3])
+    named = all(isinstance(each, dict) and isinstance(each.get("id"), str) for each in images)
+    if not named:
+        _check(images, file, "images", lambda image: is_whole(image.get("id")))
+    ids = [each["id"] if named else int(each["id"]) for each in images]
+    if len(set(ids)) < len(ids):
+        first = ", ".join(quoted(each) for each, n in Counter(ids).items() if n > 1)
         raise DatasetError(
-            f"{quoted(file)}: there are several images with one id, such as {first}."
+            f"{quoted(file)}: there are several images with one id, such as {first[:100]}."
         )
-    if not len(ids):
+    if not ids:
         raise DatasetError(f"{quoted(file)} lists no images.")
     return ids
+
+
+def _are_whole(keys: Sequence[int | str]) -> bool:
+    return all(isinstance(key, int) for key in keys)
+
+
+def _numbered(annotation: Record, numbers: Mapping[object, int]) -> Record:
+    """Return an annotation with its image's number instead of text, None for what is no text."""
+    if not isinstance(annotation, dict):
+        return annotation
+    key = annotation.get("image_id")
+    number = numbers.get(key, GREATEST_ID) if isinstance(key, str) else None
+    return {**annotation, "image_id": number}
+
+
+def _mask(value: object, size: list[int]) -> Any:
+    """Return a segmentation that can be evaluated, None for another.
+
+    Args:
+        value: as the file has it.
+        size: height and width of the image, 0 if that is not known.
+    """
+    if 0 in size or not is_segmentation(value, *size):
+        return None
+    if isinstance(value, dict):
+        return {"size": size, "counts": value["counts"]}
+    return polygons_of(cast("list[list[float]]", value)) or None
 
 
 def _is_sound(record: Record) -> bool:

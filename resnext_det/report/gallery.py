@@ -144,7 +144,7 @@ def _read(evaluation: Evaluation) -> tuple[Truth, Detections]:
             f"{error} Put the annotations back, or evaluate again with those you have."
         ) from error
     try:
-        detections = read_detections(evaluation.detections)
+        detections = read_detections(evaluation.detections, numbers=truth.text_numbers)
         check_detections(detections, truth, str(evaluation.detections))
     except DatasetError as error:
         raise DatasetError(f"{error} To mend it, evaluate the run again.") from error

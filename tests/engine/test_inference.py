@@ -95,7 +95,7 @@ def test_one_that_was_killed_over_the_figures_needs_no_image(
     expected = Trainer.test(cfg, model)
     with monkeypatch.context() as patched:
 
-        def killed(*_: object) -> None:
+        def killed(*_: object, **__: object) -> None:
             raise Killed
 
         patched.setattr("resnext_det.evaluation.evaluator.evaluate_detections", killed)

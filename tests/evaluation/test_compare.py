@@ -60,6 +60,7 @@ def duplicated(truth: Truth, found: Detections, drawn: list[int]) -> tuple[float
     again = dataclasses.replace(
         truth,
         image_ids=np.arange(len(drawn)),
+        image_keys=tuple(range(len(drawn))),
         file_names=("",) * len(drawn),
         sizes=np.zeros((len(drawn), 2)),
         objects=kept,
@@ -88,7 +89,14 @@ def one_object_each(images: int, found: Sequence[Sequence[bool]]) -> tuple[Truth
     ones = np.ones(images, np.int64)
     objects = Columns(ids, ones, boxes, boxes[:, 2] * boxes[:, 3], ones == 0)
     truth = Truth(
-        Path("a.json"), "", ids, ("",) * images, np.full((images, 2), 100.0), {1: "cat"}, objects
+        Path("a.json"),
+        "",
+        ids,
+        tuple(ids.tolist()),
+        ("",) * images,
+        np.full((images, 2), 100.0),
+        {1: "cat"},
+        objects,
     )
     whole = Detections(ids, ones, boxes, np.full(images, 0.9))
     return truth, [whole.where(np.array(each)) for each in found]
@@ -153,7 +161,7 @@ def run_folder(folder: Path, truth: Truth, found: Detections) -> Path:
     evaluated = evaluate_detections(truth, found)
     description = {"weights": "a.pth"}
     images = {"images": str(folder)}
-    write_evaluated(folder, "toy", description, truth, found, evaluated, images)
+    write_evaluated(folder, "toy", description, truth, found, {"bbox": evaluated}, images)
     return folder / "metrics.json"
 
 

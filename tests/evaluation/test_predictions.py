@@ -13,20 +13,25 @@ import torch
 from detectron2.structures import Boxes, Instances
 
 from resnext_det.errors import EvaluationError
-from resnext_det.evaluation.predictions import Predictions, Rows, rows_of
+from resnext_det.evaluation.predictions import Found, Predictions, found_in
 
 CATEGORIES = {0: 7, 1: 9}
 SAME, OTHER = "a" * 64, "b" * 64
 
 
-def found(*scores: float, kind: int = 0) -> Rows:
+def found(*scores: float, kind: int = 0, of_proposals: bool = False) -> Found:
     # Such as a network gives them: 32 bits, which a text must hold to the last one.
     boxes = np.random.default_rng(int(100 * sum(scores))).random((len(scores), 4))
     table = np.column_stack([boxes, scores, np.full(len(scores), kind)])
-    return table.astype(np.float32).astype(np.float64)
+    rows = table.astype(np.float32).astype(np.float64)
+    return Found(rows, of_proposals=of_proposals)
 
 
-def left_by_a_kill(folder: Path, identity: str = SAME) -> dict[int, Rows]:
+def numbered(*images: int | str) -> dict[int | str, int]:
+    return {image: 10 + position for position, image in enumerate(images)}
+
+
+def left_by_a_kill(folder: Path, identity: str = SAME) -> dict[int, Found]:
     """Two images and half a third one, as a process leaves them that is killed as it writes."""
     rows = {3: found(0.9, 0.3, kind=1), 4: found(0.5), 5: found(0.4)}
     predictions = Predictions()
@@ -44,15 +49,15 @@ def test_one_that_was_killed_goes_on_with_the_same_to_the_last_bit(tmp_path: Pat
     assert again.keep_in(tmp_path, "kept", SAME) == {3, 4}
     again.add(5, rows[5])
     again.add(1, found())
-    detections = again.gather([5, 4, 3, 1], CATEGORIES)
+    detections = again.gather(numbered(5, 4, 3, 1), CATEGORIES)
     whole = Predictions()
     for image in (1, 3, 5, 4):
         whole.add(image, rows.get(image, found()))
-    expected = whole.gather([5, 4, 3, 1], CATEGORIES)
+    expected = whole.gather(numbered(5, 4, 3, 1), CATEGORIES)
     assert detections is not None
     assert expected is not None
     assert np.array_equal(detections.table, expected.table)
-    assert detections.image_ids.tolist() == [5, 4, 3, 3]
+    assert detections.image_ids.tolist() == [10, 11, 12, 12]
     assert detections.category_ids.tolist() == [7, 7, 9, 9]
     again.forget()
     assert not list(tmp_path.iterdir())
@@ -76,7 +81,17 @@ def test_predictions_of_other_weights_are_not_taken(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["", "[", "{}", "[1]", "[1, [[1, 2, 3, 4, 0.5]]]", '["a", []]', "[1, 7]", "null", "[" * 9999],
+    [
+        "",
+        "[",
+        "{}",
+        "[1]",
+        "[1, [[1, 2, 3, 4, 0.5]], false, null, null]",
+        "[1, [], false, [1], null]",
+        "[1, 7]",
+        "null",
+        "[" * 9999,
+    ],
 )
 def test_a_damaged_line_costs_its_image_alone(tmp_path: Path, line: str) -> None:
     left_by_a_kill(tmp_path)
@@ -90,7 +105,7 @@ def test_an_image_that_comes_twice_counts_once() -> None:
     predictions = Predictions()
     predictions.add(1, found(0.5))
     predictions.add(1, found(0.75, 0.25))
-    detections = predictions.gather([1], CATEGORIES)
+    detections = predictions.gather(numbered(1), CATEGORIES)
     assert detections is not None
     assert detections.scores.tolist() == [0.5]
 
@@ -99,11 +114,38 @@ def test_lost_and_strange_images_are_errors() -> None:
     predictions = Predictions()
     predictions.add(1, found(0.9, kind=1))
     with pytest.raises(EvaluationError, match=r"1 of 2 images were not predicted, such as \[2\]"):
-        predictions.gather([1, 2], CATEGORIES)
+        predictions.gather(numbered(1, 2), CATEGORIES)
     with pytest.raises(EvaluationError, match=r"1 images were predicted that .* such as \[1\]"):
-        predictions.gather([], CATEGORIES)
+        predictions.gather(numbered(), CATEGORIES)
     with pytest.raises(EvaluationError, match=r"finds class 1, and the data set has 1 classes"):
-        predictions.gather([1], {0: 7})
+        predictions.gather(numbered(1), {0: 7})
+
+
+def test_masks_keypoints_and_text_ids_survive_a_kill(tmp_path: Path) -> None:
+    masks = [{"size": [4, 5], "counts": "<4>6"}, {"size": [4, 5], "counts": "7\\d"}]
+    poses = np.random.default_rng(0).random((2, 3, 3)).astype(np.float32).astype(np.float64)
+    whole = {
+        "b.jpg": Found(found(0.5, 0.25).rows, masks, poses),
+        "a.jpg": Found(np.zeros((0, 6)), [], np.zeros((0, 3, 3))),
+    }
+    first = Predictions()
+    first.keep_in(tmp_path, "kept", SAME)
+    for image, of_image in whole.items():
+        first.add(image, of_image)
+    again = Predictions()
+    assert again.keep_in(tmp_path, "kept", SAME) == {"a.jpg", "b.jpg"}
+    detections = again.gather(numbered("a.jpg", "b.jpg"), CATEGORIES)
+    assert detections is not None
+    assert detections.kinds == ("bbox", "segm", "keypoints")
+    assert detections.image_ids.tolist() == [11, 11]
+    assert detections.segmentations is not None
+    assert detections.segmentations.tolist() == masks
+    assert np.array_equal(detections.keypoints, poses)
+
+
+def test_a_model_without_instances_cannot_be_evaluated() -> None:
+    with pytest.raises(EvaluationError, match="the model gives sem_seg for an image"):
+        found_in({"sem_seg": torch.zeros(3, 4, 4)})
 
 
 def test_what_detectron2s_models_give() -> None:
@@ -111,13 +153,14 @@ def test_what_detectron2s_models_give() -> None:
     instances = Instances((50, 50))
     instances.pred_boxes, instances.scores = boxes, torch.tensor([0.5, 0.25])
     instances.pred_classes = torch.tensor([3, 1])
-    rows = rows_of({"instances": instances})
-    assert rows.tolist() == [[1, 2, 10, 20, 0.5, 3], [0, 0, 5, 5, 0.25, 1]]
+    found = found_in({"instances": instances})
+    assert found.rows.tolist() == [[1, 2, 10, 20, 0.5, 3], [0, 0, 5, 5, 0.25, 1]]
     proposals = Instances((50, 50))
     proposals.proposal_boxes, proposals.objectness_logits = boxes, torch.tensor([2.0, -1.0])
-    rows = rows_of({"proposals": proposals})
-    assert rows.tolist() == [[1, 2, 10, 20, 2, 0], [0, 0, 5, 5, -1, 0]]
-    assert rows_of({"instances": instances[:0]}).shape == (0, 6)
+    found = found_in({"proposals": proposals})
+    assert found.of_proposals
+    assert found.rows.tolist() == [[1, 2, 10, 20, 2, 0], [0, 0, 5, 5, -1, 0]]
+    assert found_in({"instances": instances[:0]}).rows.shape == (0, 6)
 
 
 def test_what_nobody_will_go_on_with_is_removed(tmp_path: Path) -> None:
@@ -137,7 +180,7 @@ def test_what_nobody_will_go_on_with_is_removed(tmp_path: Path) -> None:
 def test_proposals_are_still_proposals_after_a_kill(tmp_path: Path) -> None:
     first = Predictions()
     first.keep_in(tmp_path, "kept", SAME)
-    first.add(1, found(0.5), of_proposals=True)
+    first.add(1, found(0.5, of_proposals=True))
     again = Predictions()
     assert again.keep_in(tmp_path, "kept", SAME) == {1}
     assert again.of_proposals
@@ -154,7 +197,7 @@ def test_a_full_disk_ends_no_evaluation(
         predictions.add(1, found(0.5))
         predictions.add(2, found(0.25))
     assert caplog.text.count("predictions cannot be kept") == 1
-    detections = predictions.gather([1, 2], CATEGORIES)
+    detections = predictions.gather(numbered(1, 2), CATEGORIES)
     assert detections is not None
     assert detections.scores.tolist() == [0.5, 0.25]
     predictions.forget()

@@ -44,7 +44,7 @@ def evaluated_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     old, new = (Detections.of(_erring(document, generator, share)) for share in (0.5, 0.3))
     description = {"weights": "weights.pth"}
     arguments = "toy_val", description, truth
-    first = evaluate_detections(truth, old)
+    first = {"bbox": evaluate_detections(truth, old)}
     write_evaluated(root / "earlier", *arguments, old, first, {"images": str(toy / "val2017")})
     metrics = root / "earlier" / "metrics.json"
     # Too few images for real intervals, and a page shows some.
@@ -59,7 +59,7 @@ def evaluated_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "engine": vars(Engine(cross_check=True)),
         "baseline": comparison_document(metrics, differences),
     }
-    write_evaluated(folder, *arguments, new, evaluate_detections(truth, new), entry)
+    write_evaluated(folder, *arguments, new, {"bbox": evaluate_detections(truth, new)}, entry)
     return folder
 
 
