@@ -13,8 +13,8 @@ from resnext_det.config import complete
 from resnext_det.data.custom import class_names
 from resnext_det.engine.classes import check_classes
 from resnext_det.engine.trainer import Trainer
-from resnext_det.errors import ConfigError
-from resnext_det.evaluation.engines import FIGURES
+from resnext_det.errors import ConfigError, quoted
+from resnext_det.evaluation.engines import COCO_KEYPOINTS, FIGURES, KEYPOINT_FIGURES
 from resnext_det.evaluation.proposals import PROPOSAL_FIGURES
 from resnext_det.modeling.detectors import build_detector
 from resnext_det.pretrained.loading import load_weights
@@ -52,16 +52,20 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
 def check_expectations(cfg: CfgNode) -> None:
     """Refuse what would end an evaluation, or a training at its first one.
 
-    Detectron2 notices a wrong TEST.EXPECTED_RESULTS at the very end, with a KeyError.
+    Detectron2 notices a wrong TEST.EXPECTED_RESULTS at the very end, with a KeyError. What the
+    evaluation of a model does not cover is warned about.
 
     Args:
         cfg: the run's config.
 
     Raises:
         ConfigError: an entry has not the form [task, metric, value, tolerance], or names what an
-            evaluation does not give; losses are wanted of no data set.
+            evaluation does not give; losses are wanted of no data set; nothing of the model can
+            be evaluated, or not with these sigmas.
     """
     cfg = complete(cfg)
+    if cfg.DATASETS.TEST:
+        _check_kinds(cfg)
     if cfg.TEST.VALIDATION_LOSS and not cfg.DATASETS.TEST:
         raise ConfigError(
             "TEST.VALIDATION_LOSS is True and DATASETS.TEST is empty: name the data set that the "
@@ -70,26 +74,63 @@ def check_expectations(cfg: CfgNode) -> None:
     expected = cfg.TEST.EXPECTED_RESULTS
     if not expected:
         return
-    of_proposals = cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork"
-    task = "box_proposals" if of_proposals else "bbox"
-    known = PROPOSAL_FIGURES if of_proposals else FIGURES
-    by_class = set() if of_proposals else {f"AP-{name}" for name in class_names(cfg)}
+    known = _figures(cfg)
+    by_class: set[str] = set()
+    if "bbox" in known:
+        by_class = {f"AP-{name}" for name in class_names(cfg)}
     for entry in expected:
         try:
             given, metric, value, tolerance = entry
-            sound = given == task and (metric in known or metric in by_class)
+            sound = metric in known.get(given, ()) or (given in known and metric in by_class)
             sound = sound and float(value) == value and float(tolerance) >= 0
         except (TypeError, ValueError):
             sound = False
         if not sound:
             raise ConfigError(
-                f"TEST.EXPECTED_RESULTS has the entry {entry!r}. Entries are [{task!r}, METRIC, "
-                f"VALUE, TOLERANCE], in percent, and METRIC is one of {', '.join(known)}"
-                f"{' or AP-CLASS' if by_class else ''}."
+                f"TEST.EXPECTED_RESULTS has the entry {quoted(entry)}. Entries are [TASK, METRIC, "
+                "VALUE, TOLERANCE], in percent; TASK and METRIC are "
+                + "; ".join(f"{task!r} and {', '.join(names)}" for task, names in known.items())
+                + f"{', or AP-CLASS' if by_class else ''}."
             )
     if len(cfg.DATASETS.TEST) != 1:
         raise ConfigError(
             f"TEST.EXPECTED_RESULTS is of one data set, and DATASETS.TEST is {cfg.DATASETS.TEST}."
+        )
+
+
+def _figures(cfg: CfgNode) -> dict[str, tuple[str, ...]]:
+    """Return the figures that an evaluation gives, by task."""
+    if cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork":
+        return {"box_proposals": PROPOSAL_FIGURES}
+    known = {"bbox": FIGURES}
+    if cfg.MODEL.MASK_ON:
+        known["segm"] = FIGURES
+    if cfg.MODEL.KEYPOINT_ON:
+        known["keypoints"] = KEYPOINT_FIGURES
+    return known
+
+
+def _check_kinds(cfg: CfgNode) -> None:
+    """Refuse models that the evaluation cannot cover, and warn about those it covers in part."""
+    model = cfg.MODEL.META_ARCHITECTURE
+    if model == "SemanticSegmentor":
+        raise ConfigError(
+            "MODEL.META_ARCHITECTURE is 'SemanticSegmentor', and boxes, masks, keypoints and "
+            "proposals can be evaluated. Set DATASETS.TEST () and evaluate with Detectron2's "
+            "SemSegEvaluator."
+        )
+    if model == "PanopticFPN":
+        logger.warning(
+            "the evaluation of PanopticFPN gives figures of boxes and masks (bbox, segm), and "
+            "none of panoptic or semantic quality (PQ, mIoU): use Detectron2's "
+            "COCOPanopticEvaluator and SemSegEvaluator for these"
+        )
+    points, sigmas = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, cfg.TEST.KEYPOINT_OKS_SIGMAS
+    if cfg.MODEL.KEYPOINT_ON and points != (len(sigmas) or COCO_KEYPOINTS):
+        raise ConfigError(
+            f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {points}, and TEST.KEYPOINT_OKS_SIGMAS has "
+            f"{len(sigmas)} values: it takes one for each keypoint. It may be empty for COCO's "
+            f"{COCO_KEYPOINTS} alone."
         )
 
 

@@ -33,7 +33,7 @@ DEFAULT_LIMITS = (1, 10, 100)
 KEYPOINT_LIMITS = (20,)
 _AGREEMENT = 1e-12
 """Both add the same numbers, in orders of their own: more than rounding is a difference."""
-_COCO_KEYPOINTS = 17
+COCO_KEYPOINTS = 17
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def _check_kind(truth: Truth, detections: Detections, protocol: Protocol) -> Non
             )
     if protocol.kind == "keypoints":
         count = truth.poses.shape[1]
-        sigmas = len(protocol.sigmas) or _COCO_KEYPOINTS
+        sigmas = len(protocol.sigmas) or COCO_KEYPOINTS
         poses = detections.keypoints
         given = count if poses is None or not len(poses) else poses.shape[1]
         if not count == sigmas == given:
@@ -204,7 +204,7 @@ def _check_kind(truth: Truth, detections: Detections, protocol: Protocol) -> Non
                 f"objects of {truth.file} have {count} keypoints, detections {given}, and there "
                 f"are {sigmas} sigmas: they must be as many. Set TEST.KEYPOINT_OKS_SIGMAS (in "
                 "tools/evaluate.py: --oks-sigmas) to one number for each keypoint; the default is "
-                f"COCO's for {_COCO_KEYPOINTS}."
+                f"COCO's for {COCO_KEYPOINTS}."
             )
 
 

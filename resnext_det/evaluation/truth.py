@@ -20,6 +20,7 @@ from resnext_det.data.findings import Record
 from resnext_det.data.record_forms import (
     GREATEST_ID,
     is_area,
+    is_keypoints,
     is_object,
     is_segmentation,
     is_side,
@@ -85,8 +86,8 @@ class Truth:
         if bad or len(found) < len(sizes):
             first = quoted(self.segmentations[bad[0]]) if bad else "none"
             raise DatasetError(
-                f"{quoted(self.file)}: {len(bad) or len(sizes)} of {len(sizes)} annotations have no "
-                f"segmentation that can be evaluated, such as {first}. It takes polygons (lists "
+                f"{quoted(self.file)}: {len(bad) or len(sizes)} of {len(sizes)} annotations have "
+                f"no segmentation that can be evaluated, such as {first}. It takes polygons (lists "
                 "of x, y, x, y, ... from three points on) or RLE of the image's height and width, "
                 "which the image must have. Without them, evaluate boxes alone: --iou-type bbox."
             )
@@ -102,7 +103,7 @@ class Truth:
         given = [each for each in self.keypoints if each]
         try:
             table = np.array(given, np.float64)
-            if table.ndim != 2 or table.shape[1] % 3 or not np.isfinite(table).all():
+            if table.ndim != 2 or not all(map(is_keypoints, given)):
                 raise ValueError
         except (ValueError, TypeError, OverflowError):
             raise DatasetError(

@@ -274,8 +274,43 @@ def test_expectations_that_nothing_could_meet_are_refused(expected: Any) -> None
     cfg.TEST.EXPECTED_RESULTS = [["bbox", "AP50", 40, 1.5], ["bbox", "AP-star", 40, 1.5]]
     check_expectations(cfg)
     cfg.TEST.EXPECTED_RESULTS = expected
-    with pytest.raises(ConfigError, match=r"EXPECTED_RESULTS has the entry .* METRIC is one of AP"):
+    with pytest.raises(
+        ConfigError, match=r"EXPECTED_RESULTS has the entry .* METRIC are 'bbox' and AP"
+    ):
         check_expectations(cfg)
+
+
+def test_masks_and_keypoints_can_be_expected() -> None:
+    words = ["MODEL.MASK_ON", "True", "MODEL.KEYPOINT_ON", "True"]
+    words += ["TEST.EXPECTED_RESULTS", "[['segm', 'APs', 1, 1], ['keypoints', 'AR', 1, 1]]"]
+    check_expectations(load_config(TOY, words))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["MODEL.META_ARCHITECTURE", "SemanticSegmentor"], "evaluate with Detectron2's SemSeg"),
+        (
+            ["MODEL.KEYPOINT_ON", "True", "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", "5"],
+            r"KEYPOINT_OKS_SIGMAS has 0 values",
+        ),
+        (
+            ["MODEL.KEYPOINT_ON", "True", "TEST.KEYPOINT_OKS_SIGMAS", "[0.1]"],
+            r"NUM_KEYPOINTS is 17, .* has 1 values",
+        ),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_before_the_training(
+    words: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_expectations(load_config(TOY, words))
+    check_expectations(load_config(TOY, [*words, "DATASETS.TEST", "()"]))
+
+
+def test_panoptic_quality_is_said_not_to_be_evaluated(caplog: pytest.LogCaptureFixture) -> None:
+    check_expectations(load_config(TOY, ["MODEL.META_ARCHITECTURE", "PanopticFPN"]))
+    assert "none of panoptic or semantic quality" in caplog.text
 
 
 def test_expectations_are_of_one_data_set() -> None:
