@@ -144,4 +144,4 @@ def _read_header(file: Path) -> Header | str:
     try:
         return read_header(file)
     except DatasetError as error:
-        return str(error)
+        return str(error).rstrip(".")  # findings are listed

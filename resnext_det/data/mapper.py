@@ -17,9 +17,10 @@ from resnext_det.images import check_pixel_format, read_image, read_labels
 
 Record = dict[str, Any]
 
-_ADVICE = (
-    "Replace the file, take it out of the annotations, or train with DATALOADER.BAD_IMAGES skip."
-)
+_ADVICE = {
+    True: "Replace the file, remove it from the annotations, or set DATALOADER.BAD_IMAGES skip.",
+    False: "Replace the file, or remove it from the annotations.",
+}
 
 
 class NamingDatasetMapper(DatasetMapper):
@@ -56,7 +57,7 @@ class NamingDatasetMapper(DatasetMapper):
             if "sem_seg_file_name" in record:
                 labels = read_labels(record.pop("sem_seg_file_name"))
         except DatasetError as error:
-            raise DatasetError(f"{error} {_ADVICE}") from error
+            raise DatasetError(f"{error} {_ADVICE[self.is_train]}") from error
         image, labels, transforms = self._augmented(record, pixels, labels)
         # A copy, since Pillow's own pixels cannot be written to.
         record["image"] = torch.as_tensor(np.array(image.transpose(2, 0, 1), order="C"))
@@ -95,6 +96,6 @@ class NamingDatasetMapper(DatasetMapper):
             height, width = pixels.shape[:2]
             raise DatasetError(
                 f"the image {name} of {width} x {height} pixels cannot be resized or augmented: "
-                f"{quoted(error)}. {_ADVICE}"
+                f"{quoted(error)}. {_ADVICE[self.is_train]}"
             ) from error
         return augmented.image, augmented.sem_seg, transforms

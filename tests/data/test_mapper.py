@@ -139,6 +139,8 @@ def test_a_bad_image_is_named(harm: str, pixel_format: str, tmp_path: Path) -> N
         with pytest.raises(DatasetError, match=r"bad\.png") as raised:
             mapper(bad)
         assert "\n" not in str(raised.value)
+        # An evaluation without an image would be of another data set.
+        assert ("BAD_IMAGES skip" in str(raised.value)) == (is_train and harm != "another size")
 
 
 @pytest.mark.parametrize("harm", HARMS)
