@@ -102,7 +102,7 @@ def _figures(cfg: CfgNode) -> dict[str, tuple[str, ...]]:
     """Return the figures that an evaluation gives, by task."""
     if cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork":
         return {"box_proposals": PROPOSAL_FIGURES}
-    known = {"bbox": FIGURES}
+    known: dict[str, tuple[str, ...]] = {"bbox": FIGURES}
     if cfg.MODEL.MASK_ON:
         known["segm"] = FIGURES
     if cfg.MODEL.KEYPOINT_ON:

@@ -186,7 +186,7 @@ class _Reading:
         """Return what `Detections.of_table` takes."""
         image = result["image_id"]
         if self.numbers is not None:
-            image = self.numbers[image]
+            image = self.numbers[image]  # KeyError: not of the annotations
         category = result["category_id"] if self.classes else 0
         if "segmentation" in self.held:
             _check_mask(result["segmentation"])

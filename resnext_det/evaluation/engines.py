@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,11 @@ from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from resnext_det.errors import DatasetError, EvaluationError
+from resnext_det.errors import DatasetError, EvaluationError, quoted
 from resnext_det.evaluation.detections import Detections
 from resnext_det.evaluation.truth import Truth
+
+logger = logging.getLogger(__name__)
 
 FIGURES = (
     *("AP", "AP50", "AP75", "APs", "APm", "APl"),
@@ -294,6 +297,13 @@ def compute(
     """
     if not cross_check:
         return ENGINES[engine](truth, detections, protocol)
+    if truth.id_faults:
+        logger.warning(
+            "%s: pycocotools by itself gives other figures: %s. They are compared with ids from 1 "
+            "on for both engines.",
+            quoted(truth.file),
+            "; ".join(truth.id_faults),
+        )
     found = {name: each(truth, detections, protocol) for name, each in ENGINES.items()}
     check_agreement(found["hotcoco"], found["pycocotools"], protocol.figures)
     return found[engine]

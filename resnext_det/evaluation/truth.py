@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -48,6 +48,7 @@ class Truth:
         objects: N annotations, all of these images and categories; every area is a number.
         segmentations: of the N annotations, as the file has them; see `masks`.
         keypoints: of the N annotations, as the file has them; see `poses`.
+        id_faults: in words, why pycocotools gives other figures for the file as it is.
     """
 
     file: Path
@@ -60,6 +61,7 @@ class Truth:
     objects: Columns
     segmentations: tuple[object, ...] = ()
     keypoints: tuple[object, ...] = ()
+    id_faults: tuple[str, ...] = ()
 
     @functools.cached_property
     def numbers(self) -> dict[int | str, int]:
@@ -191,6 +193,7 @@ def read_truth(file: Path, *, checked: bool = False) -> Truth:
         objects=objects,
         segmentations=tuple(each.get("segmentation") for each in kept),
         keypoints=tuple(each.get("keypoints") for each in kept),
+        id_faults=tuple(_id_faults([each.get("id") for each in kept])),
     )
 
 
@@ -208,6 +211,16 @@ def _image_keys(document: Document, file: Path) -> list[int | str]:
     if not ids:
         raise DatasetError(f"{quoted(file)} lists no images.")
     return ids
+
+
+def _id_faults(ids: list[Any]) -> Iterator[str]:
+    """Yield what pycocotools makes of ids; the evaluation itself needs none."""
+    numbers = [each for each in ids if is_whole(each)]
+    if 0 in numbers:
+        yield "it takes a match with the annotation of id 0 for no match"
+    repeating = len(numbers) - len(set(numbers))
+    if repeating:
+        yield f"of annotations with the same id it keeps the last, which loses {repeating}"
 
 
 def _are_whole(keys: Sequence[int | str]) -> bool:

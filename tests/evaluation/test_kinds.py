@@ -164,6 +164,36 @@ def test_results_without_boxes_are_coco_s_as_well(
     assert figures.figures["AP"] == pytest.approx(stock[kind]["AP"])
 
 
+@pytest.mark.parametrize("with_file", [True, False])
+def test_text_ids_are_evaluated_as_stock_detectron2_does(
+    annotations: Path, tmp_path: Path, with_file: bool
+) -> None:
+    """Records registered by a function of one's own often have a file's name for an id."""
+    many = list(outputs(annotations))
+    records = DatasetCatalog.get(NAME)
+    for each in (*records, *(given for given, _ in many)):
+        each["image_id"] = f"image {each['image_id']}"
+    document = json.loads(annotations.read_text())
+    for key, entries in (("id", document["images"]), ("image_id", document["annotations"])):
+        for entry in entries:
+            entry[key] = f"image {entry[key]}"
+    (tmp_path / "text.json").write_text(json.dumps(document))
+    del MetadataCatalog.get(NAME).json_file
+    if with_file:
+        MetadataCatalog.get(NAME).json_file = str(tmp_path / "text.json")
+    DatasetCatalog.remove(NAME)
+    DatasetCatalog.register(NAME, lambda: records)
+    MetadataCatalog.get(NAME).thing_dataset_id_to_contiguous_id = {n + 1: n for n in range(6)}
+
+    evaluator = DetectionEvaluator(NAME, tmp_path, {"weights": "a.pth"}, sigmas=SIGMAS)
+    for given, found in many:
+        evaluator.process([given], [found])
+    ours = evaluator.evaluate()
+    assert_same(ours, stock_results(tmp_path / "stock", many))
+    written = json.loads((tmp_path / f"detections_{NAME}.json").read_text())
+    assert written[0]["image_id"].startswith("image ")
+
+
 def config(folder: Path, *words: str) -> CfgNode:
     return load_config(
         "faster_rcnn_X_26_8x4d_FPN_toy",

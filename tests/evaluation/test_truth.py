@@ -3,13 +3,17 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pycocotools.cocoeval import COCOeval
 
 from resnext_det.errors import DatasetError
-from resnext_det.evaluation.evaluator import evaluate_boxes
+from resnext_det.evaluation.detections import Detections, read_detections
+from resnext_det.evaluation.evaluator import Engine, evaluate_boxes, evaluate_detections
+from resnext_det.evaluation.metrics_file import write_detections
 from resnext_det.evaluation.truth import read_truth
 
 Document = dict[str, Any]
@@ -67,6 +71,61 @@ def test_ids_that_repeat_cost_no_figure(tmp_path: Path) -> None:
         for each in document["annotations"]
     ]
     assert evaluate_boxes(saved(tmp_path, document), detections).figures["AP"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [((0, 1), "annotation of id 0"), ((7, 7), "the last, which loses 1")],
+)
+def test_a_cross_check_says_why_pycocotools_by_itself_differs(
+    tmp_path: Path,
+    ids: tuple[int, int],
+    words: str,
+    stock_evaluation: Callable[..., COCOeval],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    document = sound()
+    boxes = [5, 9, [0, 0, 10, 10]], [2, 3, [5, 5, 40, 50]]
+    document["annotations"] = [annotation(n, *box, iscrowd=0) for n, box in zip(ids, boxes)]
+    file = saved(tmp_path, document)
+    found = [
+        {key: each[key] for key in ("image_id", "category_id", "bbox")} | {"score": 0.9}
+        for each in document["annotations"]
+    ]
+    evaluated = evaluate_detections(
+        read_truth(file), Detections.of(found), Engine(cross_check=True)
+    )
+    assert evaluated.figures.figures["AP"] == pytest.approx(100)
+    assert "pycocotools by itself gives other figures" in caplog.text
+    assert words in caplog.text
+    assert stock_evaluation(file, found).stats[0] < 0.999
+
+
+def test_text_ids_are_ids(tmp_path: Path) -> None:
+    document = sound()
+    for number, image in enumerate(document["images"]):
+        image["id"] = f"{number}.jpg"
+    document["annotations"] = [
+        annotation(1, "1.jpg", 9, [0, 0, 10, 10]),
+        annotation(2, "0.jpg", 3, [5, 5, 40, 50]),
+        annotation(3, "else.jpg", 3, [5, 5, 40, 50]),
+    ]
+    truth = read_truth(saved(tmp_path, document))
+    assert truth.image_keys == ("0.jpg", "1.jpg")
+    assert truth.objects.image_ids.tolist() == [1, 0]
+    rows = [
+        {"image_id": key, "category_id": 9, "bbox": [0, 0, 10, 10], "score": 0.9}
+        for key in ("1.jpg", "0.jpg")
+    ]
+    (tmp_path / "found.json").write_text(json.dumps(rows))
+    found = read_detections(tmp_path / "found.json", numbers=truth.text_numbers)
+    assert found.image_ids.tolist() == [1, 0]
+    write_detections(tmp_path / "again.json", found, dict(enumerate(truth.image_keys)))
+    assert json.loads((tmp_path / "again.json").read_text()) == rows
+    for wrong in (1, "else.jpg", None, [1]):
+        (tmp_path / "found.json").write_text(json.dumps([{**rows[0], "image_id": wrong}]))
+        with pytest.raises(DatasetError, match="detection 0 of 1"):
+            read_detections(tmp_path / "found.json", numbers=truth.text_numbers)
 
 
 def test_what_is_not_listed_is_left_out_and_said(
