@@ -19,7 +19,7 @@ from resnext_det.config import load_config
 from resnext_det.data import custom
 from resnext_det.data.checks import check_datasets
 from resnext_det.engine.train_loop import shared_seed
-from resnext_det.errors import reported
+from resnext_det.errors import quoted, reported
 from resnext_det.looking.training_images import (
     SHEET,
     TrainingImage,
@@ -61,10 +61,10 @@ def row(image: TrainingImage) -> list[object]:
     return [
         "-" if image.iteration is None else image.iteration,
         image.image_id,
-        image.file.name,
+        quoted(Path(image.file.name)),
         *image.picture.size,
         len(image.objects),
-        ", ".join(dict.fromkeys(each.label for each in image.objects)),
+        ", ".join(quoted(name)[1:-1] for name in dict.fromkeys(e.label for e in image.objects)),
     ]
 
 

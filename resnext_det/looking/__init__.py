@@ -1,1 +1,1 @@
-"""What one looks at: detections on pictures and videos, training images, curves of runs."""
+"""Detections drawn on pictures and videos, training images, and curves of runs."""

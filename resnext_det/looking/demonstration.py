@@ -1,4 +1,4 @@
-"""Runs a detector over pictures and videos, draws what it finds, and writes it down."""
+"""Runs a detector over pictures and videos, draws its detections, and saves them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from resnext_det.engine.predictor import Detection, Predictor, Record
-from resnext_det.errors import DatasetError
+from resnext_det.errors import DatasetError, quoted
 from resnext_det.looking.detections_file import (
     DetectionsFile,
     Problem,
@@ -43,14 +43,14 @@ _MEASURED = 10_000  # batches and pictures, the last ones
 
 @dataclass(frozen=True)
 class Speed:
-    """How long pictures took, in seconds.
+    """How long images took, in seconds.
 
     Attributes:
-        images: that were measured.
-        network: median time of the network for one image, the first batch left out.
+        images: how many were measured.
+        network: median time of the network for one image, without the first batch.
         images_per_second: of the network.
-        drawing: median time to draw one.
-        warm: whether there was more than the first batch, which takes longer.
+        drawing: median time to draw one image.
+        warm: whether there was more than the first batch, which is slower.
     """
 
     images: int
@@ -64,10 +64,10 @@ class Demonstration:
     """Detects and draws.
 
     Attributes:
-        images: pictures that were drawn so far.
-        videos: that were drawn so far.
-        frames: of those videos.
-        problems: of files that were passed over, or are damaged.
+        images: pictures drawn so far.
+        videos: videos drawn so far.
+        frames: frames of those videos.
+        problems: files that were skipped or are damaged.
     """
 
     def __init__(
@@ -77,9 +77,9 @@ class Demonstration:
 
         Args:
             predictor: the detector.
-            output: the folder that will be written to.
-            threshold: lowest score of what is drawn and written down.
-            batch: pictures that the network sees at once.
+            output: the folder to write to.
+            threshold: lowest score to draw and save.
+            batch: images in one batch.
         """
         self._predictor = predictor
         self._output = output
@@ -95,11 +95,11 @@ class Demonstration:
     def run(self, sources: Sequence[Source]) -> None:
         """Draw pictures and videos, and write detections.json.
 
-        A file that cannot be read is passed over, and told by `problems`. After Ctrl-C all that is
-        finished is there, and nothing else.
+        Files that cannot be read are skipped and listed in `problems`. After Ctrl-C, everything
+        finished is kept and nothing else.
 
         Args:
-            sources: of `find_sources`.
+            sources: from `find_sources`.
 
         Raises:
             ConfigError: there are videos, and PyAV is not installed.
@@ -112,10 +112,10 @@ class Demonstration:
                     self._run_file(source, document)
 
     def run_live(self, reader: VideoReader, drawn: str) -> None:
-        """Draw the frames of a camera until Ctrl-C or SIGTERM, which end the video in good order.
+        """Draw the frames of a camera until Ctrl-C or SIGTERM, which finish the video.
 
         Args:
-            reader: of `open_camera`.
+            reader: from `open_camera`.
             drawn: name of the video to write.
 
         Raises:
@@ -128,7 +128,7 @@ class Demonstration:
 
     @property
     def speed(self) -> Speed | None:
-        """How long it took so far; None where there was nothing to measure."""
+        """The times so far; None before the first batch."""
         if self._first is None:
             return None
         measured = self._network or [self._first]
@@ -194,9 +194,8 @@ class Demonstration:
         drawn: str,
         document: DetectionsFile,
     ) -> None:
-        bar = tqdm(
-            frames, desc=Path(file).name, total=reader.frame_count, unit="frame", disable=None
-        )
+        name = quoted(Path(Path(file).name), 40)
+        bar = tqdm(frames, desc=name, total=reader.frame_count, unit="frame", disable=None)
         batches = _batches(iter(bar), self._batch)
         first = next(batches, None)
         if first is None:
@@ -222,7 +221,7 @@ class Demonstration:
 
     def _detect(self, records: Sequence[Record]) -> list[list[Detection]]:
         began = time.perf_counter()
-        # What it returns lies in the CPU's memory, so a GPU has finished.
+        # The result is in the CPU's memory, so a GPU has finished.
         found = self._predictor.detect(records)
         measured = time.perf_counter() - began, len(records)
         if self._first is None:
@@ -259,7 +258,7 @@ def _batches(items: Iterator[T], size: int) -> Iterator[list[T]]:
 
 @contextlib.contextmanager
 def _asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Give a function that tells whether Ctrl-C or SIGTERM came; a second one is as usual."""
+    """Yield a function that says whether Ctrl-C or SIGTERM came; a second signal acts as usual."""
     asked = False
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 

@@ -1,4 +1,4 @@
-"""detections.json, written entry by entry, so that a video of any length takes no memory."""
+"""detections.json, written entry by entry, so memory does not grow with a video."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 import pycocotools.mask as mask_util
 
 from resnext_det.engine.predictor import Detection
+from resnext_det.errors import quoted
 from resnext_det.files import written_beside
 
 Entry = dict[str, Any]
@@ -20,14 +21,15 @@ Entry = dict[str, Any]
 
 @dataclass(frozen=True)
 class Problem:
-    """A file that was passed over, or only in part of use, and why."""
+    """A file that was skipped or only partly readable, and why."""
 
     file: str
     problem: str
 
     def __str__(self) -> str:
+        name = quoted(Path(self.file))
         # Messages of the package name the file already.
-        return self.problem if self.file in self.problem else f"{self.file}: {self.problem}"
+        return self.problem if name in self.problem else f"{name}: {self.problem}"
 
 
 class DetectionsFile:

@@ -1,4 +1,4 @@
-"""What the words after --input name: pictures, videos, folders of them, and patterns."""
+"""Pictures and videos named by --input: files, folders and patterns."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _LONGEST_STEM = 200  # bytes; file systems take 255, and a suffix follows
 
 @dataclass(frozen=True)
 class Source:
-    """A picture or video to look at.
+    """A picture or video to read.
 
     Attributes:
-        file: where it is.
-        is_video: whether it is one, as its suffix says.
-        drawn: file name of what is drawn of it, another one for each source.
+        file: its path.
+        is_video: whether its suffix is a video's.
+        drawn: file name of the drawn copy, unique among the sources.
     """
 
     file: Path
@@ -35,23 +35,23 @@ class Source:
 
 
 def find_sources(words: Sequence[str], output: Path) -> list[Source]:
-    """Return the pictures and videos that some words name, each of them once.
+    """Return the pictures and videos that --input names, each of them once.
 
-    A folder stands for the pictures and videos in it, told by their suffixes; folders inside it,
-    hidden files and all others are passed over. A pattern such as "*.jpg" or "**/*.jpg" is
-    expanded where there is no file of that name. What lies in the output folder is never found,
-    so that a second run takes the same as the first.
+    A folder means the pictures and videos in it, by their suffixes; its subfolders, hidden files
+    and other files are ignored. A pattern such as "*.jpg" or "**/*.jpg" is expanded unless a file
+    has that name. Files in the output folder are never found, so a second run reads the same files
+    as the first.
 
-    What is drawn of `cat.png` is `cat.jpg`, of `clip.avi` `clip.mp4`. Where that name is taken, by
-    a file of another folder or suffix, it is `cat_2.jpg`, and so on in the order of the words.
+    `cat.png` is drawn as `cat.jpg`, and `clip.avi` as `clip.mp4`. If that name is taken, by a file
+    of another folder or suffix, it becomes `cat_2.jpg`, and so on in the order of the words.
 
     Args:
         words: files, folders and patterns.
-        output: the folder that will be written to.
+        output: the folder to write to.
 
     Raises:
-        ConfigError: a file that is not there or lies in the output folder, or a folder or pattern
-            that stands for nothing.
+        ConfigError: a file is missing or in the output folder, or a folder or pattern has no
+            picture or video.
     """
     files: dict[Path, Path] = {}
     for word in words:

@@ -1,4 +1,4 @@
-"""The images that a training sees, after augmentation, with their boxes."""
+"""Training images after augmentation, with the objects that the model learns from."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ class TrainingImage:
     """An image as the network gets it.
 
     Attributes:
-        position: among those that are looked at, from 0.
-        iteration: of the training that it belongs to, from 0; None for what is evaluated.
-        image_id: as the annotations have it.
-        file: that it was read from.
+        position: in the order of the images, from 0.
+        iteration: of the training, from 0; None for an evaluation.
+        image_id: as in the annotations.
+        file: the image file.
         picture: its pixels, RGB.
         objects: with masks and keypoints if the model has a head for them.
         connections: pairs of keypoints that a line connects.
@@ -61,16 +61,16 @@ class TrainingImage:
 def training_images(
     cfg: CfgNode, count: int, seed: int, *, augmented: bool = True
 ) -> Iterator[TrainingImage]:
-    """Give the first images of a training, in its own order and augmentation.
+    """Yield the first images of a training, in its own order and with its augmentation.
 
-    They come from the stream that the trainer reads, as a training in one process would share it
-    out; several processes see the same images of an iteration among them.
+    They come from the stream that the trainer reads in one process. Several processes share the
+    same images of an iteration among them.
 
     Args:
         cfg: the run's config.
-        count: of images.
+        count: how many images.
         seed: of the training, SEED of its config.
-        augmented: leave the augmentation away to see the same images as they are on disk.
+        augmented: False for the same images as they are on disk.
 
     Raises:
         ConfigError: a config that cannot be trained.
@@ -93,12 +93,12 @@ def training_images(
 def evaluation_images(
     cfg: CfgNode, count: int, *, augmented: bool = True
 ) -> Iterator[TrainingImage]:
-    """Give the first images of DATASETS.TEST, resized as an evaluation does.
+    """Yield the first images of DATASETS.TEST, resized as in an evaluation.
 
     Args:
         cfg: the run's config.
-        count: of images; all, where there are fewer.
-        augmented: leave the resizing away.
+        count: how many images at most.
+        augmented: False for the images as they are on disk.
 
     Raises:
         ConfigError: a config that cannot be evaluated.
@@ -134,7 +134,7 @@ def draw_image(image: TrainingImage) -> Image.Image:
 def write_images(images: Iterable[TrainingImage], folder: Path) -> Iterator[TrainingImage]:
     """Write one PNG per image, and at the end a contact sheet of them all.
 
-    What an earlier call wrote to the folder is removed at the end, and nothing else.
+    At the end, the files of an earlier call are removed from the folder, and nothing else.
 
     Args:
         images: to write.
@@ -160,7 +160,7 @@ def write_images(images: Iterable[TrainingImage], folder: Path) -> Iterator[Trai
 
 
 def _remove_earlier(folder: Path, written: Set[str]) -> None:
-    """Remove what an earlier call wrote: it would lie between the new ones."""
+    """Remove the files of an earlier call, which would be mixed with the new ones."""
     try:
         for file in folder.glob("[0-9][0-9][0-9][0-9]*_*.png"):
             if file.name not in written and made_by(file, _MAKER):

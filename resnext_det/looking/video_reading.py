@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from resnext_det.errors import ConfigError, DatasetError
+from resnext_det.errors import ConfigError, DatasetError, quoted
 from resnext_det.files import open_regular
 from resnext_det.looking.pictures import MOST_PIXELS, check_size
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.frame import VideoFrame
 
-# A file says by its content what it is: without this list, a text file that calls itself clip.mp4
-# might be a playlist, which makes FFmpeg open other files, or addresses.
+# FFmpeg tells the format by the content. Without this list, a text file named clip.mp4 could be a
+# playlist that makes it open other files or addresses.
 _FORMATS = "mov,matroska,avi,mpegts,mpeg,asf,flv,ogg"
 TICKS = 60_000
 """A second; frames of 24, 25, 30, 50, 60 and 30/1.001 a second are whole ticks."""
@@ -247,6 +247,8 @@ def open_video(file: Path) -> VideoReader:
         # FFmpeg is given the open file and may open nothing else.
         source = open_regular(file)
     except OSError as error:
-        raise DatasetError(f"{file} cannot be opened as a video: {error.strerror}.") from error
+        raise DatasetError(
+            f"{quoted(file)} cannot be opened as a video: {error.strerror}."
+        ) from error
     options = {"format_whitelist": _FORMATS, "protocol_whitelist": "none"}
-    return VideoReader(source, str(file), options=options)
+    return VideoReader(source, quoted(file), options=options)

@@ -38,6 +38,14 @@ def test_the_document_is_json_whatever_is_in_it(tmp_path: Path) -> None:
     }
 
 
+def test_a_problem_names_its_file_once_and_harmlessly() -> None:
+    assert str(Problem("a.jpg", "is bad")) == "a.jpg: is bad"
+    assert str(Problem("a.jpg", "the image a.jpg is bad")) == "the image a.jpg is bad"
+    file = "a\x1b[2J\n.jpg"
+    assert str(Problem(file, "is bad")) == r"a\x1b[2J\n.jpg: is bad"
+    assert str(Problem(file, r"the image a\x1b[2J\n.jpg is bad")).count("2J") == 1
+
+
 def test_masks_and_keypoints_are_written(tmp_path: Path) -> None:
     mask = np.random.default_rng(0).random((30, 20)) > 0.5
     points = np.array([[1.5, 2.25, 0.5]], np.float32)

@@ -14,6 +14,7 @@ from resnext_det import load_config
 from resnext_det.data import custom
 from resnext_det.engine.trainer import Trainer
 from resnext_det.errors import ConfigError
+from resnext_det.images import CHANNELS
 from resnext_det.looking.training_images import (
     SHEET,
     TrainingImage,
@@ -93,6 +94,19 @@ def test_without_augmentation_the_same_images_are_as_on_disk(datasets: Path) -> 
             if entry["image_id"] == each.image_id and not entry["iscrowd"]
         ]
         assert np.allclose(boxes_of(each), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("pixel_format", CHANNELS)
+def test_every_pixel_format_is_shown_as_rgb(pixel_format: str, datasets: Path) -> None:
+    channels = CHANNELS[pixel_format]
+    statistics = ["MODEL.PIXEL_MEAN", [1.0] * channels, "MODEL.PIXEL_STD", [1.0] * channels]
+    cfg = config(datasets, "INPUT.FORMAT", pixel_format, *statistics)
+    (found,) = evaluation_images(cfg, 1, augmented=False)
+    with Image.open(found.file) as stored:
+        mode = "L" if pixel_format in ("L", "LA") else "RGB"
+        expected = np.asarray(stored.convert(mode).convert("RGB")).astype(int)
+    difference = np.abs(np.asarray(found.picture).astype(int) - expected)
+    assert np.percentile(difference, 99) <= 8  # steps of hue and saturation
 
 
 def test_what_is_evaluated_is_resized_and_nothing_else(datasets: Path) -> None:
