@@ -89,7 +89,8 @@ def made_up(generator: np.random.Generator, truth: Document, most: int) -> list[
 
 
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(seed=some.integers(0, 2**32 - 1))
 def test_both_engines_agree_with_stock_pycocotools(
