@@ -4,6 +4,7 @@
     python tools/evaluate.py ... --cross-check                      by pycocotools as well
     python tools/evaluate.py ... --baseline OTHER_RUN/metrics.json  is it better, and how surely?
     python tools/evaluate.py ... --images val2017 --output FOLDER   metrics.json and a report
+    python tools/evaluate.py --run FOLDER --output FOLDER/inference a run of Detectron2's trainer
 
 Annotations and results are in COCO's formats. Boxes, masks and keypoints are evaluated if both
 files hold them, or what --iou-type names. --proposals gives the average recall of 100, 300 and
@@ -16,7 +17,9 @@ import argparse
 import logging
 from pathlib import Path
 
-from resnext_det.errors import DatasetError, reported
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from resnext_det.errors import DatasetError, quoted, reported
 from resnext_det.evaluation.compare import (
     RESAMPLES,
     compare_with,
@@ -27,7 +30,14 @@ from resnext_det.evaluation.details import error_table
 from resnext_det.evaluation.detections import KINDS, Detections, check_detections, read_detections
 from resnext_det.evaluation.engines import ENGINES, Protocol
 from resnext_det.evaluation.evaluator import Engine, evaluate_detections, write_evaluated
+from resnext_det.evaluation.metrics_file import METRICS
 from resnext_det.evaluation.proposals import proposal_figures, proposal_table
+from resnext_det.evaluation.run_folder import (
+    find_stock_run,
+    is_training_log,
+    metrics_folder,
+    read_metrics,
+)
 from resnext_det.evaluation.truth import Truth, read_truth
 from resnext_det.files import check_writable, file_digest
 from resnext_det.report.page import write_report
@@ -38,8 +48,11 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--annotations", type=Path, required=True, metavar="JSON")
-    parser.add_argument("--results", type=Path, required=True, metavar="JSON")
+    parser.add_argument("--annotations", type=Path, metavar="JSON")
+    parser.add_argument("--results", type=Path, metavar="JSON")
+    parser.add_argument(
+        "--run", type=Path, metavar="DIR", help="a run's folder, Detectron2's own included"
+    )
     parser.add_argument("--iou-type", nargs="+", choices=KINDS, help="what is evaluated")
     parser.add_argument(
         "--oks-sigmas", nargs="+", type=float, default=[], help="of keypoints other than COCO's 17"
@@ -55,6 +68,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, metavar="DIR", help="metrics.json and report.html")
     parser.add_argument("--images", type=Path, metavar="DIR", help="pictures for the report")
     arguments = parser.parse_args()
+    if not arguments.run and not (arguments.annotations and arguments.results):
+        parser.error("name both --annotations and --results, or a --run")
+    if arguments.run and arguments.results:
+        parser.error("--run has detections: leave --results out")
     if arguments.proposals and (arguments.baseline or arguments.output):
         parser.error("--proposals has neither a baseline nor a report")
     if arguments.images and not arguments.output:
@@ -71,6 +88,11 @@ def parse() -> argparse.Namespace:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Evaluate, print, and write where that is asked for."""
+    arguments.weights = ""
+    if arguments.run:
+        complete_from_run(arguments)
+    else:
+        arguments.dataset = arguments.annotations.stem
     if arguments.output:
         check_writable(arguments.output, "--output")
     truth = read_truth(arguments.annotations)
@@ -109,9 +131,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
             more["baseline"] = comparison_document(arguments.baseline, differences)
         write_evaluated(
             arguments.output,
-            arguments.annotations.stem,
+            arguments.dataset,
             {
-                "weights": f"unknown; detections {arguments.results.name}",
+                "weights": arguments.weights or f"unknown; detections {arguments.results.name}",
                 "detections_sha256": file_digest(arguments.results),
             },
             truth,
@@ -119,7 +141,52 @@ def evaluate(arguments: argparse.Namespace) -> None:
             evaluated,
             {**more, "engine": vars(engine)},
         )
-        print(f"\nReport: {write_report(arguments.output)}")
+        # The page of the run itself has its curves and its config as well.
+        run = arguments.run
+        inside = run and arguments.output.resolve() == (run / "inference").resolve()
+        print(f"\nReport: {write_report(run if inside else arguments.output)}")
+
+
+def complete_from_run(arguments: argparse.Namespace) -> None:
+    """Fill in what the run's folder tells: detections, annotations and images."""
+    folder = metrics_folder(arguments.run)
+    if (folder / METRICS).is_file() and not is_training_log(folder / METRICS):
+        complete_from_metrics(arguments)
+        return
+    stock = find_stock_run(arguments.run)
+    arguments.results = stock.results
+    arguments.dataset = stock.dataset
+    arguments.oks_sigmas = arguments.oks_sigmas or list(stock.sigmas)
+    if (arguments.run / "model_final.pth").is_file():
+        arguments.weights = str(arguments.run / "model_final.pth")
+    if arguments.annotations:
+        return
+    metadata = MetadataCatalog.get(stock.dataset)
+    if stock.dataset not in DatasetCatalog or "json_file" not in metadata.as_dict():
+        raise DatasetError(
+            f"the run was tested on {quoted(stock.dataset)}, which is registered here without an "
+            "annotation file, or not at all: name the file, --annotations JSON."
+        )
+    arguments.annotations = Path(metadata.json_file)
+    if not arguments.images and arguments.output and metadata.get("image_root"):
+        arguments.images = Path(metadata.image_root)
+
+
+def complete_from_metrics(arguments: argparse.Namespace) -> None:
+    """Fill in what an earlier evaluation by this package wrote."""
+    metrics = read_metrics(arguments.run)
+    if len(metrics.evaluations) != 1:
+        names = ", ".join(quoted(each.name) for each in metrics.evaluations)
+        raise DatasetError(
+            f"{quoted(arguments.run)} holds detections on {names or 'no data set'}, and one is "
+            "evaluated at a time: name both --annotations and --results instead of --run."
+        )
+    (evaluation,) = metrics.evaluations
+    arguments.results, arguments.dataset = evaluation.detections, evaluation.name
+    arguments.weights = metrics.weights
+    arguments.annotations = arguments.annotations or evaluation.annotations
+    if arguments.output:
+        arguments.images = arguments.images or evaluation.images
 
 
 def kinds_of(

@@ -14,6 +14,7 @@ from filelock import FileLock
 
 from resnext_det.environment import commit, hardware, versions
 from resnext_det.evaluation.detections import Detections
+from resnext_det.evaluation.run_folder import is_training_log
 from resnext_det.files import write_json
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,12 @@ def write_metrics(
     target = folder / METRICS
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f".{METRICS}.lock"):  # two evaluations would lose one another's
+        if is_training_log(target):
+            kept = folder / "metrics.jsonl"
+            if kept.exists():
+                kept = folder / "metrics_training.json"
+            target.rename(kept)
+            logger.warning("%s was a training log of Detectron2: it is %s now", target, kept)
         document = {
             **description,
             "versions": versions(),

@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from resnext_det.errors import DatasetError
+import yaml
+
+from resnext_det.errors import DatasetError, quoted
+from resnext_det.files import open_regular
+
+_STOCK_RESULTS = "coco_instances_results.json"
+_LONGEST_LINE = 1 << 20
 
 # Of one iteration: "total_loss", "lr", "bbox/AP" and so on.
 Record = dict[str, float]
@@ -151,6 +157,99 @@ def read_json(path: Path, what_to_do: str) -> Any:
         raise DatasetError(f"{path} is not JSON ({error}): {what_to_do}.") from error
 
 
+@dataclass(frozen=True)
+class StockRun:
+    """What Detectron2's own programs leave in a run's folder.
+
+    Attributes:
+        results: the detections, in COCO's results format.
+        dataset: that they are of, the last one tested.
+        sigmas: TEST.KEYPOINT_OKS_SIGMAS.
+    """
+
+    results: Path
+    dataset: str
+    sigmas: tuple[float, ...] = ()
+
+
+def find_stock_run(run: Path) -> StockRun:
+    """Find the detections of a training by Detectron2's DefaultTrainer or LazyConfig tool.
+
+    Args:
+        run: its OUTPUT_DIR, or `train.output_dir`.
+
+    Raises:
+        DatasetError: there are no detections, or config.yaml does not name their data set.
+    """
+    path = run / "config.yaml"
+    try:
+        with open_regular(path) as stream:
+            config = yaml.safe_load(stream)
+        if "dataloader" in config:
+            found: Any = config["dataloader"]["test"]["dataset"]["names"]
+            folder = config["dataloader"]["evaluator"].get("output_dir")
+        else:
+            found, folder = config["DATASETS"]["TEST"], None
+        names = [found] if isinstance(found, str) else [str(each) for each in found]
+        sigmas = tuple(map(float, config.get("TEST", {}).get("KEYPOINT_OKS_SIGMAS", ())))
+        dataset = names[-1]  # each overwrites the detections of the one before
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise DatasetError(
+            f"{quoted(path)} cannot be read ({quoted(error)}), so it is not known what the run was "
+            "tested on: give --annotations and --results instead of --run."
+        ) from error
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise DatasetError(
+            f"{quoted(path)} names no data set to test on: give --annotations and --results "
+            "instead of --run."
+        ) from error
+    places = [run / "inference" / _STOCK_RESULTS, run / _STOCK_RESULTS]
+    if isinstance(folder, str) and "${" not in folder:
+        places.insert(0, Path(folder) / _STOCK_RESULTS)
+    for place in places:
+        if place.is_file():
+            return StockRun(place, dataset, sigmas)
+    raise DatasetError(f"{quoted(run)} has no detections ({_STOCK_RESULTS}): {_advice(run)}.")
+
+
+def _advice(run: Path) -> str:
+    """Return how a run is evaluated that has no figures yet."""
+    if (run / "inference" / _STOCK_RESULTS).is_file():
+        return (
+            "it is a run of Detectron2's trainer; evaluate its detections: python "
+            f"tools/evaluate.py --run {quoted(run)} --output {quoted(run / 'inference')}"
+        )
+    if (run / "model_final.pth").is_file():
+        return (
+            "evaluate its weights: python tools/train_net.py --eval-only --config-file CONFIG "
+            f"MODEL.WEIGHTS {quoted(run / 'model_final.pth')} OUTPUT_DIR FOLDER (of a LazyConfig: "
+            "lazyconfig_train_net.py --eval-only with an evaluator that has an output folder)"
+        )
+    return "evaluate the run first, or name the folder of a run that is evaluated"
+
+
+def metrics_folder(run: Path) -> Path:
+    """Return the folder of a run's figures: the run's own, or `inference` in it.
+
+    Detectron2's programs write their training log to metrics.json, one JSON object a line.
+    """
+    inner = run / "inference"
+    own = run / "metrics.json"
+    if (inner / "metrics.json").is_file() and (not own.is_file() or is_training_log(own)):
+        return inner
+    return run
+
+
+def is_training_log(file: Path) -> bool:
+    """Tell whether a metrics.json is a training log of Detectron2: an object with an iteration."""
+    try:
+        with open_regular(file) as stream:
+            first = json.loads(stream.readline(_LONGEST_LINE))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(first, dict) and "iteration" in first
+
+
 def read_metrics(run: Path) -> Metrics:
     """Read metrics.json of a run.
 
@@ -163,8 +262,11 @@ def read_metrics(run: Path) -> Metrics:
     Raises:
         DatasetError: the file is missing, is not JSON, or lacks what an evaluation writes.
     """
+    run = metrics_folder(run)
     path = run / "metrics.json"
-    advice = "evaluate the run first, or name the folder of a run that is evaluated"
+    advice = _advice(run)
+    if is_training_log(path):
+        raise DatasetError(f"{quoted(path)} is Detectron2's training log: {advice}.")
     document = read_json(path, advice)
     try:
         entries: dict[str, dict[str, Any]] = document["datasets"]
@@ -257,7 +359,7 @@ def _percent(value: float | None) -> float | None:
 
 
 def read_training(run: Path) -> list[Record]:
-    """Read metrics.jsonl, the lines that training wrote.
+    """Read metrics.jsonl, the lines that training wrote (metrics.json, by Detectron2's trainer).
 
     A resumed run repeats iterations, so the last value of an iteration counts; a run that was
     killed leaves half a line, so lines that are no JSON are passed over.
@@ -272,6 +374,8 @@ def read_training(run: Path) -> list[Record]:
         DatasetError: the file is there but cannot be read.
     """
     path = run / "metrics.jsonl"
+    if not path.exists() and is_training_log(run / "metrics.json"):
+        path = run / "metrics.json"
     if not path.exists():
         return []
     try:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from resnext_det.errors import DatasetError
-from resnext_det.evaluation.run_folder import read_metrics, read_training
+from resnext_det.evaluation.metrics_file import write_metrics
+from resnext_det.evaluation.run_folder import find_stock_run, read_metrics, read_training
 
 
 def test_a_resumed_and_torn_training_is_read(tmp_path: Path) -> None:
@@ -100,3 +102,80 @@ def test_metrics_that_cannot_be_are_refused(run: Path, changes: dict[str, Any]) 
     with_entry(run, **changes)
     with pytest.raises(DatasetError, match="does not hold what an evaluation writes"):
         read_metrics(run)
+
+
+LINES = '{"iteration": 19, "total_loss": 2.5}\n{"iteration": 39, "total_loss": 1.5}\n'
+CONFIGS = {
+    "yacs": "DATASETS: {TEST: [other_set, toy_coco_minival]}\nTEST: {KEYPOINT_OKS_SIGMAS: []}\n",
+    "lazy": (
+        "dataloader:\n  test: {dataset: {names: toy_coco_minival, _target_: a.b}}\n"
+        "  evaluator: {_target_: a.b, output_dir: 'inference'}\n"
+    ),
+}
+
+
+def stock_run(folder: Path, datasets: Path, config: str) -> Path:
+    """What Detectron2's trainer leaves: a log, a config, and detections."""
+    annotations = datasets / "toy_coco" / "annotations" / "instances_val2017.json"
+    found = [
+        {key: each[key] for key in ("image_id", "category_id", "bbox")} | {"score": 0.9}
+        for each in json.loads(annotations.read_text())["annotations"]
+        if not each["iscrowd"]
+    ]
+    (folder / "inference").mkdir(parents=True)
+    (folder / "inference" / "coco_instances_results.json").write_text(json.dumps(found))
+    (folder / "metrics.json").write_text(LINES)
+    (folder / "config.yaml").write_text(CONFIGS[config])
+    return folder
+
+
+@pytest.mark.parametrize("config", ["yacs", "lazy"])
+def test_a_run_of_detectron2_s_trainer_is_evaluated_where_it_is(
+    config: str, tmp_path: Path, datasets: Path, tool: Callable[..., Any]
+) -> None:
+    run = stock_run(tmp_path / "run", datasets, config)
+    with pytest.raises(DatasetError, match=r"training log: .*evaluate\.py --run .*run"):
+        read_metrics(run)
+    words = ["--run", run, "--output", run / "inference", "--cross-check"]
+    done = tool("evaluate.py", words, datasets)
+    assert done.returncode == 0, done.stderr
+    (evaluation,) = read_metrics(run).evaluations
+    assert evaluation.name == "toy_coco_minival"
+    assert evaluation.figures["AP"] == pytest.approx(100)
+    assert evaluation.images == (datasets / "toy_coco" / "val2017").resolve()
+    assert [each["total_loss"] for each in read_training(run)] == [2.5, 1.5]
+    assert (run / "metrics.json").read_text() == LINES
+    assert (run / "report.html").is_file()
+    if config == "yacs":
+        again = tool("evaluate.py", ["--run", run], datasets)
+        assert again.returncode == 0, again.stderr
+        assert "100.00" in again.stdout
+
+
+def test_a_run_without_detections_names_the_command(tmp_path: Path, datasets: Path) -> None:
+    run = stock_run(tmp_path, datasets, "yacs")
+    (run / "inference" / "coco_instances_results.json").unlink()
+    (run / "model_final.pth").touch()
+    for read in (read_metrics, find_stock_run):
+        with pytest.raises(DatasetError, match=r"train_net\.py --eval-only .*model_final\.pth"):
+            read(run)
+
+
+@pytest.mark.parametrize("config", ["[", "- a\n", "DATASETS: {TEST: []}", "x: !!python/name:os.x"])
+def test_a_config_that_names_no_data_set_is_refused(
+    config: str, tmp_path: Path, datasets: Path
+) -> None:
+    run = stock_run(tmp_path, datasets, "yacs")
+    (run / "config.yaml").write_text(config)
+    with pytest.raises(DatasetError, match="give --annotations and --results instead"):
+        find_stock_run(run)
+
+
+def test_figures_do_not_overwrite_a_training_log(tmp_path: Path) -> None:
+    (tmp_path / "metrics.json").write_text(LINES)
+    write_metrics(tmp_path, "a", {"weights": "b"}, {})
+    assert (tmp_path / "metrics.jsonl").read_text() == LINES
+    assert [each["iteration"] for each in read_training(tmp_path)] == [19, 39]
+    (tmp_path / "metrics.json").write_text(LINES)
+    write_metrics(tmp_path, "a", {"weights": "b"}, {})
+    assert (tmp_path / "metrics_training.json").read_text() == LINES
