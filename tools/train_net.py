@@ -20,13 +20,13 @@ from resnext_det.data import custom
 from resnext_det.data.annotations import forget
 from resnext_det.data.checks import check_datasets
 from resnext_det.engine.evaluating import check_expectations, evaluate, last_checkpoint
+from resnext_det.engine.launch import Job, add_arguments, run_everywhere
 from resnext_det.engine.schedule import check_learning_rate, scale
 from resnext_det.engine.setup import check_folder, set_up
 from resnext_det.engine.trainer import Trainer
 from resnext_det.engine.writers import check_wandb
 from resnext_det.errors import reported
 from resnext_det.evaluation.evaluator import Engine
-from resnext_det.launching import launch, processes
 
 
 def parse() -> argparse.Namespace:
@@ -45,7 +45,7 @@ def parse() -> argparse.Namespace:
         "--cross-check", action="store_true", help="figures by hotcoco and pycocotools"
     )
     custom.add_arguments(parser)
-    processes.add_arguments(parser)
+    add_arguments(parser)
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     return parser.parse_intermixed_args()
 
@@ -89,17 +89,17 @@ def main() -> None:
     """Read the config and start as many processes as asked for."""
     arguments = parse()
     with reported():
-        where = processes.Where.of(arguments)
+        job = Job.of(arguments)
         # A path, also for a shipped name: Detectron2 copies the file into the log.
         arguments.config_file = str(locate_config(arguments.config_file))
         if arguments.cross_check:
             arguments.opts += ["TEST.CROSS_CHECK", "True"]
         cfg = load_config(arguments.config_file, arguments.opts)
         cfg = custom.from_arguments(cfg, arguments)
-        check(cfg, arguments, where.world_size)
-        if where.world_size > 1:
+        check(cfg, arguments, job.world_size)
+        if job.world_size > 1:
             forget()  # the processes read for themselves
-    launch.run_everywhere(run, where, (cfg, arguments))
+    launch.run_everyjob(run, job, (cfg, arguments))
 
 
 if __name__ == "__main__":

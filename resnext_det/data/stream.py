@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import random
-import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -26,12 +24,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from resnext_det.config import complete
 from resnext_det.data.annotations import forget, serve
+from resnext_det.data.workers import with_lasting_workers
 from resnext_det.errors import ConfigError, DatasetError
 
 Record = dict[str, Any]
 Mapper = Callable[[Record], Record | None]
 _TRIES = 100
-_TIME_FOR_AN_ITERATION = 60  # seconds
 
 
 @dataclass(frozen=True)
@@ -226,13 +224,14 @@ def build_stream(
     if loader.ASPECT_RATIO_GROUPING:
         lying = [record["width"] > record["height"] for record in records]
     order = _order(cfg, records, seed)
-    return DataLoader(
-        dataset,
-        batch_sampler=MicroBatches(order, share, start, lying),
-        num_workers=loader.NUM_WORKERS,
-        collate_fn=_as_it_is,
-        worker_init_fn=_outlive_signals,
-        generator=torch.Generator(),  # else each loader would take a number from everybody's
+    return with_lasting_workers(
+        DataLoader(
+            dataset,
+            batch_sampler=MicroBatches(order, share, start, lying),
+            num_workers=loader.NUM_WORKERS,
+            collate_fn=_as_it_is,
+            generator=torch.Generator(),  # else each loader would take a number from everybody's
+        )
     )
 
 
@@ -265,21 +264,6 @@ def _order(cfg: CfgNode, records: list[Record], seed: int) -> Callable[[], Itera
         f"DATALOADER.SAMPLER_TRAIN is {name!r}; it must be TrainingSampler or "
         "RepeatFactorTrainingSampler."
     )
-
-
-def _outlive_signals(worker: int) -> None:
-    """Let a worker live on when its whole group is told to stop: the iteration needs its images.
-
-    A second SIGTERM ends it, or a minute: else Python, which ends with a SIGTERM to its workers,
-    would wait for those of a loader that nobody closed for ever.
-    """
-
-    def only_once(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        signal.alarm(_TIME_FOR_AN_ITERATION)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, only_once)
 
 
 def _as_it_is(batch: list[Record]) -> list[Record]:

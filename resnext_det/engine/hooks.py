@@ -30,10 +30,9 @@ class Throughput(HookBase):
     def after_step(self) -> None:
         """Record both; the first iterations have no time yet, as Detectron2 warms up."""
         storage = self.trainer.storage
-        histories = storage.histories()
-        if "time" in histories:
-            rate = self._images / histories["time"].latest()
-            storage.put_scalar("images_per_second", rate)
+        seconds, iteration = storage.latest().get("time", (0.0, -1))
+        if iteration == self.trainer.iter:  # not one from before a resume
+            storage.put_scalar("images_per_second", self._images / seconds)
         storage.put_scalar("memory_mib", peak_memory())
 
 

@@ -20,6 +20,7 @@ from detectron2.utils import comm
 from torch import nn
 from tqdm import tqdm
 
+from resnext_det.engine.stopping import SIGNALS
 from resnext_det.engine.train_loop import bare
 from resnext_det.environment import commit, versions
 from resnext_det.errors import EvaluationError
@@ -126,7 +127,7 @@ class Remaining:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
-        for batch in self._loader:
+        for batch in SIGNALS.interrupting(self._loader):
             left = [record for record in batch if record.get("image_id") not in self._done]
             if left:
                 yield left

@@ -7,7 +7,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import SimpleTrainer
 from detectron2.engine.defaults import create_ddp_model
+from detectron2.layers import FrozenBatchNorm2d, NaiveSyncBatchNorm
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from resnext_det.config import complete
 from resnext_det.data.stream import Share, seed_all
 from resnext_det.engine.bad_numbers import BadUpdate, decide
+from resnext_det.engine.stopping import SIGNALS, Abandoned, Interrupted
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +74,45 @@ class Arithmetic:
             ema_decay=solver.EMA.DECAY if solver.EMA.ENABLED else None,
             skipped=solver.SKIP_BAD_UPDATES,
         )
+
+
+@dataclass
+class Update:
+    """What one process has computed of an update so far.
+
+    Attributes:
+        losses: by name, one mapping for each micro-batch.
+        batches: the micro-batches.
+        data_time: seconds spent waiting for them.
+        last: the loss of the newest one, whose backward pass may be yet to come.
+    """
+
+    losses: list[dict[str, Tensor]]
+    batches: list[Batch]
+    data_time: float = 0.0
+    last: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    def mean(self) -> dict[str, Tensor]:
+        """Return the losses by name, averaged over the micro-batches."""
+        names = self.losses[0]
+        return {name: torch.stack([part[name] for part in self.losses]).mean() for name in names}
+
+
+@dataclass(frozen=True)
+class Touched:
+    """What a forward pass changes, as it was before.
+
+    Attributes:
+        buffers: of the model, with copies of what they held.
+        random: states of the random numbers.
+        normalizer: of `_NORMALIZER`; None if the model has none.
+        skipped_images: so far.
+    """
+
+    buffers: list[tuple[Tensor, Tensor]]
+    random: dict[str, Any]
+    normalizer: Any
+    skipped_images: int
 
 
 class TrainLoop(SimpleTrainer):
@@ -124,6 +165,25 @@ class TrainLoop(SimpleTrainer):
         if arithmetic.ema_decay is not None:
             average = get_ema_multi_avg_fn(arithmetic.ema_decay)  # type: ignore[no-untyped-call]
             self.ema = AveragedModel(bare(model), multi_avg_fn=average)
+        modules = list(model.modules())
+        # Statistics shared by the processes are exchanges within a forward pass, which one process
+        # cannot drop alone.
+        self._is_local = not any(
+            isinstance(module, nn.SyncBatchNorm | NaiveSyncBatchNorm) for module in modules
+        )
+        self._buffers = [
+            buffer
+            for module in modules
+            if not isinstance(module, FrozenBatchNorm2d)
+            for buffer in module.buffers(recurse=False)
+        ]
+        # A backward pass is one call to Python, which sees no signal meanwhile, unless it is called
+        # back.
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                    _let_signals_in
+                )
 
     @property
     def _data_loader_iter(self) -> Iterator[Batch]:
@@ -143,33 +203,60 @@ class TrainLoop(SimpleTrainer):
 
         Raises:
             TrainingError: a loss that is not finite, once too often.
+            Abandoned: a process was told to stop, and all dropped the update: model and random
+                numbers are as before.
         """
         assert self.model.training, "the model was changed to eval mode"
         self.optimizer.zero_grad()
-        losses: list[dict[str, Tensor]] = []
-        batches: list[Batch] = []
-        data_time = 0.0
+        alone = self.share.processes == 1
+        if isinstance(self.model, DistributedDataParallel):
+            # An exchange that it would put into the forward pass of the second update.
+            self.model.reducer._rebuild_buckets()
+        iterator = self._data_loader_iter
+        before = self._touched_by_forward()
+        update = Update([], [])
+        interrupted = False
+        try:
+            with SIGNALS.obeyed_at_once() if self._is_local else contextlib.nullcontext():
+                self._compute(update, iterator)
+                if alone and self._all_finite(update):
+                    self._backward(update.last)
+        except Interrupted:
+            interrupted = True
+        # Asked before the processes exchange gradients: else some would wait for ever.
+        verdict = self._verdict(update, interrupted)
+        if verdict < 0:
+            self.optimizer.zero_grad()
+            self._restore(before)
+            raise Abandoned(-verdict)
+        if verdict == 0:
+            self._leave_out(update)
+            return
+        if not alone:
+            self._backward(update.last)
+        self.after_backward()  # type: ignore[no-untyped-call]
+        self._write_metrics(update.mean(), update.data_time)
+        self._apply()
+
+    def _compute(self, update: Update, iterator: Iterator[Batch]) -> None:
+        """Run the micro-batches of this process, but for the backward pass of the last one."""
         for stream in self.share.streams:
             began = time.perf_counter()
-            batch = next(self._data_loader_iter)
-            data_time += time.perf_counter() - began
+            batch = next(iterator)
+            update.data_time += time.perf_counter() - began
             self._count_skipped(batch)
             seed_all(self.seed, 1, self.iter, stream)
             last = stream == self.share.streams[-1]
             with self._gathered_at_the_end(last):
                 found = self._losses(batch)
-                losses.append({name: loss.detach() for name, loss in found.items()})
-                batches.append(batch)
-                total = sum(found.values(), torch.zeros(())) / self.share.micro_batches
-                # Asked before the processes exchange gradients: else some would wait for ever.
-                if last and not self._all_finite(losses):
-                    self._leave_out(losses, batches)
-                    return
-                self._scaler.scale(total).backward()  # type: ignore[no-untyped-call]
-        self.after_backward()  # type: ignore[no-untyped-call]
-        mean = {name: torch.stack([part[name] for part in losses]).mean() for name in losses[0]}
-        self._write_metrics(mean, data_time)
-        self._apply()
+                update.losses.append({name: loss.detach() for name, loss in found.items()})
+                update.batches.append(batch)
+                update.last = sum(found.values(), torch.zeros(())) / self.share.micro_batches
+                if not last:
+                    self._backward(update.last)
+
+    def _backward(self, loss: Tensor) -> None:
+        self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
     def _losses(self, batch: Batch) -> dict[str, Tensor]:
         precision = self.arithmetic.precision
@@ -187,19 +274,37 @@ class TrainLoop(SimpleTrainer):
             return contextlib.nullcontext()
         return self.model.no_sync()
 
-    def _all_finite(self, losses: list[dict[str, Tensor]]) -> bool:
-        every = [loss.double() for part in losses for loss in part.values()]
-        finite = torch.stack(every).isfinite().all()
-        if self.share.processes == 1:
-            return bool(finite)
-        flag = finite.to(self._device, torch.float32)
-        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN)
-        return bool(flag)
+    def _all_finite(self, update: Update) -> bool:
+        every = [loss.double() for part in update.losses for loss in part.values()]
+        return bool(torch.stack(every).isfinite().all())
 
-    def _leave_out(self, losses: list[dict[str, Tensor]], batches: list[Batch]) -> None:
+    def _verdict(self, update: Update, interrupted: bool) -> int:
+        """Return what all processes do: 1 for apply, 0 for leave out, -N for stop by signal N."""
+        own = -SIGNALS.received if interrupted else int(self._all_finite(update))
+        if self.share.processes == 1:
+            return own
+        flag = torch.tensor(own, device=self._device)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN)
+        return int(flag)
+
+    def _touched_by_forward(self) -> Touched:
+        """Return what an update that is dropped would change."""
+        kept = [(buffer, buffer.clone()) for buffer in self._buffers]
+        normalizer = getattr(bare(self.model), _NORMALIZER, None)
+        return Touched(kept, _random_states(), normalizer, self.skipped_images)
+
+    def _restore(self, before: Touched) -> None:
+        for buffer, value in before.buffers:
+            buffer.copy_(value)
+        _restore_random(before.random)
+        if before.normalizer is not None:
+            setattr(bare(self.model), _NORMALIZER, before.normalizer)
+        self.skipped_images = before.skipped_images
+
+    def _leave_out(self, update: Update) -> None:
         """Leave an update out, or stop, in all processes alike."""
         rate = float(self.optimizer.param_groups[0]["lr"])
-        bad = BadUpdate.of(self.iter, self.share.process, rate, losses, batches)
+        bad = BadUpdate.of(self.iter, self.share.process, rate, update.losses, update.batches)
         self.optimizer.zero_grad()
         self.skipped_updates += 1
         decide(bad, self._folder, self.skipped_updates, self.arithmetic.skipped)
@@ -255,12 +360,16 @@ class TrainLoop(SimpleTrainer):
         if state.get("loss_normalizer") is not None:
             setattr(bare(self.model), _NORMALIZER, state["loss_normalizer"])
         if "random_states" in state:
-            _restore(state["random_states"])
+            _restore_random(state["random_states"])
         if self.ema is not None and "ema" in state:
             self.ema.load_state_dict(state["ema"])
         elif self.ema is not None:
             logger.warning("the checkpoint has no moving average: it begins with these weights.")
             self.ema.n_averaged.zero_()
+
+
+def _let_signals_in(parameter: Tensor) -> None:
+    """Do nothing: Python runs the handlers of signals when a function is called."""
 
 
 def distributed(model: nn.Module) -> nn.Module:
@@ -293,7 +402,7 @@ def _random_states() -> dict[str, Any]:
     }
 
 
-def _restore(states: dict[str, Any]) -> None:
+def _restore_random(states: dict[str, Any]) -> None:
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
     name, keys, position, has_gauss, cached = states["numpy"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import weakref
@@ -27,13 +28,14 @@ from resnext_det.data.checks import check_agreement, configured_classes
 from resnext_det.data.custom import class_names
 from resnext_det.data.mapper import NamingDatasetMapper
 from resnext_det.data.stream import Share, build_stream, seeded, training_records
+from resnext_det.data.workers import with_lasting_workers
 from resnext_det.engine.checkpoints import Checkpointer, Checkpoints
 from resnext_det.engine.classes import check_classes
 from resnext_det.engine.evaluation_hook import Evaluation, Goal, validation_losses
 from resnext_det.engine.hooks import Progress, Throughput
 from resnext_det.engine.inference import evaluate_datasets, renamed
 from resnext_det.engine.schedule import scale
-from resnext_det.engine.stopping import Stop, StopOnSignal
+from resnext_det.engine.stopping import SIGNALS, Abandoned, Interrupted, Stop, StopOnSignal
 from resnext_det.engine.train_loop import (
     GLOBAL_NORM,
     Arithmetic,
@@ -42,7 +44,7 @@ from resnext_det.engine.train_loop import (
     distributed,
     shared_seed,
 )
-from resnext_det.engine.writers import build_writers, forget_after, writing_period
+from resnext_det.engine.writers import History, Writers, build_writers, writing_period
 from resnext_det.evaluation.evaluator import DetectionEvaluator, Engine
 from resnext_det.modeling.detectors import check_names
 from resnext_det.pretrained.loading import load_weights
@@ -135,8 +137,6 @@ class Trainer(DefaultTrainer):
             logger.info("%s", load_weights(bare(self._trainer.model), self.cfg))
             return
         self.start_iter = found.iteration + 1
-        if comm.is_main_process():
-            forget_after(found.iteration, Path(self.cfg.OUTPUT_DIR))
         logger.info(
             "resumed from %s at iteration %d of %d", found.file, self.start_iter, self.max_iter
         )
@@ -148,13 +148,14 @@ class Trainer(DefaultTrainer):
             The last evaluation's results, where the config expects some, as in Detectron2.
 
         Raises:
-            SystemExit: a signal ended the training; the code is `stopping.REQUEUE`.
+            SystemExit: a signal ended the training; the code is `stopping.STOPPED`.
         """
         self._tell_plan()
         # MODEL.WEIGHTS may have learned others, and no longer says what this model learns.
         bare(self._trainer.model).class_names = class_names(self.cfg)  # type: ignore[assignment]
         try:
-            results: dict[str, Any] | None = super().train()  # type: ignore[no-untyped-call]
+            with SIGNALS.listening():
+                results: dict[str, Any] | None = super().train()  # type: ignore[no-untyped-call]
         except Stop as stop:
             logger.info("the training ends: %s", stop)
             if stop.code:
@@ -168,6 +169,14 @@ class Trainer(DefaultTrainer):
         if skipped:
             logger.warning("%d images could not be read, and were skipped", skipped)
         return results
+
+    def run_step(self) -> None:
+        """Compute one update; one that was dropped because of a signal ends the training."""
+        try:
+            super().run_step()  # type: ignore[no-untyped-call]
+        except Abandoned as signal:
+            self.iter -= 1
+            self._stop_on_signal.stop(signal.number)
 
     def _provenance(self) -> dict[str, Any]:
         """Return what a checkpoint says beside config, classes and versions."""
@@ -199,16 +208,18 @@ class Trainer(DefaultTrainer):
         found: list[HookBase] = [hooks.IterationTimer(), hooks.LRScheduler()]
         if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self._trainer.model):
             found.append(self._precise_bn())
+        found += [Throughput(cfg.SOLVER.IMS_PER_BATCH), History()]
         # Before the evaluation: a crash in it loses nothing.
         found.append(self._checkpoints)
         expected = bool(cfg.TEST.EXPECTED_RESULTS)
         found.append(
             Evaluation(self._evaluate, cfg.TEST.EVAL_PERIOD, goal, self._save_best, expected)
         )
-        found.append(Throughput(cfg.SOLVER.IMS_PER_BATCH))
-        if comm.is_main_process():
-            writers = hooks.PeriodicWriter(self.build_writers(), writing_period(self.max_iter))
-            found += [writers, Progress()]
+        is_main = comm.is_main_process()
+        build = self.build_writers if is_main else list[EventWriter]
+        found.append(Writers(build, writing_period(self.max_iter)))
+        if is_main:
+            found.append(Progress())
         return [*found, self._stop_on_signal]
 
     def _precise_bn(self) -> HookBase:
@@ -219,23 +230,31 @@ class Trainer(DefaultTrainer):
         return hooks.PreciseBN(period, self._trainer.model, loader, batches)
 
     def _evaluate(self) -> dict[str, Any]:
-        """Evaluate the weights, their moving average, and the losses, as far as is asked for."""
-        self._stop_on_signal.interruptible = True
+        """Evaluate the weights, their moving average, and the losses, as far as is asked for.
+
+        A signal drops the evaluation: it is done again when the training is resumed.
+        """
         try:
-            results = self._tested(self.cfg.OUTPUT_DIR, self._trainer.model)
-            self._last_eval_results = results
-            if self._trainer.ema is not None:
-                average = self._tested(f"{self.cfg.OUTPUT_DIR}/ema", self._trainer.ema.module)
-                results = {**results, "ema": average}
-            if self.cfg.TEST.VALIDATION_LOSS:
-                with seeded(self._trainer.seed, 2, self.iter):  # proposals are sampled
-                    losses = validation_losses(
-                        bare(self._trainer.model), self._validation_batches()
-                    )
-                results = {**results, "validation": losses}
-            return results
-        finally:
-            self._stop_on_signal.interruptible = False
+            # Alone, there is no exchange to drop in the middle of.
+            alone = comm.get_world_size() == 1
+            with SIGNALS.obeyed_at_once() if alone else contextlib.nullcontext():
+                return self._evaluated()
+        except Interrupted:
+            self._stop_on_signal.stop(SIGNALS.agreed())
+        except Abandoned as signal:
+            self._stop_on_signal.stop(signal.number)
+
+    def _evaluated(self) -> dict[str, Any]:
+        results = self._tested(self.cfg.OUTPUT_DIR, self._trainer.model)
+        self._last_eval_results = results
+        if self._trainer.ema is not None:
+            average = self._tested(f"{self.cfg.OUTPUT_DIR}/ema", self._trainer.ema.module)
+            results = {**results, "ema": average}
+        if self.cfg.TEST.VALIDATION_LOSS:
+            with seeded(self._trainer.seed, 2, self.iter):  # proposals are sampled
+                losses = validation_losses(bare(self._trainer.model), self._validation_batches())
+            results = {**results, "validation": losses}
+        return results
 
     def _tested(self, folder: str, model: nn.Module) -> dict[str, Any]:
         # For what is written: MODEL.WEIGHTS is what the training began with.
@@ -248,10 +267,8 @@ class Trainer(DefaultTrainer):
         mapper = NamingDatasetMapper(
             self.cfg, True, augmentations=build_augmentation(self.cfg, is_train=False)
         )
-        loader: Iterable[list[dict[str, Any]]] = build_detection_test_loader(
-            self.cfg, self.cfg.DATASETS.TEST[0], mapper=mapper
-        )
-        return loader
+        loader = build_detection_test_loader(self.cfg, self.cfg.DATASETS.TEST[0], mapper=mapper)
+        return SIGNALS.interrupting(with_lasting_workers(loader))
 
     def _save_best(self) -> None:
         # It is the newest one as well, and named as such: a resume goes on from it.
@@ -323,7 +340,8 @@ class Trainer(DefaultTrainer):
         """Return Detectron2's loader for an evaluation, whose errors name the image."""
         serve([dataset_name])
         mapper = NamingDatasetMapper(cfg, False)
-        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        return with_lasting_workers(loader)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DetectionEvaluator:

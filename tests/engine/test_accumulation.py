@@ -18,8 +18,7 @@ from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, 
 from detectron2.structures import Boxes
 
 from resnext_det import load_config
-from resnext_det.launching.launch import run_everywhere
-from resnext_det.launching.processes import Where
+from resnext_det.engine.launch import Job, run_everywhere
 from resnext_det.engine.setup import set_up
 from resnext_det.engine.trainer import Trainer
 
@@ -55,8 +54,8 @@ def train(folder):
 
 
 if __name__ == "__main__":
-    run_everywhere(train, Where(), (Path(sys.argv[1]) / "accumulated",))
-    run_everywhere(train, Where(processes=2), (Path(sys.argv[1]) / "processes",))
+    run_everywhere(train, Job(), (Path(sys.argv[1]) / "accumulated",))
+    run_everywhere(train, Job(processes=2), (Path(sys.argv[1]) / "processes",))
 """
 
 

@@ -25,9 +25,11 @@ import time
 from pathlib import Path
 
 ITERATIONS, PERIOD = 12, 3
+MEASURED = "time data_time rank_data_time images_per_second memory_mib".split()
 WORDS = ["SOLVER.MAX_ITER", ITERATIONS, "SOLVER.STEPS", "(8,)", "SOLVER.WARMUP_ITERS", 3]
 WORDS += ["SOLVER.IMS_PER_BATCH", 4, "SOLVER.CHECKPOINT_PERIOD", PERIOD, "SOLVER.KEEP_LAST", 0]
-WORDS += ["INPUT.MIN_SIZE_TRAIN", "(64, 80)", "INPUT.MAX_SIZE_TRAIN", 96, "DATASETS.TEST", "()"]
+WORDS += ["INPUT.MIN_SIZE_TRAIN", "(64, 80)", "INPUT.MAX_SIZE_TRAIN", 96, "TEST.EVAL_PERIOD", 6]
+WORDS += ["INPUT.MIN_SIZE_TEST", 64]
 WORDS += ["SOLVER.EMA.ENABLED", "True", "SOLVER.EMA.DECAY", 0.9]
 
 
@@ -98,6 +100,15 @@ def unequal(one, other):
     return [name for name in first if not torch.equal(first[name], second[name])]
 
 
+def rows(folder):
+    """The log of numbers, but for times and memory."""
+    found = []
+    for line in (Path(folder) / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        found.append({k: v for k, v in row.items() if k not in MEASURED})
+    return [json.dumps(row, sort_keys=True) for row in found]
+
+
 def main(folder, kills):
     random.seed()
     context = multiprocessing.get_context("forkserver")
@@ -110,13 +121,14 @@ def main(folder, kills):
             [moment, kill_at(context, signal.SIGKILL, moment, run, *more)] for moment in moments
         ] + [["end", finish(context, run, *more)]]
         found[f"unequal{workers}"] = unequal(folder / "whole", run)
+        found[f"same log{workers}"] = rows(folder / "whole") == rows(run)
     stopped = folder / "stopped"
     found["stopped"] = kill_at(context, signal.SIGTERM, 4, stopped, "DATALOADER.NUM_WORKERS", 2)
     found["pointer"] = (stopped / "last_checkpoint").read_text()
     found["went on"] = finish(context, stopped)
     found["unequal stopped"] = unequal(folder / "whole", stopped)
-    lines = (stopped / "metrics.jsonl").read_text().splitlines()
-    found["iterations"] = [json.loads(line)["iteration"] for line in lines]
+    found["same log stopped"] = rows(folder / "whole") == rows(stopped)
+    found["iterations"] = [json.loads(row)["iteration"] for row in rows(folder / "whole")]
     print(json.dumps(found))
 
 
@@ -126,10 +138,10 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(4, marks=pytest.mark.slow)])
-def test_a_killed_training_ends_with_the_same_weights(
+def test_a_killed_training_ends_with_the_same_weights_and_log(
     kills: int, datasets: Path, tmp_path: Path
 ) -> None:
-    """To the last bit: weights, momentum and moving average, with 0 and 2 workers."""
+    """To the last bit: weights, momentum, moving average and the log; with 0 and 2 workers."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     done = subprocess.run(
@@ -146,6 +158,8 @@ def test_a_killed_training_ends_with_the_same_weights(
         *killed, end = found[f"killed{workers}"]
         assert [code for _, code in killed] == [-9] * kills and end == ["end", 0], found
         assert found[f"unequal{workers}"] == [], (workers, killed)
+        assert found[f"same log{workers}"], (workers, killed)
     assert found["stopped"] == 75 and found["pointer"].startswith("model_00000")
     assert found["unequal stopped"] == []
+    assert found["same log stopped"]
     assert found["iterations"] == list(range(12))

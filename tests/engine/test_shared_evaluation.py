@@ -16,8 +16,7 @@ from torch import nn
 from resnext_det import load_config
 from resnext_det.engine.inference import buffers_of_the_first, model_digest
 from resnext_det.errors import EvaluationError
-from resnext_det.launching.launch import run_everywhere
-from resnext_det.launching.processes import Where
+from resnext_det.engine.launch import Job, run_everywhere
 
 
 def look():
@@ -49,7 +48,7 @@ def look():
 
 
 if __name__ == "__main__":
-    run_everywhere(look, Where(processes=2), ())
+    run_everywhere(look, Job(processes=2), ())
 """
 
 
@@ -62,8 +61,7 @@ from detectron2.modeling import build_model
 
 from resnext_det import load_config
 from resnext_det.engine.trainer import Trainer
-from resnext_det.launching.launch import run_everywhere
-from resnext_det.launching.processes import Where
+from resnext_det.engine.launch import Job, run_everywhere
 
 
 def evaluate(folder):
@@ -78,7 +76,7 @@ def evaluate(folder):
 if __name__ == "__main__":
     for processes in (1, 2, 5):  # 12 images: equal shares, and such as are not
         folder = str(Path(sys.argv[1]) / str(processes))
-        run_everywhere(evaluate, Where(processes=processes), (folder,))
+        run_everywhere(evaluate, Job(processes=processes), (folder,))
 """
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
-from resnext_det.launching.explanations import explain, says_lost_contact
+from resnext_det.engine.explanations import explain, says_lost_contact
 
 
 class Killed(Dataset[int]):

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from resnext_det.engine.launch import Job, add_arguments, check_gpus
 from resnext_det.errors import ConfigError
-from resnext_det.launching.processes import Where, add_arguments, check_gpus
 
 TORCHRUN = {
     "RANK": "5",
@@ -38,21 +38,21 @@ def port() -> Iterator[int]:
 def test_flags_come_in_any_order() -> None:
     arguments = parse("A.KEY", 1, "--num-gpus", 2, "B.KEY", 2, "--dist-timeout", 7)
     assert arguments.opts == ["A.KEY", "1", "B.KEY", "2"]
-    assert Where.of(arguments) == Where(processes=2, patience=7)
-    assert Where.of(parse()) == Where()
+    assert Job.of(arguments) == Job(processes=2, timeout=7)
+    assert Job.of(parse()) == Job()
 
 
 def test_several_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["--num-machines", 3, "--machine-rank", 2, "--num-gpus", 4, "--dist-url"]
-    where = Where.of(parse(*words, "tcp://[::1]:29500/"))
-    assert (where.world_size, where.meeting_point) == (12, ("::1", 29500))
+    job = Job.of(parse(*words, "tcp://[::1]:29500/"))
+    assert (job.world_size, job.meeting_point) == (12, ("::1", 29500))
     with pytest.raises(ConfigError, match="reads MASTER_ADDR and MASTER_PORT"):
-        Where.of(parse(*words, "env://"))
+        Job.of(parse(*words, "env://"))
     monkeypatch.setenv("MASTER_ADDR", "node0")
     monkeypatch.setenv("MASTER_PORT", "1234")
-    assert Where.of(parse(*words, "env://")).dist_url == "tcp://node0:1234"
+    assert Job.of(parse(*words, "env://")).dist_url == "tcp://node0:1234"
     monkeypatch.setenv("MASTER_ADDR", "fe80::1")
-    assert Where.of(parse(*words, "env://")).meeting_point == ("fe80::1", 1234)
+    assert Job.of(parse(*words, "env://")).meeting_point == ("fe80::1", 1234)
 
 
 @pytest.mark.parametrize(
@@ -83,17 +83,17 @@ def test_several_machines(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_what_is_refused(words: str, said: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        Where.of(parse(*words.split()))
+        Job.of(parse(*words.split()))
     assert said in str(refused.value)
 
 
 def test_a_port_in_use(port: int) -> None:
     words = ["--num-gpus", 2, "--dist-url", f"tcp://127.0.0.1:{port}"]
     with pytest.raises(ConfigError, match=f"port {port} cannot be used .*take another port"):
-        Where.of(parse(*words))
-    Where.of(parse(*words[2:]))  # one process meets nobody
+        Job.of(parse(*words))
+    Job.of(parse(*words[2:]))  # one process meets nobody
     # It is machine 0's port; the others only connect to it.
-    Where.of(parse(*words, "--num-machines", 2, "--machine-rank", 1))
+    Job.of(parse(*words, "--num-machines", 2, "--machine-rank", 1))
 
 
 def test_a_port_that_was_in_use_just_now() -> None:
@@ -102,7 +102,7 @@ def test_a_port_that_was_in_use_just_now() -> None:
         with socket.create_connection(address) as line:
             server.accept()[0].close()  # the side that closes first keeps the port for a while
             assert line.recv(1) == b""
-    Where.of(parse("--num-gpus", 2, "--dist-url", f"tcp://127.0.0.1:{address[1]}"))
+    Job.of(parse("--num-gpus", 2, "--dist-url", f"tcp://127.0.0.1:{address[1]}"))
 
 
 def test_more_processes_than_gpus() -> None:
@@ -123,15 +123,15 @@ class TestTorchrun:
         ["", "--num-gpus 2 --num-machines 3 --machine-rank 2", "--dist-url tcp://node0:29500"],
     )
     def test_its_processes_are_taken(self, words: str) -> None:
-        expected = Where(2, 3, 2, "tcp://node0:29500", patience=9, local_rank=1)
-        assert Where.of(parse(*words.split(), "--dist-timeout", 9)) == expected
+        expected = Job(2, 3, 2, "tcp://node0:29500", timeout=9, local_rank=1)
+        assert Job.of(parse(*words.split(), "--dist-timeout", 9)) == expected
 
     @pytest.mark.parametrize(
         "words", ["--num-gpus 1", "--num-machines 2", "--machine-rank 0", "--dist-url tcp://a:1"]
     )
     def test_flags_that_contradict_it(self, words: str) -> None:
         with pytest.raises(ConfigError, match="but torchrun has started this job with"):
-            Where.of(parse(*words.split()))
+            Job.of(parse(*words.split()))
 
     @pytest.mark.parametrize(
         ("name", "value"),
@@ -148,4 +148,4 @@ class TestTorchrun:
     ) -> None:
         monkeypatch.setenv(name, value)
         with pytest.raises(ConfigError, match="torchrun"):
-            Where.of(parse())
+            Job.of(parse())

@@ -1,1 +1,0 @@
-"""As many processes as asked for, which end together and say why."""
