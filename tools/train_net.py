@@ -99,7 +99,7 @@ def main() -> None:
         check(cfg, arguments, job.world_size)
         if job.world_size > 1:
             forget()  # the processes read for themselves
-    launch.run_everyjob(run, job, (cfg, arguments))
+    run_everywhere(run, job, (cfg, arguments))
 
 
 if __name__ == "__main__":

@@ -377,8 +377,8 @@ def meet(job: Job) -> Any:
         if held != told:
             raise TrainingError(
                 f"two machines were started with --machine-rank {job.machine_rank}, the other is "
-                f"{json.loads(held)['host']!r}: number them from 0 to {job.machines - 1}. If that one "
-                "has ended, start machine 0 again, too."
+                f"{json.loads(held)['host']!r}: number them from 0 to {job.machines - 1}. If that "
+                "one has ended, start machine 0 again, too."
             )
         try:
             _wait_for_all(store, "machine", job.machines, job)

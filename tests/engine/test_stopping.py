@@ -54,7 +54,7 @@ def test_a_signal_that_is_ignored_stays_so() -> None:
 def test_the_iteration_is_finished_and_saved(number: int) -> None:
     before = signal.getsignal(number)
     training = Signalled(number)
-    with pytest.raises(Stop, match="after 3 of 4 iterations: .* --resume goes on") as caught:
+    with pytest.raises(Stop, match=r"after 3 of 4 iterations: .* --resume goes on") as caught:
         training.go()
     assert (training.finished, training.saved, caught.value.code) == (2, [2], STOPPED)
     assert signal.getsignal(number) is before
