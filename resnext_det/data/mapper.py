@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -78,7 +79,7 @@ class NamingDatasetMapper(DatasetMapper):
     def _augmented(
         self, record: Record, pixels: Any, labels: Any
     ) -> tuple[Any, Any, T.TransformList]:
-        name = quoted(str(record["file_name"]))
+        name = quoted(Path(record["file_name"]))
         try:
             utils.check_image_size(record, pixels)
         except ValueError as error:  # Detectron2's SizeMismatchError
