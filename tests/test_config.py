@@ -76,7 +76,7 @@ def test_the_papers_schedule(name: str) -> None:
     ("overrides", "said"),
     [
         (["MODEL.RESNETS.DEPHT", "50"], "did you mean MODEL.RESNETS.DEPTH?"),
-        (["SOLVER.BASE_LR", "quick"], "SOLVER.BASE_LR quick"),
+        (["SOLVER.BASE_LR", "quick"], "SOLVER.BASE_LR is 'quick'; it must be a number above 0"),
         (["SOLVER.BASE_LR"], "pairs"),
         (["MODEL.RESNETS.DEPTH", "None"], "MODEL.RESNETS.DEPTH is empty (None); its default is 50"),
         (["MODEL.RESNEXT.CHECKPOINT_STAGES", "None"], "CHECKPOINT_STAGES is empty"),

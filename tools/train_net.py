@@ -21,7 +21,7 @@ from resnext_det.data.annotations import forget
 from resnext_det.data.checks import check_datasets
 from resnext_det.engine.evaluating import check_expectations, evaluate, last_checkpoint
 from resnext_det.engine.launch import Job, add_arguments, run_everywhere
-from resnext_det.engine.schedule import check_learning_rate, scale
+from resnext_det.engine.schedule import scale
 from resnext_det.engine.setup import check_folder, set_up
 from resnext_det.engine.trainer import Trainer
 from resnext_det.engine.writers import check_wandb
@@ -40,7 +40,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--overwrite", action="store_true", help="begin anew where OUTPUT_DIR holds a training"
     )
-    parser.add_argument("--force", action="store_true", help="at any learning rate")
     parser.add_argument(
         "--cross-check", action="store_true", help="figures by hotcoco and pycocotools"
     )
@@ -62,7 +61,7 @@ def check(cfg: CfgNode, arguments: argparse.Namespace, world_size: int) -> None:
             last_checkpoint(cfg)
         return
     check_wandb(cfg)
-    check_learning_rate(scale(cfg, world_size)[0], arguments.force)
+    scale(cfg, world_size)
     check_folder(
         cfg,
         resume=arguments.resume,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from detectron2.config import CfgNode
 from tabulate import tabulate
 
 from resnext_det.checkpoints.disk import size_text
-from resnext_det.engine.solver import COSINE, decay_points
+from resnext_det.config_rules import COSINE
+from resnext_det.engine.solver import decay_points
 
 Row = tuple[str, str]
 
@@ -66,6 +68,7 @@ class Plan:
         checkpoint_period: iterations.
         keep_last: checkpoints that are kept beside the best and the final one; 0 for all.
         keeps_best: whether the best checkpoint is kept.
+        warnings: about settings that were changed or that are unusual.
     """
 
     scaling: str
@@ -87,6 +90,7 @@ class Plan:
     checkpoint_period: int
     keep_last: int
     keeps_best: bool
+    warnings: tuple[str, ...] = ()
 
     @property
     def images_per_process(self) -> int:
@@ -236,7 +240,12 @@ class Plan:
 
 
 def make_plan(
-    given: CfgNode, scaled: CfgNode, processes: int, images: int, micro_batches: int
+    given: CfgNode,
+    scaled: CfgNode,
+    processes: int,
+    images: int,
+    micro_batches: int,
+    warnings: Sequence[str] = (),
 ) -> Plan:
     """Return the plan of a config that was scaled; see `resnext_det.engine.schedule.scale`.
 
@@ -246,6 +255,7 @@ def make_plan(
         processes: that train.
         images: of a micro-batch.
         micro_batches: of a process in each update.
+        warnings: to go with it.
     """
     solver, test_sets = scaled.SOLVER, len(scaled.DATASETS.TEST)
     return Plan(
@@ -268,6 +278,7 @@ def make_plan(
         checkpoint_period=solver.CHECKPOINT_PERIOD,
         keep_last=solver.KEEP_LAST,
         keeps_best=bool(test_sets and scaled.TEST.BEST.METRIC),
+        warnings=tuple(warnings),
     )
 
 

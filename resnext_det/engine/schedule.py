@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import dataclass
 
@@ -11,10 +10,8 @@ from detectron2.engine import DefaultTrainer
 
 from resnext_det.config import complete
 from resnext_det.engine.plan import Plan, make_plan
-from resnext_det.engine.solver import check_solver
+from resnext_det.engine.solver import check_solver, shorten
 from resnext_det.errors import ConfigError
-
-logger = logging.getLogger(__name__)
 
 # Above this, the numbers of processes that could share a batch are not listed.
 _MANY_PROCESSES = 1024
@@ -93,7 +90,8 @@ def scale(cfg: CfgNode, world_size: int) -> tuple[CfgNode, Plan]:
       learning rate, iterations and periods change. One micro-batch per update.
     - "none": as it stands, in one micro-batch per update.
 
-    SOLVER.IMS_PER_MICRO_BATCH, where it is not 0, sets the size of the micro-batches.
+    SOLVER.IMS_PER_MICRO_BATCH, where it is not 0, sets the size of the micro-batches. A schedule
+    that is longer than SOLVER.MAX_ITER is shortened first, with a warning in the plan.
 
     Args:
         cfg: any Detectron2 config; it is not changed.
@@ -111,7 +109,9 @@ def scale(cfg: CfgNode, world_size: int) -> tuple[CfgNode, Plan]:
         raise ConfigError(f"{world_size} processes cannot train; there must be 1 or more.")
     cfg = complete(cfg)
     check_solver(cfg)
+    cfg, warnings = shorten(cfg)
     scaled = _linear(cfg, world_size) if cfg.SOLVER.SCALING == "linear" else cfg.clone()
+    scaled, more = shorten(scaled)
     solver = scaled.SOLVER
     if solver.IMS_PER_BATCH % world_size:
         raise ConfigError(_not_shared(cfg, world_size))
@@ -128,7 +128,8 @@ def scale(cfg: CfgNode, world_size: int) -> tuple[CfgNode, Plan]:
     scaled.defrost()
     solver.REFERENCE_WORLD_SIZE = 0
     scaled.freeze()
-    return scaled, make_plan(cfg, scaled, world_size, images, share // images)
+    warnings += [*more, *_unusual_rate(scaled)]
+    return scaled, make_plan(cfg, scaled, world_size, images, share // images, warnings)
 
 
 def _linear(cfg: CfgNode, world_size: int) -> CfgNode:
@@ -177,28 +178,18 @@ def _not_shared(cfg: CfgNode, world_size: int) -> str:
     )
 
 
-def check_learning_rate(cfg: CfgNode, force: bool) -> None:
-    """Refuse a learning rate of twice the linear rule's or more, unless it is forced.
+def _unusual_rate(cfg: CfgNode) -> list[str]:
+    """Return a warning about a learning rate of twice the linear rule's or more.
 
     The rule is SOLVER.LR_PER_IMAGE times SOLVER.IMS_PER_BATCH (1706.02677, section 2.1).
-
-    Args:
-        cfg: as `scale` returned it.
-        force: let it pass, with a warning.
-
-    Raises:
-        ConfigError: the learning rate is too high, and not forced.
     """
     solver = cfg.SOLVER
     rule = solver.LR_PER_IMAGE * solver.IMS_PER_BATCH
     ratio = solver.BASE_LR / rule
     if ratio < 2 and not math.isclose(ratio, 2):
-        return
-    found = (
+        return []
+    return [
         f"SOLVER.BASE_LR {solver.BASE_LR:g} is {ratio:.3g} times what the linear rule gives for "
         f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH}: {rule:g} (SOLVER.LR_PER_IMAGE "
-        f"{solver.LR_PER_IMAGE:g} an image)."
-    )
-    if not force:
-        raise ConfigError(f"{found} Set SOLVER.BASE_LR {rule:g}, or add --force to train with it.")
-    logger.warning("%s --force lets it pass.", found)
+        f"{solver.LR_PER_IMAGE:g} an image). If the losses grow, set SOLVER.BASE_LR {rule:g}."
+    ]

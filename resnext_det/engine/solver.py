@@ -1,157 +1,98 @@
-"""SOLVER and TEST.EVAL_PERIOD: which values are refused, and when the learning rate falls."""
+"""SOLVER: which values are refused, what a short training shortens, and when the rate falls."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 from detectron2.config import CfgNode
 
-from resnext_det.errors import ConfigError
-
-SCALINGS = ("accumulate", "linear", "none")
-PRECISIONS = ("float16", "bfloat16")
-# Detectron2's, see detectron2.solver.build_lr_scheduler.
-MULTI_STEP, COSINE, FIXED_GAMMA = (
-    "WarmupMultiStepLR",
-    "WarmupCosineLR",
-    "WarmupStepWithFixedGammaLR",
-)
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What one key may hold.
-
-    Attributes:
-        key: in the config.
-        holds: whether a value is allowed.
-        allowed: what is, in words.
-    """
-
-    key: str
-    holds: Callable[[Any], bool]
-    allowed: str
-
-
-def _whole(key: str, least: int, meaning: str = "") -> Rule:
-    def holds(value: Any) -> bool:
-        # True is an int to Python.
-        return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-    return Rule(key, holds, f"a whole number, {least}{meaning} or more")
-
-
-def _number(key: str, fits: Callable[[float], bool], allowed: str) -> Rule:
-    def holds(value: Any) -> bool:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        return number and math.isfinite(value) and fits(value)
-
-    return Rule(key, holds, f"a number {allowed}")
-
-
-def _word(key: str, words: tuple[str, ...]) -> Rule:
-    return Rule(key, lambda value: value in words, f"one of {', '.join(words)}")
-
-
-_RULES = (
-    _word("SOLVER.SCALING", SCALINGS),
-    _whole("SOLVER.IMS_PER_BATCH", 1),
-    _whole("SOLVER.IMS_PER_MICRO_BATCH", 0, " (as SOLVER.SCALING has it)"),
-    _whole("SOLVER.REFERENCE_WORLD_SIZE", 0, " (for any number of processes)"),
-    _whole("SOLVER.MAX_ITER", 1),
-    _number("SOLVER.BASE_LR", lambda rate: rate > 0, "above 0"),
-    _number("SOLVER.LR_PER_IMAGE", lambda rate: rate > 0, "above 0"),
-    _number("SOLVER.MOMENTUM", lambda momentum: 0 <= momentum < 1, "from 0 to below 1"),
-    _number("SOLVER.WEIGHT_DECAY", lambda decay: decay >= 0, "from 0 on"),
-    _word("SOLVER.LR_SCHEDULER_NAME", (MULTI_STEP, COSINE, FIXED_GAMMA)),
-    _number("SOLVER.GAMMA", lambda gamma: 0 < gamma <= 1, "above 0 and up to 1"),
-    _whole("SOLVER.NUM_DECAYS", 1),
-    _whole("SOLVER.WARMUP_ITERS", 0, " (for no warm-up)"),
-    _number("SOLVER.WARMUP_FACTOR", lambda factor: 0 <= factor <= 1, "from 0 to 1"),
-    _word("SOLVER.WARMUP_METHOD", ("linear", "constant")),
-    _whole("SOLVER.CHECKPOINT_PERIOD", 1),
-    _whole("SOLVER.KEEP_LAST", 0, " (for all)"),
-    _whole("SOLVER.SKIP_BAD_UPDATES", 0),
-    _word("SOLVER.AMP.PRECISION", PRECISIONS),
-    _number("SOLVER.EMA.DECAY", lambda decay: 0 < decay < 1, "between 0 and 1"),
-    _whole("TEST.EVAL_PERIOD", 0, " (for the end alone)"),
-    _whole("TEST.BEST.PATIENCE", 0, " (for never)"),
+from resnext_det.config_rules import (
+    COSINE,
+    FIXED_GAMMA,
+    MULTI_STEP,
+    RULES,
+    refuse,
+    value_of,
+    wrong,
 )
 
 
 def check_solver(cfg: CfgNode) -> None:
     """Refuse values that cannot be meant, or of which Detectron2 would make something else.
 
-    Whether the batch can be shared by the processes, and whether the learning rate fits it, is
-    checked in `resnext_det.engine.schedule`.
+    Whether the batch can be shared by the processes is checked in `resnext_det.engine.schedule`.
 
     Args:
         cfg: with the keys of `resnext_det.add_resnext_config`.
 
     Raises:
-        ConfigError: it names the key, its value and what is allowed.
+        ConfigError: it names every such key, its value and what is allowed.
     """
-    for rule in _RULES:
-        value: Any = cfg
-        for name in rule.key.split("."):
-            value = value[name]
-        if not rule.holds(value):
-            raise ConfigError(f"{rule.key} is {value!r}; it must be {rule.allowed}.")
-    _check_iterations(cfg)
+    keys = [key for key in RULES if key.startswith(("SOLVER.", "TEST."))]
+    refuse(*(wrong(key, value_of(cfg, key)) for key in keys))
     solver = cfg.SOLVER
+    end_rate = None
     if solver.LR_SCHEDULER_NAME == COSINE and not 0 <= solver.BASE_LR_END <= solver.BASE_LR:
-        raise ConfigError(
+        end_rate = (
             f"SOLVER.BASE_LR_END is {solver.BASE_LR_END}; it must be from 0 to SOLVER.BASE_LR, "
             f"{solver.BASE_LR}."
         )
+    half = None
     on_cpu = str(cfg.MODEL.DEVICE).startswith("cpu")
     if solver.AMP.ENABLED and solver.AMP.PRECISION == "float16" and on_cpu:
-        raise ConfigError(
+        half = (
             f"SOLVER.AMP.PRECISION float16 needs a GPU, and MODEL.DEVICE is {cfg.MODEL.DEVICE}. "
             "Set SOLVER.AMP.PRECISION bfloat16, or SOLVER.AMP.ENABLED False."
         )
+    refuse(_wrong_steps(cfg), end_rate, half)
 
 
-def _check_iterations(cfg: CfgNode) -> None:
-    """Refuse decays and a warm-up that do not lie within the training, one after the other."""
+def _wrong_steps(cfg: CfgNode) -> str | None:
+    """Return what is wrong with the order of steps and warm-up, or None."""
     solver = cfg.SOLVER
-    end, warmup = solver.MAX_ITER, solver.WARMUP_ITERS
-    if warmup >= end:
-        raise ConfigError(
-            f"SOLVER.WARMUP_ITERS is {warmup}; it must be below SOLVER.MAX_ITER, {end}. Set it to "
-            "fewer iterations, or to 0 for no warm-up."
-        )
-    if solver.LR_SCHEDULER_NAME == MULTI_STEP:
-        _check_steps(solver.STEPS, end)
-    points = decay_points(cfg)
-    if points and points[0][0] <= warmup:
-        key = "STEPS" if solver.LR_SCHEDULER_NAME == MULTI_STEP else "NUM_DECAYS"
-        raise ConfigError(
-            f"SOLVER.{key} {solver[key]!r} lets the learning rate fall at iteration "
-            f"{points[0][0]}, before the warm-up of SOLVER.WARMUP_ITERS {warmup} is over: it would "
-            f"never reach SOLVER.BASE_LR. Set SOLVER.WARMUP_ITERS below {points[0][0]}, or a later "
-            "decay."
-        )
+    steps = solver.STEPS
+    if solver.LR_SCHEDULER_NAME == MULTI_STEP and any(b <= a for a, b in itertools.pairwise(steps)):
+        return f"SOLVER.STEPS is {steps!r}; each must be greater than the one before."
+    return None
 
 
-def _check_steps(steps: Any, end: int) -> None:
-    whole = isinstance(steps, tuple | list) and all(type(step) is int for step in steps)
-    if not whole or any(step < 1 for step in steps):
-        raise ConfigError(
-            f"SOLVER.STEPS is {steps!r}; it must be iterations, whole numbers from 1 on, such as "
-            "(60000, 80000), or () for no decay."
+def shorten(cfg: CfgNode) -> tuple[CfgNode, list[str]]:
+    """Make the schedule of a long training fit a short one: SOLVER.MAX_ITER is what counts.
+
+    Steps beyond the end are dropped, as Detectron2 does. A warm-up that would not be over when the
+    learning rate first falls, or at the end, takes half of that time.
+
+    Args:
+        cfg: with a SOLVER that `check_solver` lets through; it is not changed.
+
+    Returns:
+        The config, a frozen copy where something was shortened, and a warning for each change.
+    """
+    fitted = cfg.clone()
+    fitted.defrost()
+    solver, warnings = fitted.SOLVER, []
+    end = solver.MAX_ITER
+    if solver.LR_SCHEDULER_NAME == MULTI_STEP and any(step >= end for step in solver.STEPS):
+        solver.STEPS = tuple(step for step in solver.STEPS if step < end)
+        warnings.append(
+            f"SOLVER.STEPS {tuple(cfg.SOLVER.STEPS)} is shortened to {solver.STEPS}, as the "
+            f"training ends at SOLVER.MAX_ITER {end}."
         )
-    if any(later <= step for step, later in itertools.pairwise(steps)):
-        raise ConfigError(f"SOLVER.STEPS is {steps!r}; each must be greater than the one before.")
-    if steps and steps[-1] >= end:
-        raise ConfigError(
-            f"SOLVER.STEPS {steps!r} goes beyond the last iteration: SOLVER.MAX_ITER is {end}. Set "
-            f"steps below {end}, or () for no decay."
+    first = end
+    if not solver.RESCALE_INTERVAL:  # else the decays follow the warm-up, however long it is
+        first = min((iteration for iteration, _ in decay_points(fitted)), default=end)
+    if first <= solver.WARMUP_ITERS:
+        warmup = solver.WARMUP_ITERS = first // 2
+        when = f"ends at SOLVER.MAX_ITER {end}" if first >= end else f"decays at iteration {first}"
+        warnings.append(
+            f"SOLVER.WARMUP_ITERS {cfg.SOLVER.WARMUP_ITERS} is shortened to {warmup}: the learning "
+            f"rate {when}, and would never reach SOLVER.BASE_LR."
         )
+    if not warnings:
+        return cfg, []
+    fitted.freeze()
+    return fitted, warnings
 
 
 def decay_points(cfg: CfgNode) -> tuple[tuple[int, float], ...]:

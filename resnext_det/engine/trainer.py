@@ -191,8 +191,9 @@ class Trainer(DefaultTrainer):
         free = free_bytes(Path(self.cfg.OUTPUT_DIR))
         logger.info("the plan:\n%s", self.plan.describe(images, size, free))
         shortage = self.plan.shortage(size, free)
-        if shortage:
-            logger.warning("%s", shortage)
+        for warning in (*self.plan.warnings, shortage):
+            if warning:
+                logger.warning("%s", warning)
 
     def _export_average(self) -> None:
         ema = self._trainer.ema

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import re
-from pathlib import Path
 from typing import Any
 
 import detectron2.model_zoo
@@ -16,7 +14,7 @@ from detectron2.solver import build_lr_scheduler
 
 from resnext_det import load_config, model_zoo
 from resnext_det.engine.plan import Change, Plan
-from resnext_det.engine.schedule import SCHEDULES, Schedule, check_learning_rate, scale
+from resnext_det.engine.schedule import SCHEDULES, Schedule, scale
 from resnext_det.errors import ConfigError
 
 PAPER = "faster_rcnn_X_50_32x4d_FPN_paper"
@@ -180,7 +178,7 @@ def test_linear_is_detectron2s_rule(processes: int) -> None:
     # As many images in all, to half an iteration.
     seen = plan.max_iter * plan.images_per_update
     assert abs(seen - 180_000 * 16) <= plan.images_per_update / 2
-    check_learning_rate(cfg, force=False)
+    assert plan.warnings == ()
     if processes != 8:
         assert Change("SOLVER.IMS_PER_BATCH", 16, 2 * processes) in plan.changes
         assert len(plan.changes) == 7
@@ -253,31 +251,63 @@ def test_what_linear_scaling_would_break_is_refused(
 
 
 @pytest.mark.parametrize("batch", [1, 3, 16, 35])  # 0.0875 / (0.00125 * 35) is below 2
-def test_twice_the_linear_rule_is_refused(batch: int, caplog: pytest.LogCaptureFixture) -> None:
-    words = ["SOLVER.IMS_PER_BATCH", batch, "SOLVER.BASE_LR"]
-    check_learning_rate(config(*words, 0.0025 * batch * 0.999), force=False)
+def test_twice_the_linear_rule_is_warned_about(batch: int) -> None:
+    words = ["SOLVER.IMS_PER_BATCH", batch, "SOLVER.REFERENCE_WORLD_SIZE", 0, "SOLVER.BASE_LR"]
+    assert scale(config(*words, 0.0025 * batch * 0.999), 1)[1].warnings == ()
     for factor in (1, 1.001, 10):
         cfg = config(*words, round(0.0025 * batch * factor, 9))
-        with pytest.raises(ConfigError, match="--force") as refused:
-            check_learning_rate(cfg, force=False)
-        rule = f"SOLVER.BASE_LR {0.00125 * batch:g}"
-        assert f"Set {rule}," in str(refused.value)
-    assert not caplog.records
-    with caplog.at_level(logging.WARNING):
-        check_learning_rate(cfg, force=True)
-    assert "20 times" in caplog.text
+        (warning,) = scale(cfg, 1)[1].warnings
+        assert f"set SOLVER.BASE_LR {0.00125 * batch:g}." in warning
+        assert f"is {2 * factor:.3g} times" in warning
 
 
 @pytest.mark.parametrize("name", model_zoo.names())
 def test_shipped_configs_pass(name: str) -> None:
     for processes in (1, 2, 8):
         cfg, plan = scale(model_zoo.get_config(name), processes)
-        check_learning_rate(cfg, force=False)
+        assert plan.warnings == ()
         assert plan.images_per_update == cfg.SOLVER.IMS_PER_BATCH
 
 
-def test_the_toys_own_rule_is_needed(tmp_path: Path) -> None:
+def test_the_toys_own_rule_is_needed() -> None:
     """Its learning rate is four times what COCO's rule gives for 8 images, as its comment says."""
-    cfg = load_config(TOY, ["SOLVER.LR_PER_IMAGE", "0.00125"])
-    with pytest.raises(ConfigError, match="4 times"):
-        check_learning_rate(cfg, force=False)
+    (warning,) = scale(load_config(TOY, ["SOLVER.LR_PER_IMAGE", "0.00125"]), 1)[1].warnings
+    assert "4 times" in warning
+
+
+@pytest.mark.parametrize("scaling", ["accumulate", "linear"])
+@pytest.mark.parametrize("warmup", [50, 1000])
+@pytest.mark.parametrize("end", [1, 2, 3, 10, 40, 600])
+def test_a_short_trial_runs(end: int, warmup: int, scaling: str) -> None:
+    """With nothing but SOLVER.MAX_ITER set: it reaches its learning rate before it ends."""
+    given = config("SOLVER.MAX_ITER", end, "SOLVER.WARMUP_ITERS", warmup, "SOLVER.SCALING", scaling)
+    cfg, plan = scale(given, 8)
+    found = rates(cfg)
+    assert len(found) == end
+    assert found[plan.warmup_iters :] == pytest.approx([0.02] * (end - plan.warmup_iters))
+    said = " ".join(plan.warnings)
+    assert "SOLVER.STEPS (120000,) is shortened to ()" in said
+    shortened = f"SOLVER.WARMUP_ITERS {warmup} is shortened to {end // 2}"
+    assert (shortened in said) == (warmup >= end)
+    assert warmup == given.SOLVER.WARMUP_ITERS
+
+
+def test_a_warm_up_ends_before_the_first_decay() -> None:
+    words = ["SOLVER.MAX_ITER", 100, "SOLVER.STEPS", "(20, 100, 200)", "SOLVER.WARMUP_ITERS", 20]
+    cfg, plan = scale(config(*words), 8)
+    assert (cfg.SOLVER.STEPS, cfg.SOLVER.WARMUP_ITERS) == ((20,), 10)
+    assert rates(cfg)[10:] == pytest.approx([0.02] * 10 + [0.002] * 80)
+    assert any("decays at iteration 20" in warning for warning in plan.warnings)
+    # One that follows the warm-up is as long as was asked for.
+    cfg, _ = scale(config(*words, "SOLVER.RESCALE_INTERVAL", True), 8)
+    assert cfg.SOLVER.WARMUP_ITERS == 20
+
+
+def test_all_that_is_wrong_is_said_at_once() -> None:
+    cfg = config().clone()
+    cfg.defrost()
+    cfg.SOLVER.GAMMA, cfg.SOLVER.BASE_LR, cfg.TEST.EVAL_PERIOD = 2.0, -1.0, -3
+    with pytest.raises(ConfigError, match="3 settings are wrong") as refused:
+        scale(cfg, 1)
+    for part in ("SOLVER.GAMMA is 2.0", "SOLVER.BASE_LR is -1.0", "TEST.EVAL_PERIOD is -3"):
+        assert part in str(refused.value)

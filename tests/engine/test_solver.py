@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.solver import build_lr_scheduler
 
 from resnext_det import model_zoo
-from resnext_det.engine.solver import check_solver, decay_points
+from resnext_det.engine.solver import check_solver, decay_points, shorten
 from resnext_det.errors import ConfigError
 
 BASE = model_zoo.get_config("faster_rcnn_X_50_32x4d_FPN_1x")
@@ -46,7 +46,7 @@ def config(**values: Any) -> CfgNode:
         ("SOLVER__LR_SCHEDULER_NAME", ["MultiStepLR", ""], ["WarmupMultiStepLR"]),
         ("SOLVER__GAMMA", [0.0, -0.1, 1.1, NAN], [1.0, 0.5]),
         ("SOLVER__NUM_DECAYS", [0], [1]),
-        ("SOLVER__WARMUP_ITERS", [-1, 1000.0, 60_000, 90_000], [0, 59_999]),
+        ("SOLVER__WARMUP_ITERS", [-1, 1000.0], [0, 59_999, 60_000, 90_000]),
         ("SOLVER__WARMUP_FACTOR", [-0.1, 1.1, NAN], [0.0, 1.0]),
         ("SOLVER__WARMUP_METHOD", ["burnin"], ["constant", "linear"]),
         ("SOLVER__CHECKPOINT_PERIOD", [0, -1, 2.5], [1]),
@@ -59,10 +59,10 @@ def config(**values: Any) -> CfgNode:
         (
             "SOLVER__STEPS",
             [
-                *[60_000, (60_000.0,), ("60000",), (True,), (0,), (-1,), (1000,)],
-                *[(80_000, 60_000), (60_000, 60_000), (60_000, 90_000), (90_001,)],
+                *[60_000, (60_000.0,), ("60000",), (True,), (0,), (-1,)],
+                *[(80_000, 60_000), (60_000, 60_000)],
             ],
-            [(), (89_999,), [1001, 1002]],
+            [(), (89_999,), [1001, 1002], (60_000, 90_000), (90_001,), (1000,)],
         ),
     ],
 )
@@ -74,15 +74,6 @@ def test_a_wrong_value_is_named(key: str, wrong: list[Any], right: list[Any]) ->
         assert repr(value) in str(refused.value)
     for value in right:
         check_solver(config(**{key: value}))
-
-
-def test_steps_and_warm_up_are_refused_each_for_its_own_reason() -> None:
-    """Where no other check would notice."""
-    for steps in ((True,), (0,)):
-        with pytest.raises(ConfigError, match="whole numbers from 1 on"):
-            check_solver(config(SOLVER__STEPS=steps, SOLVER__WARMUP_ITERS=0))
-    with pytest.raises(ConfigError, match=r"WARMUP_ITERS is 90000; it must be below"):
-        check_solver(config(SOLVER__STEPS=(), SOLVER__WARMUP_ITERS=90_000))
 
 
 def test_a_cosine_has_an_end_and_no_steps() -> None:
@@ -141,6 +132,7 @@ def test_decays_are_where_detectron2_lets_the_rate_fall(name: str, rescaled: boo
         except ConfigError:
             continue
         accepted += 1
+        cfg, _ = shorten(cfg)
         found, warmup = multipliers(cfg), cfg.SOLVER.WARMUP_ITERS
         expected = [0.02] * end
         for iteration, rate in decay_points(cfg):
