@@ -96,8 +96,6 @@ def prove(arguments: argparse.Namespace, known: Entry | None) -> None:
     picture = arguments.image or "a generated image"
     print(f"\n{picture} ({found.width} x {found.height}) in {found.network} and in {output}:")
     print(tabulate(rows, headers=("stage", "largest difference", "largest value", "ratio")))
-    if found.renamed:
-        print("The source's modules have no names; those torchvision's network was given are ours.")
     try:
         found.check()
     except WeightsError as error:

@@ -29,6 +29,7 @@ _INPUT_NORM = (
     "on OneDrive, without an address to fetch"
 )
 _OTHER_ORDER = "{} (fb.resnet.torch says so): no ResNet of Detectron2 computes that"
+_TORCH7 = "Torch7 files are not read; {} is a PyTorch copy of the same weights"
 REFUSED: dict[str, str] = {
     "resnext50d_32x4d.bt_in1k": _DEEP_STEM,
     "resnext26ts.ra2_in1k": "it is another family: a tiered stem, other blocks, SiLU for ReLU",
@@ -39,6 +40,9 @@ REFUSED: dict[str, str] = {
     "resnext50_32x4d.cypw_in1k": _INPUT_NORM,
     "resnext101_32x4d.cypw_in1k": _INPUT_NORM,
     "resnext152_32x4d.cypw_in1k": _INPUT_NORM,
+    "resnext50_32x4d.fb_torch7": _TORCH7.format("resnext50_32x4d.open_mmlab_in1k"),
+    "resnext101_32x4d.fb_torch7": _TORCH7.format("resnext101_32x4d.cadene_in1k"),
+    "resnext101_64x4d.fb_torch7": _TORCH7.format("resnext101_64x4d.cadene_in1k"),
     "resnet50.fb_torch7": _OTHER_ORDER.format("it normalises after the addition of the shortcut"),
     "resnet200.fb_torch7": _OTHER_ORDER.format("it normalises and activates before convolving"),
 }

@@ -85,7 +85,7 @@ class Entry:
     checksum: Checksum | None
     licence: str
     commercial: bool
-    layout: Literal["torchvision", "mmpretrain", "Cadene", "Torch7", "Caffe2"]
+    layout: Literal["torchvision", "mmpretrain", "Cadene", "Caffe2"]
     pixels: Pixels
     batch_norm: Literal["kept", "fused"] = "kept"
     imagenet_1k_only: bool = True

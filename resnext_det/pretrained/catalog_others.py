@@ -42,9 +42,8 @@ def _mmpretrain(architecture: str, file: str, top1: float, top5: float) -> Entry
     )
 
 
-# The authors' own Torch7 files, and what others made of them.
+# What others made of the authors' own Torch7 files.
 _FROM_TORCH7 = "A copy of the authors' Torch7 file, whose licence, CC-BY-NC-4.0, goes with it."
-_TORCH7 = (("resnext50_32x4d", 77.8), ("resnext101_32x4d", 78.8), ("resnext101_64x4d", 79.6))
 _MMCV = (  # architecture, file
     ("resnext50_32x4d", "resnext50-32x4d-0ab1a123"),
     ("resnext101_32x4d", "resnext101_32x4d-a5af3160"),
@@ -54,23 +53,6 @@ _CADENE = (  # architecture, file, top-1, top-5
     ("resnext101_32x4d", "resnext101_32x4d-29e315fa", 78.188, 93.886),
     ("resnext101_64x4d", "resnext101_64x4d-e77a0586", 78.956, 94.252),
 )
-
-
-def _torch7(architecture: str, top1: float) -> Entry:
-    file = architecture.replace("resnext", "resnext_")
-    return Entry(
-        f"{architecture}.fb_torch7",
-        f"{_FACEBOOK}resnext/imagenet_models/{file}.t7",
-        None,
-        licence="CC-BY-NC-4.0",
-        commercial=False,
-        layout="Torch7",
-        pixels=IMAGENET,
-        accuracy=Accuracy(top1, None, "facebookresearch/ResNeXt, README.md", None, 224, None),
-        notes="The paper's own network. The file holds gradients beside the weights, so it is "
-        "twice as large as others.",
-        unverified=("how its modules are nested",) if "50" in architecture else (),
-    )
 
 
 def _mmcv(architecture: str, file: str) -> Entry:
@@ -178,7 +160,6 @@ _CAFFE2 = (
 
 ENTRIES: tuple[Entry, ...] = (
     *(_mmpretrain(*row) for row in _MMPRETRAIN),
-    *(_torch7(*row) for row in _TORCH7),
     *(_mmcv(*row) for row in _MMCV),
     *(_cadene(*row) for row in _CADENE),
     *_CAFFE2,

@@ -21,7 +21,7 @@ from resnext_det.pretrained.sources import recognise
 
 # Detectron2's names, those that its converter of torchvision's files writes, and mmpretrain's.
 _CLASSIFIERS = ("linear.", "stem.fc.", "head.fc.")
-_SUFFIXES = (".pth", ".pt", ".pkl", ".safetensors", ".t7", ".tar", ".ckpt", ".bin")
+_SUFFIXES = (".pth", ".pt", ".pkl", ".safetensors", ".tar", ".ckpt", ".bin")
 
 
 @dataclass(frozen=True)

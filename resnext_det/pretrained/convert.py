@@ -136,7 +136,7 @@ def backbone_of(
     counters = sum(name.endswith(_COUNTER) for name in found.tensors)
     return BackboneWeights(
         source=source,
-        layout=checkpoint.kind or found.layout,
+        layout=found.layout,
         tensors=kept,
         left_out=found.left_out,
         counters=counters,

@@ -17,8 +17,6 @@ import torch
 
 from resnext_det.errors import WeightsError
 from resnext_det.pretrained.pickles import PickledArray, check_pickle, read_arrays
-from resnext_det.pretrained.torch7 import looks_like_torch7, read_torch7
-from resnext_det.pretrained.torch7_layout import torch7_tensors
 
 # Where checkpoints keep their weights, beside optimizer states and the like: Detectron2,
 # open-mmlab and timm, fvcore's older files, Caffe2; a moving average where there is nothing else.
@@ -32,6 +30,8 @@ _LONGEST_NAME = 300
 _ZIP = b"PK"
 _LEGACY = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")
 _PICKLE = (b"\x80", b"(", b"c", b"}")  # a dict by protocol 2 and later, or by 0 and 1
+# An object or a table by Torch7, in binary on a 32 or 64 bit machine, or in text.
+_TORCH7 = (b"\3\0\0\0", b"\4\0\0\0", b"3\n", b"4\n")
 _LEGACY_PICKLES = 5  # that number, a version, the machine, the content, the names of storages
 # What a checkpoint in plain containers asks for. torch.load allows more: a bytearray or a
 # torch.FloatTensor of any size that nothing is read into, and tensors that are sparse, quantised or
@@ -52,12 +52,10 @@ class Checkpoint:
     Attributes:
         tensors: on the CPU, by name.
         record: what a file of this package says about itself, as it stands there; else None.
-        kind: "Torch7" for a file of modules, which are named as torchvision does; else None.
     """
 
     tensors: dict[str, torch.Tensor]
     record: Any
-    kind: str | None = None
 
 
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:
@@ -68,8 +66,8 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
 def read_checkpoint(file: Path) -> Checkpoint:
     """Read a checkpoint.
 
-    Knows PyTorch's files (.pth and the like), pickles of arrays (.pkl), safetensors and Torch7's
-    (.t7), told apart by what is in the file and not by its name. Wrappers ("model", "state_dict",
+    Knows PyTorch's files (.pth and the like), pickles of arrays (.pkl) and safetensors, told apart
+    by what is in the file and not by its name. Wrappers ("model", "state_dict",
     "blobs" and moving averages) and the prefix "module." of data-parallel training are taken off.
     Reading takes memory in proportion to the file, whatever the file claims.
 
@@ -84,8 +82,6 @@ def read_checkpoint(file: Path) -> Checkpoint:
     """
     _refuse_other_than_file(file)
     try:
-        if looks_like_torch7(_start(file)):
-            return Checkpoint(torch7_tensors(read_torch7(file)), None, "Torch7")
         content = _read(file)
         tensors = _unwrap(content)
         record = content.get("resnext_det") if tensors else None
@@ -131,6 +127,12 @@ def _read(file: Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
     if start[8:9] == b"{":
         return safetensors.torch.load_file(file)
+    if start.startswith(_TORCH7):
+        raise WeightsError(
+            "it is a Torch7 file (.t7), which is not read. The same networks as PyTorch files: "
+            "resnext50_32x4d.open_mmlab_in1k, resnext101_32x4d.cadene_in1k and "
+            "resnext101_64x4d.cadene_in1k of the catalog (MODEL.WEIGHTS resnext://NAME)"
+        )
     if start[:1] not in _PICKLE:
         raise ValueError(f"no kind of checkpoint begins with {start!r}")
     with file.open("rb") as stream:

@@ -77,7 +77,6 @@ class Verification:
         width: of the image, in pixels.
         stages: each of the four.
         tolerance: of the largest value of a stage.
-        renamed: the source has modules without names, and those it was read with are ours.
     """
 
     source: Path
@@ -87,7 +86,6 @@ class Verification:
     width: int
     stages: tuple[StageDifference, ...]
     tolerance: float
-    renamed: bool
 
     @property
     def agrees(self) -> bool:
@@ -123,7 +121,7 @@ def verify(
 
     Args:
         source: a checkpoint under torchvision's names, as timm, mmpretrain and mmdetection have
-            them too, or one of Torch7.
+            them too.
         converted: what `write_detectron2` made of it, in any form.
         image: RGB of 0 to 255, (H, W, 3); by default `default_image()`.
         program: whose network to run the source in.
@@ -172,8 +170,7 @@ def verify(
         got = ours(network_input(picture, weights.pixels))
     differences = tuple(_difference(name, got[name], truth[name]) for name in STAGES)
     height, width, _ = image.shape
-    renamed = checkpoint.kind is not None
-    return Verification(source, converted, version, height, width, differences, tolerance, renamed)
+    return Verification(source, converted, version, height, width, differences, tolerance)
 
 
 def default_image(height: int = 224, width: int = 256, seed: int = 0) -> Image:

@@ -32,12 +32,12 @@ PUBLISHED: dict[str, dict[str, tuple[float, float | None]]] = {
         "a1h_in1k": (82.016, 95.934), "a2_in1k": (81.304, 95.114), "a3_in1k": (79.258, 94.308),
         "ra_in1k": (80.720, 95.344), "gluon_in1k": (79.354, 94.424),
         "fb_ssl_yfcc100m_ft_in1k": (80.316, 95.386), "fb_swsl_ig1b_ft_in1k": (82.162, 96.224),
-        "mmpretrain_in1k": (77.90, 93.66), "fb_torch7": (100 - 22.2, None),
+        "mmpretrain_in1k": (77.90, 93.66),
     },
     "resnext101_32x4d": {
         "gluon_in1k": (80.336, 94.908), "fb_ssl_yfcc100m_ft_in1k": (80.936, 95.732),
         "fb_swsl_ig1b_ft_in1k": (83.268, 96.760), "mmpretrain_in1k": (78.61, 94.17),
-        "fb_torch7": (100 - 21.2, None), "cadene_in1k": (78.188, 93.886),
+        "cadene_in1k": (78.188, 93.886),
     },
     "resnext101_32x8d": {
         "tv_in1k": (79.312, 94.526), "tv2_in1k": (82.834, 96.228),
@@ -52,7 +52,7 @@ PUBLISHED: dict[str, dict[str, tuple[float, float | None]]] = {
     "resnext101_32x48d": {"fb_wsl_ig1b_ft_in1k": (85.4, 97.6)},
     "resnext101_64x4d": {
         "tv_in1k": (83.246, 96.454), "c1_in1k": (83.158, 96.370), "gluon_in1k": (80.640, 95.000),
-        "fb_torch7": (100 - 20.4, None), "cadene_in1k": (78.956, 94.252),
+        "cadene_in1k": (78.956, 94.252),
     },
     "resnext152_32x4d": {"mmpretrain_in1k": (78.88, 94.33)},
     "resnet50": {"tv_in1k": (76.13, 92.862), "tv2_in1k": (80.858, 95.434)},
@@ -214,7 +214,7 @@ def test_timms_former_names_are_not_followed(width: int) -> None:
 
 
 def test_licences() -> None:
-    forbidding = ("wsl", "swsl", "ssl", "torch7", "cadene")
+    forbidding = ("wsl", "swsl", "ssl", "cadene")
     from_torch7 = {
         *("resnext50_32x4d.open_mmlab_in1k", "resnext101_32x4d.open_mmlab_in1k"),
         *("resnext101_64x4d.open_mmlab_in1k", "resnext101_64x4d.d1_in1k"),

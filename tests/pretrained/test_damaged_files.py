@@ -6,7 +6,6 @@ import functools
 import io
 import pickle
 import random
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +20,6 @@ from resnext_det.errors import WeightsError
 from resnext_det.pretrained.convert import read_backbone
 from resnext_det.pretrained.layouts import to_torchvision
 from resnext_det.pretrained.readers import read_tensors
-
-sys.path.append(str(Path(__file__).parent))  # tests are no package to import from
-from written_torch7 import NetworkWriter, Style, written
 
 
 @functools.cache
@@ -50,7 +46,6 @@ KINDS: dict[str, Callable[[], bytes]] = {
     "pickle, protocol 2": lambda: pickled(2),
     "pickle, protocol 4": lambda: pickled(4),
     "safetensors": lambda: safetensors.torch.save(tensors()),
-    "torch7": lambda: written(NetworkWriter(tensors(), 2, Style(nested=True)).network()),
 }
 
 

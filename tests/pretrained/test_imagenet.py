@@ -451,8 +451,8 @@ def test_preprocessing_is_what_was_asked_for_or_what_goes_with_the_figure() -> N
     assert str(plain).endswith(
         "(by default: resize, crop, interpolation; 256 and 224 are the paper's)"
     )
-    torch7 = Preprocessing.of(entry("resnext50_32x4d.fb_torch7").accuracy)
-    assert torch7 == Preprocessing(256, 224, "bilinear", ("resize", "interpolation"))
+    cadene = Preprocessing.of(entry("resnext101_32x4d.cadene_in1k").accuracy)
+    assert cadene == Preprocessing(256, 224, "bilinear", ("resize", "interpolation"))
     for known in catalog.ENTRIES.values():
         Preprocessing.of(known.accuracy)
 
@@ -586,11 +586,11 @@ def test_what_is_measured_is_held_against_what_is_published(
     }
     assert not found.other_preprocessing
     assert dataclasses.replace(found, known=known).other_preprocessing
-    torch7 = entry("resnext50_32x4d.fb_torch7")  # its resizing is not published
+    cadene = entry("resnext101_32x4d.cadene_in1k")  # its resizing is not published
     assert not dataclasses.replace(
-        found, known=torch7, preprocessing=Preprocessing(240, 224, "bicubic")
+        found, known=cadene, preprocessing=Preprocessing(240, 224, "bicubic")
     ).other_preprocessing
-    assert dataclasses.replace(found, known=torch7).other_preprocessing
+    assert dataclasses.replace(found, known=cadene).other_preprocessing
 
 
 # --- the command ---

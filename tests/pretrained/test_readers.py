@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import safetensors.torch
 import torch
 
 from resnext_det.errors import WeightsError
+from resnext_det.pretrained.catalog import ENTRIES
 from resnext_det.pretrained.readers import read_tensors
 
 TENSORS = {"conv1.weight": torch.arange(6.0).reshape(2, 3), "bn1.bias": torch.ones(2)}
@@ -75,6 +77,18 @@ def test_other_kinds_of_files_are_told_as_such(content: bytes, tmp_path: Path) -
     file.write_bytes(content)
     with pytest.raises(WeightsError, match=r"cannot be read as a .* no kind of checkpoint begins"):
         read_tensors(file)
+
+
+@pytest.mark.parametrize(
+    "content", [b"\4\0\0\0\1\0\0\0\3\0\0\0V 1", b"4\n1\n3\nV 1\n", b"\3\0\0\0\1"]
+)
+def test_torch7_files_are_refused_with_the_copies_to_take(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "resnext_101_32x4d.t7"
+    file.write_bytes(content)
+    with pytest.raises(WeightsError, match="Torch7") as caught:
+        read_tensors(file)
+    named = re.findall(r"resnext\w+\.\w+_in1k", str(caught.value))
+    assert len(named) == 3 and set(named) <= ENTRIES.keys()
 
 
 def test_a_missing_file_and_one_without_tensors(tmp_path: Path) -> None:

@@ -23,7 +23,6 @@ from torchvision.models.resnet import Bottleneck, ResNet
 from resnext_det.modeling.template import BLOCKS_PER_STAGE, Template
 from resnext_det.pretrained.catalog import ENTRIES
 from resnext_det.pretrained.completeness import describe
-from resnext_det.pretrained.layouts import to_detectron2
 from resnext_det.pretrained.pixels import CAFFE2, IMAGENET, OURS, Pixels
 from resnext_det.pretrained.refusals import reason
 from resnext_det.pretrained.sources import is_backbone, recognise
@@ -41,7 +40,6 @@ from written_sources import (
     save,
     unlike_fresh,
 )
-from written_torch7 import tiny_state
 
 # What each source publishes: facebookresearch/ResNeXt, Detectron, Detectron2, torchvision, timm,
 # mmpretrain's and Cadene's lists.
@@ -50,7 +48,6 @@ NARROW = {
     "timm": ["32x4d", "32x8d", "64x4d"],
     "mmpretrain": ["32x4d", "32x8d"],
     "cadene": ["32x4d", "64x4d"],
-    "torch7": ["32x4d", "64x4d"],
     "caffe2": ["32x8d"],
     "caffe2, fused": ["64x4d", "32x8d"],
 }
@@ -115,7 +112,6 @@ def published(layout: str, depth: int, template: str, fused: bool) -> dict[str, 
         "mmpretrain": lambda net: mmpretrain(net.state_dict())["state_dict"],
         "Cadene": cadene,
         "Caffe2": lambda net: caffe2_blobs(net, fused),
-        "Torch7": lambda net: net.state_dict(),  # the names that torch7_layout gives
     }
     return writers[layout](source)
 
@@ -141,10 +137,3 @@ def test_names_and_shapes_of_all_in_the_catalog(
     assert kept == truth(depth, template)
     assert describe(found.tensors) == (depth, Template(template))
     assert found.fused == fused
-
-
-@pytest.mark.parametrize("depth", [50, 101, 152])
-def test_names_of_torch7_at_every_depth(depth: int) -> None:
-    """The writer's network is narrower than any, and its stages have one width."""
-    names = set(to_detectron2(tiny_state(BLOCKS_PER_STAGE[depth])))
-    assert names - {"linear.weight", "linear.bias"} == truth(depth, "32x4d").keys()

@@ -5,13 +5,11 @@ The truth is torchvision's network as it was before it was saved, taken apart by
 
 from __future__ import annotations
 
-import importlib.util
 import pickle
 import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -129,7 +127,6 @@ def test_what_is_right_passes(layout: str, network: ResNet, converted: Convert) 
     found = verify(source, output, IMAGE)
     assert found.agrees
     found.check()
-    assert not found.renamed
     assert [each.stage for each in found.stages] == list(STAGES)
     assert all(each.relative < 1e-5 for each in found.stages)
 
@@ -256,7 +253,7 @@ def test_the_tolerance_is_of_the_largest_value(
     right = StageDifference("res2", 0.0, 1.0)
     stages = (right, StageDifference("res3", difference, largest), right)
     file = Path("file")
-    found = Verification(file, file, "torchvision", 1, 1, stages, TOLERANCE, False)
+    found = Verification(file, file, "torchvision", 1, 1, stages, TOLERANCE)
     assert found.agrees == agrees
 
 
@@ -272,29 +269,6 @@ def test_pixels_that_the_layout_does_not_tell(converted: Convert) -> None:
     assert verify(*converted(pixels=OURS), IMAGE, pixels=OURS).agrees
     assert not verify(*converted(pixels=OURS), IMAGE).agrees
     assert not verify(*converted(), IMAGE, pixels=OURS).agrees
-
-
-def torch7_writer() -> ModuleType:
-    """The writer in test_torch7.py: tests are no package that could import it."""
-    file = Path(__file__).with_name("test_torch7.py")
-    spec = importlib.util.spec_from_file_location("torch7_writer", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_torch7_is_run_under_the_names_it_was_given(network: ResNet, tmp_path: Path) -> None:
-    writer = torch7_writer()
-    state = {name: tensor.detach() for name, tensor in network.state_dict().items()}
-    root = writer.NetworkWriter(state, 8, writer.Style()).network()
-    source, output = tmp_path / "source.t7", tmp_path / "converted.pkl"
-    source.write_bytes(writer.written(root))
-    write_detectron2(read_backbone(source), output)
-    found = verify(source, output, IMAGE)
-    assert found.agrees
-    assert found.renamed
 
 
 def test_what_no_network_takes_is_said(network: ResNet, converted: Convert) -> None:

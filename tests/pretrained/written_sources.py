@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,9 +23,6 @@ from torchvision.models.resnet import Bottleneck, ResNet
 from resnext_det import ResNeXt
 from resnext_det.pretrained.convert import read_backbone
 from resnext_det.pretrained.pixels import IMAGENET, OURS, Pixels
-
-sys.path.append(str(Path(__file__).parent))  # tests are no package to import from
-from written_torch7 import NetworkWriter, Style, written
 
 Network = TypeVar("Network", bound=nn.Module)
 STAGES = ["res2", "res3", "res4", "res5"]
@@ -183,12 +179,6 @@ def caffe2_blobs(source: Any, fused: bool) -> dict[str, Tensor]:
     return blobs
 
 
-def torch7(source: Any) -> bytes:
-    state = {name: tensor.detach() for name, tensor in source.state_dict().items()}
-    groups = source.layer1[0].conv2.groups
-    return written(NetworkWriter(state, groups, Style(nested=True)).network())
-
-
 def save(file: Path, content: Any) -> Path:
     if isinstance(content, bytes):
         file.write_bytes(content)
@@ -235,7 +225,6 @@ WRITERS: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
     "mmpretrain": ("a.pth", "mmpretrain", lambda net: mmpretrain(net.state_dict())),
     "mmdetection": ("a.pth", "mmdetection", lambda net: mmdetection(net.state_dict())),
     "cadene": ("a.pth", "Cadene", cadene),
-    "torch7": ("a.t7", "Torch7", torch7),
     "caffe2": ("a.pkl", "Caffe2", lambda net: caffe2(bgr(net), fused=False)),
 }
 """By name: the file's name, its layout, and what is saved of a network that takes RGB images."""
