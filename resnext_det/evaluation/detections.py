@@ -16,7 +16,6 @@ from resnext_det.data.record_forms import GREATEST_ID
 from resnext_det.errors import DatasetError, quoted
 from resnext_det.evaluation.truth import Truth
 
-_COLUMNS = ("image_id", "x", "y", "width", "height", "score", "category_id")
 _LISTED = 5
 KINDS = ("bbox", "segm", "keypoints")
 """What can be evaluated, by COCO's names."""
@@ -76,24 +75,14 @@ class Detections:
         Raises:
             DatasetError: one has not this form; the message shows it.
         """
-        reading = _Reading(
-            frozenset(
-                key
-                for key in _KEYS
-                if any(isinstance(each, dict) and _holds(each, key) for each in results)
-            )
-            or frozenset({"bbox"}),
-            classes,
-            numbers,
-        )
+        reading = _Reading(_held(results), classes, numbers)
         try:
-            rows = [reading.row(each) for each in results]
-            table = _numbers(rows).reshape(len(rows), len(_COLUMNS))
+            table = reading.table(results)
             sound = _are_sound(table)
             poses = None
             if "keypoints" in reading.held:
                 poses = _numbers([each["keypoints"] for each in results])
-                poses = poses.reshape(len(rows), -1, 3)
+                poses = poses.reshape(len(results), -1, 3)
                 sound = sound and bool(np.isfinite(poses).all())
         except (KeyError, TypeError, ValueError, OverflowError):
             sound = False
@@ -102,7 +91,7 @@ class Detections:
         found = replace(cls.of_table(table), keypoints=poses, boxed="bbox" in reading.held)
         if "segmentation" not in reading.held:
             return found
-        masks = np.empty(len(rows), np.object_)
+        masks = np.empty(len(results), np.object_)
         masks[:] = [each["segmentation"] for each in results]
         return replace(found, segmentations=masks)
 
@@ -168,10 +157,25 @@ class Detections:
 _KEYS = ("bbox", "segmentation", "keypoints")
 
 
-def _holds(result: dict[str, Any], key: str) -> bool:
-    # pycocotools' loadRes adds every box's outline as a polygon to the results that it is given.
-    value = result.get(key)
-    return isinstance(value, dict) if key == "segmentation" else bool(value)
+def _held(results: Sequence[Any]) -> frozenset[str]:
+    """Return which of `_KEYS` results have; boxes if none."""
+    keys: set[str] = set()
+    for each in results:
+        if isinstance(each, dict):
+            keys.update(each)
+    held = {key for key in _KEYS if key in keys}
+    # pycocotools' loadRes adds every box's outline as a polygon to the results that it is given;
+    # and "keypoints": [] is as good as none.
+    held -= {
+        key
+        for key, kind in (("segmentation", dict), ("keypoints", list), ("bbox", list))
+        if key in held
+        and not any(
+            isinstance(each, dict) and isinstance(each.get(key), kind) and each[key]
+            for each in results
+        )
+    }
+    return frozenset(held or {"bbox"})
 
 
 @dataclass(frozen=True)
@@ -182,23 +186,33 @@ class _Reading:
     classes: bool
     numbers: Numbers | None
 
-    def row(self, result: dict[str, Any]) -> tuple[Any, ...]:
+    def table(self, results: Sequence[dict[str, Any]]) -> NDArray[np.float64]:
         """Return what `Detections.of_table` takes."""
-        image = result["image_id"]
+        images = [each["image_id"] for each in results]
         if self.numbers is not None:
-            image = self.numbers[image]  # KeyError: not of the annotations
-        category = result["category_id"] if self.classes else 0
+            images = [self.numbers[each] for each in images]  # KeyError: not of the annotations
+        classes = [each["category_id"] if self.classes else 0 for each in results]
+        scores = [each["score"] for each in results]
         if "segmentation" in self.held:
-            _check_mask(result["segmentation"])
+            for each in results:
+                _check_mask(each["segmentation"])
+        boxes = _numbers(self._boxes(results))
+        if boxes.shape != (len(results), 4) and len(results):
+            raise ValueError("no boxes")
+        columns = [_numbers(each).reshape(len(results), 1) for each in (images, scores, classes)]
+        return np.hstack([columns[0], boxes.reshape(-1, 4), *columns[1:]])
+
+    def _boxes(self, results: Sequence[dict[str, Any]]) -> list[Any]:
         if "bbox" in self.held:
-            box = result["bbox"]
-        elif "segmentation" in self.held:
-            box = hotcoco.mask.to_bbox(result["segmentation"])
-        else:  # as pycocotools does
-            points = np.array(result["keypoints"], np.float64).reshape(-1, 3)[:, :2]
+            return [each["bbox"] for each in results]
+        if "segmentation" in self.held:
+            return [hotcoco.mask.to_bbox(each["segmentation"]) for each in results]
+        boxes = []
+        for each in results:  # as pycocotools does
+            points = np.array(each["keypoints"], np.float64).reshape(-1, 3)[:, :2]
             low, high = points.min(axis=0), points.max(axis=0)
-            box = [*low, *(high - low)]
-        return (image, *box, result["score"], category)
+            boxes.append([*low, *(high - low)])
+        return boxes
 
 
 def _check_mask(value: object) -> None:
@@ -234,7 +248,7 @@ def _complaint(results: Sequence[dict[str, Any]], reading: _Reading) -> str:
     points = None
     for position, each in enumerate(results):
         try:
-            sound = _are_sound(_numbers(reading.row(each)).reshape(1, len(_COLUMNS)))
+            sound = _are_sound(reading.table([each]))
             if "keypoints" in reading.held:
                 pose = _numbers(each["keypoints"]).reshape(-1, 3)
                 points = len(pose) if points is None else points
