@@ -39,6 +39,9 @@ def add_resnext_config(cfg: CfgNode) -> None:
     # MODEL.RESNETS.STRIDE_IN_1X1 True (Detectron2's default) above cardinality 1
     # unless this is set.
     cfg.MODEL.RESNEXT.ALLOW_STRIDE_IN_1X1 = False
+    # Evaluate, demonstrate or resume a detector under settings that change what it computes, such
+    # as other pixel statistics or anchors than those its checkpoint records.
+    cfg.MODEL.RESNEXT.ALLOW_OTHER_FUNCTION = False
     _add_training_config(cfg)
 
 

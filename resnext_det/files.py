@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Files: written whole or not at all, opened only if they are regular, and the disk they need."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import stat
 import tempfile
 import time
@@ -45,19 +46,23 @@ def _open_without_blocking(file: str, flags: int) -> int:
 
 
 @contextlib.contextmanager
-def written_beside(target: Path, error_class: type[ResNeXtError] = ResNeXtError) -> Iterator[Path]:
-    """Give a path beside the target to write to, which becomes the target at the end.
+def written_beside(
+    target: Path, error_class: type[ResNeXtError] | None = ResNeXtError, *, durable: bool = False
+) -> Iterator[Path]:
+    """Yield a path beside the target to write to, which replaces the target at the end.
 
-    Where the body ends with an error, Ctrl-C included, nothing is left and the target is as before.
-    What a killed process left of the same file is removed once it is a day old: until then it may
-    be what another process is about to write.
+    If the body raises, Ctrl-C included, nothing is left and the target stays as it was. Leftovers
+    of killed processes are removed once they are a day old: until then another process may be
+    writing them.
 
     Args:
-        target: the file; its folder is made where it is missing.
-        error_class: what is raised where it cannot be written.
+        target: the file; missing folders are created.
+        error_class: what to raise if it cannot be written; None for the OSError itself.
+        durable: have the content and the new name on the disk at the end, as a rename may survive
+            a power cut that the content does not.
 
     Raises:
-        ResNeXtError: it cannot be written; of the class that was asked for.
+        ResNeXtError: it cannot be written; of the given class.
     """
     # A name of its own, as two processes may write one file: the last one wins, as a whole.
     beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
@@ -66,11 +71,43 @@ def written_beside(target: Path, error_class: type[ResNeXtError] = ResNeXtError)
         _remove_stale(target)
         try:
             yield beside
+            if durable:
+                _sync(beside)
             beside.replace(target)
+            if durable:
+                _sync(target.parent)
         finally:
             beside.unlink(missing_ok=True)
     except OSError as error:
+        if error_class is None:
+            raise
         raise error_class(f"{target} cannot be written: {error.strerror or error}.") from error
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems refuse it for folders.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(folder: Path, pattern: str) -> None:
+    """Remove what killed processes left half written; no other process may be writing there.
+
+    Args:
+        folder: an existing folder.
+        pattern: of the names of the targets, such as "*.pth".
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    for left in folder.glob(f".{pattern}.*.partial"):
+        left.unlink(missing_ok=True)
 
 
 def _remove_stale(target: Path) -> None:
@@ -110,6 +147,19 @@ def write_json(target: Path, content: object, *, indent: int | None = 1) -> None
         TypeError: the content is not what JSON can hold.
     """
     write_text(target, json.dumps(content, indent=indent) + "\n")
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the free disk space of a folder, which need not exist yet."""
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def size_text(number: int) -> str:
+    """Return a number of bytes in MiB or GiB."""
+    return f"{number / 2**30:,.1f} GiB" if number >= 2**30 else f"{number / 2**20:,.1f} MiB"
 
 
 def file_digest(file: Path, algorithm: str = "sha256") -> str:

@@ -556,9 +556,9 @@ def _kept(file: Path) -> Path:
 
 def _write(document: Document, target: Path, *, keep: bool) -> None:
     if keep and not (kept := _kept(target)).exists():
-        with written_beside(kept, DatasetError) as beside:
+        with written_beside(kept, DatasetError, durable=True) as beside:
             shutil.copy2(target, beside)
-    with written_beside(target, DatasetError) as beside, beside.open("w") as stream:
+    with written_beside(target, DatasetError, durable=True) as beside, beside.open("w") as stream:
         # In pieces: as one string, the text would need as much memory again as the file is long.
         separator = "{"
         for key, value in document.items():
@@ -572,8 +572,6 @@ def _write(document: Document, target: Path, *, keep: bool) -> None:
                 stream.write(("," if start else "[") + piece[1:-1])
             stream.write("]" if value else "[]")
         stream.write("}")
-        stream.flush()
-        os.fsync(stream.fileno())  # a rename may survive a power cut that its content does not
 
 
 def _verdict(

@@ -8,7 +8,7 @@ from pathlib import Path
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 
-from resnext_det.checkpoints.run import read_run
+from resnext_det.checkpoint_file import read_run
 from resnext_det.data.categories import check_same_classes
 from resnext_det.data.checks import (
     check_agreement,

@@ -11,7 +11,9 @@ from detectron2.utils.file_io import PathManager
 
 from resnext_det.config import complete
 from resnext_det.data.custom import class_names
+from resnext_det.engine.checkpoints import last_good
 from resnext_det.engine.classes import check_classes
+from resnext_det.engine.recorded_config import check_same_function
 from resnext_det.engine.trainer import Trainer
 from resnext_det.errors import ConfigError, quoted
 from resnext_det.evaluation.engines import COCO_KEYPOINTS, FIGURES, KEYPOINT_FIGURES
@@ -34,7 +36,8 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
 
     Raises:
         WeightsError: the weights do not fill the whole detector.
-        ConfigError: `resume`, and there is no checkpoint in OUTPUT_DIR.
+        ConfigError: `resume`, and there is no checkpoint in OUTPUT_DIR; or the detector was trained
+            with settings that change its function.
         DatasetError: the data has other classes than the weights.
     """
     if resume:
@@ -43,6 +46,8 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
         cfg.defrost()
         cfg.MODEL.WEIGHTS = str(checkpoint)
         cfg.freeze()
+    if cfg.MODEL.WEIGHTS:
+        check_same_function(cfg)
     model = build_detector(cfg)
     logger.info("%s", load_weights(model, cfg, whole_detector=True))
     check_classes(cfg, weights=Path(PathManager.get_local_path(cfg.MODEL.WEIGHTS)))
@@ -135,20 +140,20 @@ def _check_kinds(cfg: CfgNode) -> None:
 
 
 def last_checkpoint(cfg: CfgNode) -> Path:
-    """Return the last checkpoint of OUTPUT_DIR.
+    """Return the last good checkpoint of OUTPUT_DIR, which a training would resume from.
 
     Args:
         cfg: the run's config; only OUTPUT_DIR is read.
 
     Raises:
         ConfigError: there is none.
+        TrainingError: there are checkpoints, and all of them are damaged.
     """
     folder = Path(cfg.OUTPUT_DIR)
-    pointer = folder / "last_checkpoint"
-    if not pointer.is_file():
+    file = last_good(folder)
+    if file is None:
         raise ConfigError(
-            f"--resume: there is no checkpoint in {folder} to go on from. Leave --resume out to "
-            "start, or name the folder of the earlier run: OUTPUT_DIR FOLDER."
+            f"--resume: {folder} holds no checkpoint. Name the folder of the training, OUTPUT_DIR "
+            "FOLDER, or leave --resume out and name the weights: MODEL.WEIGHTS FILE."
         )
-    # The pointer names a file beside it; anything else in it is not followed.
-    return folder / Path(pointer.read_text().strip()).name
+    return file

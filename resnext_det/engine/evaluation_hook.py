@@ -138,6 +138,7 @@ class Evaluation(HookBase):
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed training must know."""
         return {
+            "metric": self._goal.metric,
             "last": self.last,
             "best": self.best,
             "best_iteration": self.best_iteration,
@@ -145,8 +146,17 @@ class Evaluation(HookBase):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
-        self.last, self.best = state["last"], state["best"]
+        """Take over what `state_dict` returned; the best of another metric is forgotten."""
+        self.last = state["last"]
+        metric = state.get("metric", self._goal.metric)
+        if metric != self._goal.metric:
+            logger.warning(
+                "TEST.BEST.METRIC was %r and is %r: the best checkpoint so far is forgotten.",
+                metric,
+                self._goal.metric,
+            )
+            return
+        self.best = state["best"]
         self.best_iteration, self.waited = state["best_iteration"], state["waited"]
 
 

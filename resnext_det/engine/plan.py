@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from detectron2.config import CfgNode
 from tabulate import tabulate
 
-from resnext_det.checkpoints.disk import size_text
 from resnext_det.config_rules import COSINE
 from resnext_det.engine.solver import decay_points
+from resnext_det.files import size_text
 
 Row = tuple[str, str]
 
@@ -129,7 +129,7 @@ class Plan:
         """Return the disk space needed: a file is written before it takes another one's place.
 
         Args:
-            checkpoint_bytes: of one, see `resnext_det.checkpoints.disk.checkpoint_bytes`.
+            checkpoint_bytes: of one, see `resnext_det.engine.checkpoints.checkpoint_bytes`.
         """
         return (self.checkpoints_kept + 1) * checkpoint_bytes
 
@@ -137,8 +137,8 @@ class Plan:
         """Return a warning where the disk cannot hold the checkpoints, else None.
 
         Args:
-            checkpoint_bytes: of one, see `resnext_det.checkpoints.disk.checkpoint_bytes`.
-            free_bytes: of the disk, see `resnext_det.checkpoints.disk.free_bytes`.
+            checkpoint_bytes: of one, see `resnext_det.engine.checkpoints.checkpoint_bytes`.
+            free_bytes: of the disk, see `resnext_det.files.free_bytes`.
         """
         needed = self.disk_bytes(checkpoint_bytes)
         if needed <= free_bytes:

@@ -17,7 +17,8 @@ from detectron2.utils.file_io import PathManager
 from numpy.typing import NDArray
 from PIL import Image
 
-from resnext_det.checkpoints.run import read_run
+from resnext_det.checkpoint_file import read_run
+from resnext_det.engine.recorded_config import check_same_function
 from resnext_det.errors import ConfigError, DatasetError, quoted
 from resnext_det.images import as_array, check_pixel_format
 from resnext_det.modeling.detectors import build_detector
@@ -71,7 +72,7 @@ class Predictor:
 
         Raises:
             ConfigError: the network is none that gives boxes and classes, or INPUT.FORMAT is one
-                that it does not take.
+                that it does not take, or the detector was trained with other settings.
             WeightsError: the weights do not fill the whole detector.
         """
         check_pixel_format(cfg.INPUT.FORMAT, len(cfg.MODEL.PIXEL_MEAN))
@@ -79,6 +80,8 @@ class Predictor:
         if architecture in _WITHOUT_CLASSES:
             raise _no_boxes(architecture, _WITHOUT_CLASSES[architecture])
         self._architecture = architecture
+        if cfg.MODEL.WEIGHTS:
+            check_same_function(cfg)
         self.model = build_detector(cfg).eval()
         self.report = load_weights(self.model, cfg, whole_detector=True)
         self._names = _class_names(cfg)

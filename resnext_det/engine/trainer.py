@@ -15,13 +15,14 @@ from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
 from detectron2.data.detection_utils import build_augmentation
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
+from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
+from detectron2.utils.file_io import PathManager
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
-from resnext_det.checkpoints.disk import checkpoint_bytes, free_bytes
-from resnext_det.checkpoints.writing import export_weights
+from resnext_det.checkpoint_file import RUN, read_run, write_checkpoint
 from resnext_det.config import complete
 from resnext_det.data.annotations import forget, serve
 from resnext_det.data.checks import check_agreement, configured_classes
@@ -29,11 +30,12 @@ from resnext_det.data.custom import class_names
 from resnext_det.data.mapper import NamingDatasetMapper
 from resnext_det.data.stream import Share, build_stream, seeded, training_records
 from resnext_det.data.workers import with_lasting_workers
-from resnext_det.engine.checkpoints import Checkpointer, Checkpoints
+from resnext_det.engine.checkpoints import Checkpointer, Checkpoints, checkpoint_bytes
 from resnext_det.engine.classes import check_classes
 from resnext_det.engine.evaluation_hook import Evaluation, Goal, validation_losses
 from resnext_det.engine.hooks import Progress, Throughput
 from resnext_det.engine.inference import evaluate_datasets, renamed
+from resnext_det.engine.recorded_config import listed, warn_of_other_function
 from resnext_det.engine.schedule import scale
 from resnext_det.engine.stopping import SIGNALS, Abandoned, Interrupted, Stop, StopOnSignal
 from resnext_det.engine.train_loop import (
@@ -46,6 +48,7 @@ from resnext_det.engine.train_loop import (
 )
 from resnext_det.engine.writers import History, Writers, build_writers, writing_period
 from resnext_det.evaluation.evaluator import DetectionEvaluator, Engine
+from resnext_det.files import free_bytes
 from resnext_det.modeling.detectors import check_names
 from resnext_det.pretrained.loading import load_weights
 
@@ -132,14 +135,49 @@ class Trainer(DefaultTrainer):
                 model.
             TrainingError: there are checkpoints, and all of them are damaged.
         """
+        solver = [dict(group) for group in self._trainer.optimizer.param_groups]
+        base_lrs = list(self.scheduler.base_lrs)
         found = self.checkpointer.resume() if resume else None
         if found is None:
             logger.info("%s", load_weights(bare(self._trainer.model), self.cfg))
+            if self.cfg.MODEL.WEIGHTS:
+                file = Path(PathManager.get_local_path(self.cfg.MODEL.WEIGHTS))
+                warn_of_other_function(self.cfg, file)
             return
+        self._put_in_force(solver, base_lrs)
+        self._find_best(found.file.parent)
+        if found.changes:
+            logger.info("resumed with other settings: %s", listed(found.changes))
         self.start_iter = found.iteration + 1
         logger.info(
             "resumed from %s at iteration %d of %d", found.file, self.start_iter, self.max_iter
         )
+
+    def _put_in_force(self, solver: list[dict[str, Any]], base_lrs: list[float]) -> None:
+        """Replace the solver's values of a checkpoint by the config's; momentum buffers stay.
+
+        Args:
+            solver: the optimizer's parameter groups, as built from the config.
+            base_lrs: of the scheduler, likewise.
+        """
+        for group, built in zip(self._trainer.optimizer.param_groups, solver):
+            group.update({key: value for key, value in built.items() if key != "params"})
+        self.scheduler.base_lrs = base_lrs
+        if isinstance(self.scheduler, LRMultiplier):
+            rates = self.scheduler.get_lr()  # of the iteration that comes next
+            self.scheduler._last_lr = list(rates)
+            for group, rate in zip(self._trainer.optimizer.param_groups, rates):
+                group["lr"] = rate
+
+    def _find_best(self, folder: Path) -> None:
+        """Look up the best checkpoint of a training that stock Detectron2 continued meanwhile."""
+        evaluation = next((each for each in self._hooks if isinstance(each, Evaluation)), None)
+        file = folder / "model_best.pth"
+        if evaluation is None or evaluation.best is not None or not file.is_file():
+            return
+        run = read_run(file)
+        if run is not None and run.best is not None and run.iteration is not None:
+            evaluation.best, evaluation.best_iteration = run.best, run.iteration
 
     def train(self) -> dict[str, Any] | None:  # type: ignore[override]  # as DefaultTrainer's
         """Train up to SOLVER.MAX_ITER, until patience is at its end, or until a signal.
@@ -198,9 +236,8 @@ class Trainer(DefaultTrainer):
     def _export_average(self) -> None:
         ema = self._trainer.ema
         if ema is not None and comm.is_main_process():
-            export_weights(
-                ema.module.state_dict(), Path(self.cfg.OUTPUT_DIR) / "model_final_ema.pth"
-            )
+            content = {"model": ema.module.state_dict(), RUN: self.checkpointer.run_record()}
+            write_checkpoint(content, Path(self.cfg.OUTPUT_DIR) / "model_final_ema.pth")
 
     def build_hooks(self) -> list[HookBase]:
         """Return Detectron2's hooks where they serve, and this package's where they do more."""

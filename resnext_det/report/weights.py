@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from resnext_det.checkpoints.run import read_run
+from resnext_det.checkpoint_file import read_run
 from resnext_det.errors import ResNeXtError
 from resnext_det.pretrained import catalog
 from resnext_det.pretrained.readers import read_checkpoint

@@ -13,8 +13,13 @@ from detectron2.engine import HookBase, SimpleTrainer
 from detectron2.engine.hooks import PeriodicCheckpointer
 from torch import nn
 
-from resnext_det.checkpoints.reading import read_verified
-from resnext_det.engine.checkpoints import Checkpointer, Checkpoints
+from resnext_det.checkpoint_file import read_training, write_checkpoint
+from resnext_det.engine.checkpoints import (
+    Checkpointer,
+    Checkpoints,
+    _candidates,
+    last_good,
+)
 from resnext_det.errors import ConfigError, TrainingError, WeightsError
 
 fork = multiprocessing.get_context("fork")
@@ -59,11 +64,10 @@ def names(folder: Path) -> set[str]:
 
 
 def periodic(*iterations: int) -> set[str]:
-    files = {f"model_{iteration:07d}.pth" for iteration in iterations}
-    return files | {f"{name}.sha256" for name in files}
+    return {f"model_{iteration:07d}.pth" for iteration in iterations}
 
 
-LAST = {"last_checkpoint", "model_final.pth", "model_final.pth.sha256"}
+LAST = {"last_checkpoint", "model_final.pth"}
 
 
 @pytest.fixture()
@@ -79,7 +83,7 @@ def test_names_and_contents_are_those_of_stock_detectron2(folder: Path, tmp_path
     stock = Training(tmp_path / "stock", kind=DetectionCheckpointer)
     (tmp_path / "stock").mkdir()
     stock.run(0, 8, PeriodicCheckpointer(stock.checkpointer, 2))
-    ours = {name for name in names(folder) if not name.endswith(".sha256")}
+    ours = names(folder)
     assert names(tmp_path / "stock") - ours == {"model_0000007.pth"}
     assert ours == names(tmp_path / "stock") - {"model_0000007.pth"}
     for name in sorted(ours - {"last_checkpoint"}):
@@ -113,13 +117,13 @@ def test_a_damaged_last_one_costs_the_iterations_since_the_one_before(
 ) -> None:
     damaged = folder / "model_final.pth"
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    (folder / ".model_0000007.pth.partial").write_bytes(b"half")
+    (folder / ".model_0000007.pth.0123abcd.partial").write_bytes(b"half")
     training = Training(folder, seed=7)
     resumed = training.checkpointer.resume()
     assert resumed is not None
     assert (resumed.file, resumed.iteration) == (folder / "model_0000005.pth", 5)
     assert training.trainer.iter == 5
-    assert "model_final.pth" in caplog.text and "model_0000005.pth instead" in caplog.text
+    assert "model_final.pth" in caplog.text and "model_0000005.pth is used instead" in caplog.text
     assert (folder / "last_checkpoint").read_text() == "model_0000005.pth"
     assert not list(folder.glob(".*"))
     training.run(6, 8, Checkpoints(training.checkpointer, 2))
@@ -133,6 +137,29 @@ def test_another_file_can_be_loaded_after_a_resume(folder: Path) -> None:
     assert training.checkpointer.load(str(folder / "model_0000001.pth"))["iteration"] == 1
     expected = torch.load(folder / "model_0000001.pth")["model"]["weight"]
     assert torch.equal(training.model.weight, expected)
+
+
+def test_it_loads_what_detectron2_loads(tmp_path: Path) -> None:
+    """A bare state dict, its own pickles, and names that only its heuristics match."""
+    weight = Model(seed=3).weight.detach()
+    torch.save({"weight": weight}, tmp_path / "bare.pth")
+    zoo = {"model": {"weight": weight.numpy()}, "__author__": "Detectron2"}
+    (tmp_path / "zoo.pkl").write_bytes(pickle.dumps(zoo))
+    for name in ("bare.pth", "bare.pth?matching_heuristics=True", "zoo.pkl"):
+        found = []
+        for kind in (Checkpointer, DetectionCheckpointer):
+            model = Model()
+            # Detectron2's heuristics match a name that ends in the file's.
+            part = nn.ModuleDict({"student": model}) if "?" in name else model
+            kind(part, str(tmp_path / "run")).load(str(tmp_path / name))
+            found.append(model.weight.detach())
+        assert torch.equal(found[0], weight) and torch.equal(found[1], weight), name
+    checkpointer = Checkpointer(Model())
+    for _ in range(2):  # an error leaves it usable
+        with pytest.raises(ValueError, match="Unsupported query"):
+            checkpointer.load(str(tmp_path / "bare.pth?heuristics=True"))
+    checkpointer.load(str(tmp_path / "bare.pth"))
+    assert torch.equal(checkpointer.model.weight, weight)
 
 
 def test_nothing_to_resume_changes_nothing(tmp_path: Path) -> None:
@@ -195,7 +222,7 @@ def test_a_hostile_pickle_is_not_loaded(tmp_path: Path) -> None:
 
 
 def test_a_process_that_does_not_save_touches_nothing(folder: Path) -> None:
-    (folder / ".model_0000007.pth.partial").write_bytes(b"of another process")
+    (folder / ".model_0000007.pth.0123abcd.partial").write_bytes(b"of another process")
     before = {file: file.read_bytes() for file in folder.iterdir()}
     reader = Checkpointer(Model(), folder, save_to_disk=False, trainer=Training(folder).trainer)
     (folder / "model_final.pth").write_bytes(b"")
@@ -239,7 +266,7 @@ def test_the_hook_writes_nothing_twice(tmp_path: Path, caplog: pytest.LogCapture
     saved = [record.args[0].name for record in caplog.records if record.msg == "saved %s"]
     assert saved == [f"model_{i:07d}.pth" for i in (1, 2, 3)] + ["model_final.pth"]
     for name in saved:
-        state = read_verified(tmp_path / name)
+        state = read_training(tmp_path / name)
         assert state["iteration"] == state["trainer"]["iteration"]
 
 
@@ -264,7 +291,7 @@ def test_the_hook_tells_of_an_earlier_training(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     again = Training(folder)
-    (folder / ".model_0000099.pth.partial").write_bytes(b"half")
+    (folder / ".model_0000099.pth.0123abcd.partial").write_bytes(b"half")
     again.run(0, 3, Checkpoints(again.checkpointer, 1, keep=1))
     assert "earlier training" in caplog.text and "model_0000005.pth" in caplog.text
     # Its own: 1 (its final one is 2). Of the earlier: 3 and 5, which are newer by number.
@@ -275,6 +302,115 @@ def test_the_hook_tells_of_an_earlier_training(
 def test_settings_without_a_meaning_are_refused(tmp_path: Path, period: int, keep: int) -> None:
     with pytest.raises(ConfigError, match=r"CHECKPOINT_PERIOD is|KEEP_LAST is"):
         Checkpoints(Training(tmp_path).checkpointer, period, keep)
+
+
+# Which one to resume from, and which to remove.
+
+
+def saved(folder: Path, iteration: int, name: str = "") -> Path:
+    file = folder / f"{name or f'model_{iteration:07d}'}.pth"
+    content = {"model": {"w": torch.ones(4)}, "optimizer": {}, "iteration": iteration}
+    write_checkpoint(content, file)
+    return file
+
+
+def order_of(folder: Path) -> list[str]:
+    return [file.name for file in _candidates(folder)]
+
+
+def point(folder: Path, name: str) -> None:
+    Checkpointer(Model(), folder).tag_last_checkpoint(name)
+
+
+def test_the_last_one_comes_first_then_the_newest(tmp_path: Path) -> None:
+    for iteration in (9, 19, 29):
+        saved(tmp_path, iteration)
+    saved(tmp_path, 24, "model_best")
+    saved(tmp_path, 34, "model_final")
+    saved(tmp_path, 99, "sub/model_0000099")
+    write_checkpoint({"model": {"w": torch.ones(4)}}, tmp_path / "model_final_ema.pth")
+    (tmp_path / ".model_0000039.pth").write_bytes(saved(tmp_path, 9).read_bytes())
+    order = ["model_final", "model_0000029", "model_best", "model_0000019", "model_0000009"]
+    assert order_of(tmp_path) == [f"{name}.pth" for name in order]
+    point(tmp_path, "model_0000019.pth")
+    first = order.pop(3)
+    assert order_of(tmp_path) == [f"{name}.pth" for name in (first, *order)]
+    assert last_good(tmp_path) == tmp_path / "model_0000019.pth"
+
+
+def test_damaged_ones_are_skipped_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = [saved(tmp_path, iteration) for iteration in (9, 19, 29)]
+    point(tmp_path, files[2].name)
+    for file in files[1:]:
+        file.write_bytes(file.read_bytes()[:-100])
+    assert last_good(tmp_path) == files[0]
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+    for record, file in zip(caplog.records, [files[2], files[1]]):
+        text = record.getMessage()
+        assert f"{file} cannot be read" in text and f"{files[0]} is used instead" in text
+
+
+def test_none_good_is_an_error_that_names_them_all(tmp_path: Path) -> None:
+    for iteration in (9, 19):
+        saved(tmp_path, iteration).write_bytes(b"")
+    point(tmp_path, "model_0000029.pth")
+    with pytest.raises(TrainingError) as caught:
+        last_good(tmp_path)
+    for name in ("model_0000009.pth", "model_0000019.pth", "model_0000029.pth"):
+        assert name in str(caught.value)
+
+
+def test_a_folder_without_checkpoints_has_none(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "missing"):
+        assert last_good(folder) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["../outside/model_0000099.pth", "{outside}", "model_0000029.pth", "..", "", "\0\n\xff", "/"],
+)
+def test_the_name_of_the_last_one_is_not_followed_elsewhere(
+    tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    outside = saved(tmp_path / "outside", 99)
+    run = tmp_path / "run"
+    good = saved(run, 9)
+    text = text.replace("{outside}", str(outside))
+    (run / "last_checkpoint").write_text(text, encoding="latin1")
+    assert last_good(run) == good
+    assert "last_checkpoint names" in caplog.text and "is used instead" in caplog.text
+    good.unlink()
+    with pytest.raises(TrainingError, match="which does not exist"):
+        last_good(run)
+
+
+def test_a_name_of_any_length_is_looked_at_in_part(tmp_path: Path) -> None:
+    saved(tmp_path, 9)
+    (tmp_path / "last_checkpoint").write_text("x" * 10_000_000)
+    assert last_good(tmp_path) == tmp_path / "model_0000009.pth"
+
+
+def test_the_oldest_are_removed(tmp_path: Path) -> None:
+    for iteration in (9, 19, 29, 39, 10_000_009):
+        saved(tmp_path, iteration)
+    others = ["model_final", "model_best", "model_12", "my_model_0000001", "model_0000001_ema"]
+    for name in others:
+        saved(tmp_path, 1, name)
+    point(tmp_path, "model_0000009.pth")
+    Checkpointer(Model(), tmp_path).prune(0)
+    assert len(list(tmp_path.glob("*.pth"))) == 10
+    Checkpointer(Model(), tmp_path).prune(2, ["model_0000019"])
+    left = {f"{name}.pth" for name in others}
+    left |= {f"model_{iteration:07d}.pth" for iteration in (9, 19, 39, 10_000_009)}
+    assert {file.name for file in tmp_path.glob("*.pth")} == left
+
+
+def test_those_of_an_earlier_training_neither_count_nor_go(tmp_path: Path) -> None:
+    files = [saved(tmp_path, iteration) for iteration in (9, 19, 29, 39, 89999)]
+    Checkpointer(Model(), tmp_path).prune(2, up_to=29)
+    assert [file.exists() for file in files] == [False, True, True, True, True]
 
 
 # Several processes. Forked, as starting each anew would take seconds.
@@ -325,4 +461,4 @@ def test_all_processes_go_on_from_the_same_checkpoint(folder: Path) -> None:
     assert good == ("model_0000005.pth", 5, expected.tolist())
     assert damaged[0] == "TrainingError" and "model_0000001.pth" in damaged[1]
     assert empty is None
-    assert unseen[0] == "TrainingError" and "by process 1 of 2" in unseen[1]
+    assert unseen[0] == "TrainingError" and "by rank 1 of 2" in unseen[1]

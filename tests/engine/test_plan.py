@@ -13,10 +13,10 @@ from detectron2.config import CfgNode
 from detectron2.engine import TrainerBase, hooks
 
 from resnext_det import load_config
-from resnext_det.checkpoints.disk import checkpoint_bytes, free_bytes, size_text
-from resnext_det.engine.checkpoints import Checkpointer, Checkpoints
+from resnext_det.engine.checkpoints import Checkpointer, Checkpoints, checkpoint_bytes
 from resnext_det.engine.plan import Plan
 from resnext_det.engine.schedule import scale
+from resnext_det.files import free_bytes, size_text
 
 PAPER = "faster_rcnn_X_50_32x4d_FPN_paper"
 

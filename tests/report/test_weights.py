@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from resnext_det import model_zoo
-from resnext_det.checkpoints.run import run_record
-from resnext_det.checkpoints.writing import RUN
+from resnext_det.checkpoint_file import RUN, run_record
 from resnext_det.report.config import summary_of
 from resnext_det.report.weights import weights_facts
 

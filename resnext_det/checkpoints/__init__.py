@@ -1,1 +1,0 @@
-"""Checkpoints of trainings on disk: written whole, read as data, found again."""

@@ -1,0 +1,482 @@
+"""Checkpoint files: read as data and verified, written whole, and what they record of their run."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import multiprocessing
+import os
+import pickle
+import platform
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import detectron2
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode, get_cfg
+from torch import nn
+
+from resnext_det.checkpoint_file import (
+    RUN,
+    iteration_of,
+    read_content,
+    read_outline,
+    read_run,
+    read_training,
+    write_checkpoint,
+)
+from resnext_det.config import add_resnext_config
+from resnext_det.engine.checkpoints import Checkpointer, _remove_leftovers, last_good
+from resnext_det.errors import TrainingError, WeightsError
+
+CONTENT = {
+    "model": {"w": torch.arange(64.0), "b": torch.ones(3)},
+    "optimizer": {"state": {0: {"momentum_buffer": torch.arange(5.0)}}, "param_groups": []},
+    "iteration": 24,
+}
+
+
+def same(found: dict[str, Any]) -> bool:
+    momentum = found["optimizer"]["state"][0]["momentum_buffer"]
+    return (
+        torch.equal(found["model"]["w"], torch.arange(64.0))
+        and torch.equal(found["model"]["b"], torch.ones(3))
+        and torch.equal(momentum, torch.arange(5.0))
+        and found["iteration"] == 24
+    )
+
+
+@pytest.fixture()
+def file(tmp_path: Path) -> Path:
+    write_checkpoint(CONTENT, tmp_path / "model_0000024.pth")
+    return tmp_path / "model_0000024.pth"
+
+
+def test_a_truncated_file_is_refused(file: Path) -> None:
+    whole = file.read_bytes()
+    assert same(read_training(file))
+    for size in (0, 1, 100, len(whole) // 2, len(whole) * 9 // 10, len(whole) - 1):
+        file.write_bytes(whole[:size])
+        with pytest.raises(WeightsError, match=r"model_0000024\.pth"):
+            read_training(file)
+
+
+def flipped(whole: bytes, bit: int) -> bytes:
+    changed = bytearray(whole)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+def test_a_flipped_bit_changes_no_number(file: Path) -> None:
+    """torch.load itself would take changed numbers."""
+    whole = file.read_bytes()
+    numbers = whole.index(torch.arange(64.0).numpy().tobytes()) * 8
+    silent = refused = 0
+    bits = [*random.Random(1).sample(range(8 * len(whole)), 100), numbers, numbers + 64 * 32 - 1]
+    for bit in bits:
+        file.write_bytes(flipped(whole, bit))
+        try:
+            assert same(read_training(file))
+            silent += 1  # of what only fills up, or is not read
+        except WeightsError:
+            refused += 1
+    assert refused > 30 and silent + refused == len(bits)
+    file.write_bytes(flipped(whole, numbers))
+    assert not torch.equal(torch.load(file)["model"]["w"], torch.arange(64.0))
+    with pytest.raises(WeightsError, match=r"its entry .*data/.. is damaged"):
+        read_training(file)
+
+
+def test_checksums_that_were_left_out_are_not_asked_for(tmp_path: Path) -> None:
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(CONTENT, tmp_path / "stock.pth")
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert same(read_training(tmp_path / "stock.pth"))
+
+
+class Hostile:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return os.mkdir, (str(self.mark),)
+
+
+def hide(file: Path, mark: Path) -> None:
+    """Put a pickle into a file of torch.save that makes what it calls of words on its stack."""
+    with zipfile.ZipFile(file) as source:
+        parts = {name: source.read(name) for name in source.namelist()}
+    with zipfile.ZipFile(file, "w") as target:
+        for name, part in parts.items():
+            hidden = f"}}(S'x'\n(S'{mark}'\nios\nmkdir\nu.".encode()
+            target.writestr(name, hidden if name.endswith("/data.pkl") else part)
+
+
+@pytest.mark.parametrize("kind", ["zip", "hidden", "legacy", "pickle"])
+def test_a_hostile_file_is_never_executed(tmp_path: Path, kind: str) -> None:
+    file, mark = tmp_path / "model_final.pth", tmp_path / "executed"
+    hostile = {**CONTENT, "resnext_det_run": None if kind == "hidden" else Hostile(mark)}
+    if kind == "pickle":
+        file.write_bytes(pickle.dumps(hostile))
+    else:
+        torch.save(hostile, file, _use_new_zipfile_serialization=kind != "legacy")
+    if kind == "hidden":
+        hide(file, mark)
+    archive = kind in ("zip", "hidden")
+    for read in (read_training, read_outline, *([read_run] if archive else [])):
+        with pytest.raises(WeightsError, match="asks for" if kind == "zip" else "cannot be read"):
+            read(file)
+    if not archive:  # a file of another program, which tells nothing of a run: it is not opened
+        assert read_run(file) is None
+    with pytest.raises(TrainingError, match="asks for" if kind == "zip" else "cannot be read"):
+        last_good(tmp_path)
+    assert not mark.exists()
+    torch.load(file, weights_only=False) if kind != "pickle" else pickle.loads(file.read_bytes())
+    assert mark.exists()  # it would have been
+
+
+def test_a_file_that_unpacks_to_more_than_its_size_is_refused(tmp_path: Path, file: Path) -> None:
+    torch.save({**CONTENT, "model": {"w": torch.zeros(1_000_000)}}, tmp_path / "large.pth")
+    packed = tmp_path / "packed.pth"
+    with (
+        zipfile.ZipFile(tmp_path / "large.pth") as source,
+        zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target,
+    ):
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    assert packed.stat().st_size < 100_000
+    for read in (read_training, read_outline):
+        with pytest.raises(WeightsError, match="unpack to more than its size"):
+            read(packed)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"model": {}}, "no model"),
+        ({"model": {"w": 1}}, "no model"),
+        ({"model": {1: torch.ones(1)}}, "no model"),
+        ({"model": [torch.ones(1)]}, "no model"),
+        ({"iteration": -1}, "no iteration"),
+        ({"iteration": "24"}, "no iteration"),
+        ({"optimizer": None}, "no optimizer"),
+    ],
+)
+def test_what_is_not_the_checkpoint_of_a_training_is_refused(
+    tmp_path: Path, change: dict[str, Any], reason: str
+) -> None:
+    write_checkpoint({**CONTENT, **change}, tmp_path / "a.pth")
+    with pytest.raises(
+        WeightsError, match=rf"a\.pth is not the checkpoint of a training: .*{reason}"
+    ):
+        read_training(tmp_path / "a.pth")
+
+
+def test_other_contents_and_places_are_refused(tmp_path: Path) -> None:
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(WeightsError, match="list"):
+        read_training(tmp_path / "list.pth")
+    for place, reason in ((tmp_path, "directory"), (tmp_path / "missing.pth", "no such file")):
+        with pytest.raises(WeightsError, match=reason):
+            read_training(place)
+
+
+def test_an_outline_has_everything_but_the_numbers(file: Path) -> None:
+    outline = read_outline(file)
+    assert outline["iteration"] == 24 and outline["model"]["w"].shape == (64,)
+    assert outline["model"]["w"].is_meta
+
+
+def test_the_iteration_is_found_where_detectron2_keeps_it() -> None:
+    assert iteration_of({"iteration": 0, "trainer": {"iteration": 7}}) == 0
+    assert iteration_of({"model": {}, "trainer": {"iteration": 7}}) == 7
+    assert iteration_of({"model": {"iteration": torch.ones(1)}}) is None
+
+
+def defaults() -> CfgNode:
+    cfg = get_cfg()
+    add_resnext_config(cfg)
+    return cfg
+
+
+def config() -> CfgNode:
+    cfg = defaults()
+    cfg.SOLVER.STEPS = (3, 7)
+    return cfg
+
+
+def test_a_checkpoint_tells_of_its_run(tmp_path: Path) -> None:
+    best = {"best": np.float32(37.5), "seed": 5}
+    checkpointer = Checkpointer(
+        nn.Linear(2, 2),
+        tmp_path,
+        config=config(),
+        class_names=("Stoppschild", "自行车"),
+        provenance=lambda: best,
+    )
+    checkpointer.save("model_best", iteration=4)
+    run = read_run(tmp_path / "model_best.pth")
+    assert run is not None
+    read = defaults()
+    read.merge_from_other_cfg(CfgNode.load_cfg(run.config))
+    assert read.SOLVER == config().SOLVER != defaults().SOLVER
+    assert read.MODEL.RESNEXT == config().MODEL.RESNEXT
+    assert run.class_names == ("Stoppschild", "自行车")
+    assert (run.iteration, run.best, run.provenance["seed"]) == (4, 37.5, 5)
+    assert torch.__version__.startswith(run.versions["torch"])
+    assert run.versions["python"] == platform.python_version()
+    assert run.versions["detectron2"] == detectron2.__version__
+    assert {"torchvision", "numpy", "resnext_det"} <= run.versions.keys()
+    record = checkpointer.run_record()
+    write_checkpoint({"model": checkpointer.model.state_dict(), RUN: record}, tmp_path / "ema.pth")
+    exported = read_run(tmp_path / "ema.pth")
+    assert exported is not None and exported.iteration is None
+    assert exported.class_names == run.class_names
+
+
+def test_a_file_of_stock_detectron2_tells_nothing(tmp_path: Path) -> None:
+    DetectionCheckpointer(nn.Linear(2, 2), str(tmp_path)).save("stock")
+    assert read_run(tmp_path / "stock.pth") is None
+
+
+GOOD = {"config": "", "class_names": ["a"], "versions": {}, "provenance": {}}
+
+
+@pytest.mark.parametrize("kind", ["pickle", "before archives", "safetensors"])
+def test_files_that_are_no_archives_tell_nothing(kind: str, tmp_path: Path) -> None:
+    """Such as the detectors of Detectron2's zoo, which are evaluated and demonstrated as well."""
+    file = tmp_path / "model.pkl"
+    if kind == "pickle":
+        content = {"model": {"weight": np.ones(3)}, "__author__": "Detectron2"}
+        file.write_bytes(pickle.dumps(content))
+    elif kind == "safetensors":
+        safetensors.torch.save_file({"weight": torch.ones(3)}, file)
+    else:
+        torch.save({"weight": torch.ones(3)}, file, _use_new_zipfile_serialization=False)
+    assert read_run(file) is None
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        5,
+        [],
+        "text",
+        {},
+        {**GOOD, "class_names": "abc"},
+        {**GOOD, "class_names": 3},
+        {**GOOD, "versions": ["torch"]},
+        {**GOOD, "provenance": {"best": "high"}},
+        {**GOOD, "provenance": {"best": [1]}},
+        {**GOOD, "provenance": None},
+    ],
+)
+def test_rubbish_is_refused(tmp_path: Path, record: Any) -> None:
+    write_checkpoint({"model": {"w": torch.ones(1)}, RUN: record}, tmp_path / "a.pth")
+    with pytest.raises(WeightsError, match=r"a\.pth: its record of the run cannot be read"):
+        read_run(tmp_path / "a.pth")
+
+
+def test_a_damaged_or_missing_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.pth").write_bytes(b"PK\x03\x04rubbish")
+    for name in ("a.pth", "missing.pth"):
+        with pytest.raises(WeightsError, match=name):
+            read_run(tmp_path / name)
+
+
+fork = multiprocessing.get_context("fork")
+
+
+def content(iteration: int, numbers: int = 1000) -> dict[str, Any]:
+    tensor = torch.from_numpy(np.full(numbers, iteration, np.float32))
+    return {"model": {"w": tensor}, "optimizer": {"state": {}}, "iteration": iteration}
+
+
+def point(folder: Path, name: str) -> None:
+    Checkpointer(nn.Identity(), folder).tag_last_checkpoint(name)
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@contextlib.contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Files cannot grow beyond a size: the write that would is cut short, and the next one fails.
+
+    Python ignores the signal that comes with it, and sees an error as of a full disk.
+    """
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.9999])
+@pytest.mark.parametrize("name", ["model_final.pth", "model_0000019.pth"])
+def test_a_full_disk_leaves_everything_as_it_was(tmp_path: Path, name: str, share: float) -> None:
+    write_checkpoint(content(9, 20_000), tmp_path / "model_final.pth")
+    point(tmp_path, "model_final.pth")
+    before = listing(tmp_path)
+    size = len(before["model_final.pth"])
+    with (
+        largest_file(int(size * share)),
+        pytest.raises(TrainingError, match="File too large") as caught,
+    ):
+        write_checkpoint(content(19, 20_000), tmp_path / name)
+    assert name in str(caught.value) and str(tmp_path) in str(caught.value)
+    assert "free there" in str(caught.value)
+    assert listing(tmp_path) == before
+    file = last_good(tmp_path)
+    assert file is not None and read_training(file)["iteration"] == 9
+
+
+def test_a_full_disk_leaves_the_name_of_the_last_checkpoint(tmp_path: Path) -> None:
+    point(tmp_path, "model_0000009.pth")
+    with largest_file(5), pytest.raises(TrainingError, match="last_checkpoint cannot be written"):
+        point(tmp_path, "model_0000019.pth")
+    assert listing(tmp_path) == {"last_checkpoint": b"model_0000009.pth"}
+
+
+def test_a_folder_that_cannot_be_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TrainingError, match=r"model_final\.pth cannot be written into .*file"):
+        write_checkpoint(content(9), tmp_path / "file" / "model_final.pth")
+    with pytest.raises(TrainingError, match="last_checkpoint cannot be written into"):
+        point(tmp_path / "file", "a.pth")
+
+
+def test_a_folder_is_made(tmp_path: Path) -> None:
+    file = tmp_path / "a run?b=1 #ü" / "output" / "model_final.pth"
+    write_checkpoint(content(9), file)
+    assert read_training(file)["iteration"] == 9
+
+
+class Anything:
+    pass
+
+
+@pytest.mark.parametrize(
+    "value", [np.zeros(2), Anything(), Path("x"), {"a": [Anything()]}, 2**3000]
+)
+def test_what_could_not_be_read_again_is_not_written(tmp_path: Path, value: Any) -> None:
+    write_checkpoint(content(9), tmp_path / "model_final.pth")
+    before = listing(tmp_path)
+    with pytest.raises(TrainingError, match=r"holds .*(ndarray|Anything|Path|not know)"):
+        write_checkpoint({**content(19), "hooks": value}, tmp_path / "model_final.pth")
+    assert listing(tmp_path) == before
+
+
+def test_an_error_of_the_content_is_no_full_disk(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="pickle") as caught:
+        write_checkpoint({**content(9), "hooks": lambda: None}, tmp_path / "model_final.pth")
+    assert not isinstance(caught.value, TrainingError)
+    assert listing(tmp_path) == {}
+
+
+def test_numbers_of_numpy_become_pythons(tmp_path: Path) -> None:
+    state = {"best": np.float64(0.25), "of": [np.int64(3), (np.bool_(True), None)], 5: {"x": 1.5}}
+    write_checkpoint({**content(9), "hooks": state}, tmp_path / "a.pth")
+    found = read_content(tmp_path / "a.pth")["hooks"]
+    assert found == {"best": 0.25, "of": [3, (True, None)], 5: {"x": 1.5}}
+    assert type(found["best"]) is float and type(found["of"][0]) is int
+
+
+# Kills. A forked process saves, and is killed for good.
+
+
+def start(work: Callable[..., None], *arguments: Any) -> multiprocessing.process.BaseProcess:
+    process = fork.Process(target=work, args=arguments, daemon=True)
+    process.start()
+    return process
+
+
+def save_killed_at(folder: Path, operation: int) -> None:
+    """Save over what is there, and remove an older one; end before a file operation in it."""
+    counter = itertools.count()
+
+    def count(event: str, arguments: tuple[Any, ...]) -> None:
+        changes = event in ("os.rename", "os.remove", "open")
+        if changes and str(arguments[0]).startswith(str(folder)) and next(counter) == operation:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    write_checkpoint(content(19), folder / "model_final.pth")
+    point(folder, "model_final.pth")
+    Checkpointer(nn.Identity(), folder).prune(1)
+
+
+def test_a_kill_between_any_two_operations_leaves_the_old_or_the_new(tmp_path: Path) -> None:
+    good = tmp_path / "good"
+    for name, iteration in {"model_0000003.pth": 3, "model_0000006.pth": 6}.items():
+        write_checkpoint(content(iteration), good / name)
+    write_checkpoint(content(9), good / "model_final.pth")
+    point(good, "model_final.pth")
+    found = []
+    for operation in itertools.count():
+        folder = tmp_path / f"killed {operation}"
+        shutil.copytree(good, folder)
+        process = start(save_killed_at, folder, operation)
+        process.join()
+        file = last_good(folder)
+        assert file == folder / "model_final.pth"
+        for whole in folder.glob("*.pth"):
+            state = read_training(whole)
+            assert state["model"]["w"].unique().tolist() == [state["iteration"]]
+        found.append(read_training(file)["iteration"])
+        _remove_leftovers(folder)
+        assert not list(folder.glob(".*"))
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+    assert found == sorted(found) and set(found) == {9, 19} and len(found) > 6
+    assert not (folder / "model_0000003.pth").exists()
+
+
+def save_on_and_on(folder: Path, begin: int, done: Any) -> None:
+    for iteration in itertools.count(begin):
+        file = folder / f"model_{iteration:07d}.pth"
+        write_checkpoint(content(iteration, 500_000), file)
+        point(folder, file.name)
+        done.value = iteration
+        write_checkpoint(content(iteration, 500_000), folder / "model_final.pth")
+        Checkpointer(nn.Identity(), folder).prune(2)
+
+
+def test_kills_at_random_moments_lose_nothing(tmp_path: Path) -> None:
+    generator = random.Random(0)
+    done = fork.Value("l", -1)
+    for _ in range(6):
+        process = start(save_on_and_on, tmp_path, done.value + 1, done)
+        time.sleep(generator.uniform(0.03, 0.15))
+        process.kill()
+        process.join()
+        file = last_good(tmp_path)
+        if file is None:
+            assert done.value == -1
+            continue
+        state = read_training(file)
+        assert state["iteration"] >= done.value
+        assert state["model"]["w"].unique().tolist() == [state["iteration"]]
+        for whole in tmp_path.glob("*.pth"):
+            read_training(whole)
+        _remove_leftovers(tmp_path)
+        assert not list(tmp_path.glob(".*"))
+    assert done.value > 0
