@@ -79,7 +79,8 @@ def test_a_picture_is_seen_as_an_evaluation_sees_it(
 def test_boxes_are_those_of_an_evaluation(
     config: CfgNode, pixel_format: str, tmp_path: Path
 ) -> None:
-    cfg = changed(config, "INPUT.FORMAT", pixel_format)
+    allowed = ["MODEL.RESNEXT.ALLOW_OTHER_FUNCTION", True]
+    cfg = changed(config, "INPUT.FORMAT", pixel_format, *allowed)
     file = stored("turned", tmp_path / "picture.png")
     predictor = Predictor(cfg)
     record = NamingDatasetMapper(cfg, False)({"file_name": str(file), "width": 60, "height": 90})
