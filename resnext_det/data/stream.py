@@ -30,6 +30,7 @@ from resnext_det.errors import ConfigError, DatasetError
 Record = dict[str, Any]
 Mapper = Callable[[Record], Record | None]
 _TRIES = 100
+_LEARN_STUFF = ("PanopticFPN", "SemanticSegmentor")
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,11 @@ def build_stream(
 
 
 def training_records(cfg: CfgNode) -> list[Record]:
-    """Return the records of DATASETS.TRAIN, as Detectron2's own loader filters them."""
+    """Return the records of DATASETS.TRAIN, as Detectron2's own loader filters them.
+
+    Raises:
+        DatasetError: they lack what MODEL.META_ARCHITECTURE learns.
+    """
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
     proposals = cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None
     serve(cfg.DATASETS.TRAIN)
@@ -246,6 +251,15 @@ def training_records(cfg: CfgNode) -> list[Record]:
         min_keypoints=keypoints,
         proposal_files=proposals,
     )
+    model = cfg.MODEL.META_ARCHITECTURE
+    without = sum("sem_seg_file_name" not in record for record in records)
+    if model in _LEARN_STUFF and without:
+        raise DatasetError(
+            f"{model} learns semantic segmentation, too, and {without} of {len(records)} images of "
+            f"{', '.join(cfg.DATASETS.TRAIN)} have none (sem_seg_file_name): register the data set "
+            "with Detectron2's register_coco_panoptic_separated, or train another "
+            "MODEL.META_ARCHITECTURE, such as GeneralizedRCNN."
+        )
     return records
 
 

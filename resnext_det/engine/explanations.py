@@ -28,10 +28,20 @@ class _Known:
 # here, where there is no GPU: they are as PyTorch's sources and documentation have them.
 _KNOWN = (
     _Known(
-        r"DataLoader worker \(pid.*(exited unexpectedly|is killed by signal)",
+        r"DataLoader worker \(pid.*is killed by signal: (Terminated|Interrupt|Hangup)",
+        "a worker that loads images was sent a signal from outside, to end",
+    ),
+    _Known(
+        r"DataLoader worker \(pid.*is killed by signal: (Killed|Bus error)",
         "a worker that loads images was killed, mostly by the kernel's out-of-memory killer (see "
-        "`dmesg`) or for want of shared memory: use fewer (DATALOADER.NUM_WORKERS N, or 0 for "
-        "none), close other programs, or give a container more (docker run --shm-size 8g)",
+        "`dmesg`) or because there is too little shared memory: use fewer workers "
+        "(DATALOADER.NUM_WORKERS N, or 0 for none), close other programs, or give a container more "
+        "(docker run --shm-size 8g)",
+    ),
+    _Known(
+        r"DataLoader worker \(pid.*(exited unexpectedly|is killed by signal)",
+        "a worker that loads images has ended: DATALOADER.NUM_WORKERS 0 loads them in the process "
+        "itself, whose error says why",
     ),
     _Known(
         r"OutOfMemoryError|CUDA out of memory|CUDA error: out of memory",
@@ -82,10 +92,12 @@ def explain(error: BaseException) -> str | None:
     Returns:
         The sentence, followed by the first line of the error itself.
     """
-    for cause in _causes(error):
-        if (known := _look_up(cause)) is not None:
-            return f"{known.sentence}. It said: {_detail(known, cause)}"
-    return None
+    found = [(known, cause) for cause in _causes(error) if (known := _look_up(cause))]
+    if not found:
+        return None
+    # The table goes from what says most to what says least.
+    known, cause = min(found, key=lambda pair: _KNOWN.index(pair[0]))
+    return f"{known.sentence}. It said: {_detail(known, cause)}"
 
 
 def says_lost_contact(error: BaseException) -> bool:

@@ -19,7 +19,7 @@ from PIL import Image
 from torch.nn import functional
 from tqdm import tqdm
 
-from resnext_det.errors import DatasetError
+from resnext_det.errors import ConfigError, DatasetError
 from resnext_det.files import written_beside
 from resnext_det.images import read_picture
 from resnext_det.modeling.resnext import ResNeXt
@@ -143,7 +143,11 @@ def pretrain(root: Path, output: Path, plan: PretrainingPlan = PretrainingPlan()
 
     Raises:
         DatasetError: the toy data set is not there.
+        ConfigError: no updates, or a negative seed.
     """
+    for name, value, least in (("updates", plan.updates, 1), ("seed", plan.seed, 0)):
+        if value < least:
+            raise ConfigError(f"--{name} is {value}: give a whole number from {least} on.")
     torch.manual_seed(plan.seed)
     crops, labels = cut_crops(root, "train2017", plan.crop, plan.seed)
     network = ResNeXt(

@@ -121,7 +121,7 @@ class Signals:
         before = self._at_once
         try:
             self._at_once = True
-            if self.received:
+            if self._listening and self.received:
                 raise Interrupted
             yield
         finally:
@@ -132,7 +132,9 @@ class Signals:
 
         All must call it. Nothing is exchanged by processes that don't listen.
         """
-        if not self._listening or comm.get_world_size() == 1:
+        if not self._listening:
+            return 0
+        if comm.get_world_size() == 1:
             return self.received
         backend = torch.distributed.get_backend()
         flag = torch.tensor(self.received, device="cuda" if backend == "nccl" else "cpu")

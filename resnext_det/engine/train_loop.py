@@ -29,6 +29,7 @@ from resnext_det.config import complete
 from resnext_det.data.stream import Share, seed_all
 from resnext_det.engine.bad_numbers import BadUpdate, decide
 from resnext_det.engine.stopping import SIGNALS, Abandoned, Interrupted
+from resnext_det.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -373,9 +374,20 @@ def _let_signals_in(parameter: Tensor) -> None:
 
 
 def distributed(model: nn.Module) -> nn.Module:
-    """Wrap a model for several processes; the buffers of each are its own, as in Detectron2."""
+    """Wrap a model for several processes; the buffers of each are its own, as in Detectron2.
+
+    Raises:
+        ConfigError: it has SyncBN, which PyTorch has for GPUs alone.
+    """
     # create_ddp_model names the process's GPU, which a model on the CPU refuses.
     on_cpu = next(model.parameters()).device.type == "cpu"
+    several = comm.get_world_size() > 1
+    if on_cpu and several and any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
+        raise ConfigError(
+            f"the model has SyncBN, which works on GPUs alone, and {comm.get_world_size()} "
+            "processes share the CPU. Set NORM to FrozenBN, BN or GN (MODEL.RESNETS.NORM, "
+            "MODEL.FPN.NORM), or train in one process (--num-gpus 1)."
+        )
     more = {"device_ids": None} if on_cpu else {}
     wrapped: nn.Module = create_ddp_model(model, broadcast_buffers=False, **more)
     return wrapped

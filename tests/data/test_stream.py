@@ -23,6 +23,7 @@ from resnext_det.data.stream import (
     build_stream,
     seeded,
     seeds,
+    training_records,
 )
 from resnext_det.errors import ConfigError, DatasetError
 
@@ -174,6 +175,13 @@ def test_workers_and_resumes_change_no_pixel(photographs: str) -> None:
     for found, expected in ((pixels(2, 0, 5), whole), (pixels(2, 3, 2), whole[12:])):
         assert [name for name, _ in found] == [name for name, _ in expected]
         assert all(torch.equal(one, two) for (_, one), (_, two) in zip(found, expected))
+
+
+def test_a_model_of_stuff_needs_its_annotations(photographs: str) -> None:
+    cfg = config(photographs)
+    cfg.MODEL.META_ARCHITECTURE = "PanopticFPN"
+    with pytest.raises(DatasetError, match=r"images of .* have none .*sem_seg_file_name"):
+        training_records(cfg)
 
 
 def test_records_are_those_of_detectron2s_loader(photographs: str) -> None:

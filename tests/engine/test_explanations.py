@@ -17,13 +17,16 @@ from resnext_det.engine.explanations import explain, says_lost_contact
 
 
 class Killed(Dataset[int]):
-    """A data set whose workers are killed, as for want of memory."""
+    """A data set whose workers are killed."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
 
     def __len__(self) -> int:
         return 2
 
     def __getitem__(self, index: int) -> int:
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), self._number)
         return index
 
 
@@ -32,10 +35,18 @@ def explained(error: BaseException, said: str, *, lost: bool = False) -> None:
     assert says_lost_contact(error) is lost
 
 
-def test_a_worker_killed() -> None:
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (signal.SIGKILL, "was killed, mostly by the kernel's out-of-memory killer"),
+        (signal.SIGTERM, "was sent a signal from outside"),
+        (signal.SIGABRT, "a worker that loads images has ended"),
+    ],
+)
+def test_a_worker_killed(number: int, said: str) -> None:
     with pytest.raises(RuntimeError) as raised:
-        next(iter(DataLoader(Killed(), num_workers=1)))
-    explained(raised.value, "a worker that loads images was killed")
+        next(iter(DataLoader(Killed(number), num_workers=1)))
+    explained(raised.value, said)
     explained(raised.value, str(raised.value))
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from resnext_det.engine.pretraining import PretrainingPlan, cut_crops, pretrain
-from resnext_det.errors import DatasetError
+from resnext_det.errors import ConfigError, DatasetError
 
 TINY = PretrainingPlan(updates=3, batch=8, crop=32, stem_channels=64, res2_channels=256)
 
@@ -45,3 +46,10 @@ def test_crops_hold_every_object_and_backgrounds(datasets: Path) -> None:
 def test_missing_data_is_named(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="instances_train2017"):
         pretrain(tmp_path, tmp_path / "toy.pth", TINY)
+
+
+@pytest.mark.parametrize(("name", "value"), [("updates", 0), ("updates", -3), ("seed", -1)])
+def test_numbers_that_cannot_be_meant_are_refused(name: str, value: int, tmp_path: Path) -> None:
+    plan = replace(TINY, **{name: value})
+    with pytest.raises(ConfigError, match=f"--{name} is {value}: give a whole number"):
+        pretrain(tmp_path, tmp_path / "toy.pth", plan)

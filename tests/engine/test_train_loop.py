@@ -5,6 +5,8 @@ import itertools
 import json
 import logging
 import math
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,12 +16,14 @@ from typing import Any
 import pytest
 import torch
 from detectron2.engine import SimpleTrainer
+from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from resnext_det.data.stream import Share
-from resnext_det.engine.train_loop import Arithmetic, Batch, TrainLoop, shared_seed
-from resnext_det.errors import TrainingError
+from resnext_det.engine.stopping import SIGNALS, Abandoned
+from resnext_det.engine.train_loop import Arithmetic, Batch, TrainLoop, distributed, shared_seed
+from resnext_det.errors import ConfigError, TrainingError
 
 IMAGES = torch.randn(4096, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
@@ -258,6 +262,73 @@ def test_retinanets_normaliser_is_resumed() -> None:
     first.model.loss_normalizer = 87.5  # as DenseDetector._ema_update does
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     assert second.model.loss_normalizer == 87.5
+
+
+class Normed(Detector):
+    """With statistics that a forward pass changes, and a signal in the middle of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2, dtype=torch.float64)
+        self.loss_normalizer = 100.0
+        self.interrupted: tuple[int, str] | None = None  # at which forward pass, and where
+        self.passes = 0
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        self.passes += 1
+        self.loss_normalizer *= 0.9
+        found = self.norm(super().forward(batch)["loss_class"] * torch.ones(4, 2) + self.layer.bias)
+        if self.interrupted == (self.passes, "forward"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        if self.interrupted == (self.passes, "backward"):
+            found.register_hook(lambda gradient: os.kill(os.getpid(), signal.SIGTERM))
+        return {"loss": found.square().mean()}
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_a_signal_drops_an_update_and_the_next_time_it_is_the_same(
+    micro_batch: int, where: str
+) -> None:
+    """Nothing is left of the half: neither statistics nor random numbers nor gradients."""
+
+    def loops() -> TrainLoop:
+        torch.manual_seed(0)
+        share, model = Share(0, 1, 2, 2), Normed()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        return TrainLoop(
+            model,
+            lambda _, start: numbers(share, start),
+            optimizer,
+            share,
+            3,
+            Path(),
+            Arithmetic(ema_decay=0.5),
+        )
+
+    straight, dropped, resumed = loops(), loops(), loops()
+    run(straight, range(4))
+    dropped.model.interrupted = (4 + micro_batch, where)  # of the third update
+    with SIGNALS.listening(), pytest.raises(Abandoned) as caught:
+        run(dropped, range(4))
+    assert caught.value.number == signal.SIGTERM
+    assert dropped.model.passes == 4 + micro_batch  # at once
+    dropped.iter = 1
+    resumed.model.load_state_dict(copy.deepcopy(dropped.model.state_dict()))
+    resumed.load_state_dict(copy.deepcopy(dropped.state_dict()))
+    run(resumed, range(2, 4))
+    assert resumed.ema is not None and straight.ema is not None
+    for one, other in ((straight.model, resumed.model), (straight.ema, resumed.ema)):
+        expected, found = one.state_dict(), other.state_dict()
+        assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+    assert resumed.model.loss_normalizer == straight.model.loss_normalizer
+    assert torch.equal(torch.get_rng_state(), resumed.state_dict()["random_states"]["torch"])
+
+
+def test_syncbn_on_several_cpu_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    with pytest.raises(ConfigError, match="SyncBN, which works on GPUs alone, and 2 processes"):
+        distributed(nn.Sequential(nn.Conv2d(1, 1, 1), nn.SyncBatchNorm(1)))
 
 
 def test_seeds_that_nobody_chose() -> None:
