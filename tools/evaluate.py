@@ -124,7 +124,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         differences = compare_with(
             arguments.baseline, truth, detections, arguments.resamples, arguments.seed
         )
-        print(f"\n{difference_table(differences)}")
+        print(f"\nbbox, against {arguments.baseline}\n{difference_table(differences)}")
     if arguments.output:
         more = {"images": str((arguments.images or arguments.annotations.parent).resolve())}
         if arguments.baseline:

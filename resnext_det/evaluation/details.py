@@ -23,14 +23,14 @@ BACKGROUND = 0.1
 """The IoU below which it is of none (Bolya et al. 2020, TIDE, section 2.2)."""
 
 ERROR_KINDS = {
-    "Cls": ("Class", "the right place, another class"),
-    "Loc": ("Place", f"the right class, an IoU of {BACKGROUND} to {OVERLAP}"),
-    "Both": ("Class and place", f"another class, an IoU of {BACKGROUND} to {OVERLAP}"),
-    "Dupe": ("Twice", "right, but the object was found already"),
-    "Bkg": ("Background", f"no object, an IoU below {BACKGROUND}"),
-    "Miss": ("Missed", "an object that nothing above explains"),
+    "Cls": ("Cls", f"wrong class, an IoU of {OVERLAP} or more"),
+    "Loc": ("Loc", f"right class, an IoU of {BACKGROUND} to {OVERLAP}"),
+    "Both": ("Both", f"wrong class, an IoU of {BACKGROUND} to {OVERLAP}"),
+    "Dupe": ("Dupe", "a second detection of an object"),
+    "Bkg": ("Bkg", f"no object, an IoU below {BACKGROUND}"),
+    "Miss": ("Miss", "an object without a detection, errors above aside"),
 }
-"""TIDE's kinds by its short names: what they are called here, and what they are."""
+"""TIDE's kinds of errors: the names that are shown, and what they mean."""
 
 _RANGES = {"0.50": slice(0, 1), "0.75": slice(5, 6), "0.50:0.95": slice(0, 10)}
 
@@ -52,7 +52,7 @@ class ErrorKind:
 
 @dataclass(frozen=True)
 class Details:
-    """Where a detector errs.
+    """Where a detector errs: curves, confused classes, TIDE's errors.
 
     Attributes:
         recalls: (101,), 0 to 1.
@@ -143,4 +143,6 @@ def error_table(details: Details) -> str:
         [ERROR_KINDS[error.kind][0], ERROR_KINDS[error.kind][1], error.count, f"{error.cost:.2f}"]
         for error in sorted(details.errors, key=lambda error: -error.cost)
     ]
-    return tabulate(rows, headers=["error", "", "count", "costs AP50"], disable_numparse=True)
+    return tabulate(
+        rows, headers=["TIDE error", "", "count", "AP50 it costs"], disable_numparse=True
+    )

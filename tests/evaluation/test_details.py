@@ -134,7 +134,7 @@ def test_what_is_saved_is_json_and_says_what_it_is(tmp_path: Path) -> None:
     assert document["confusion"]["score"] == 0.5
     assert len(document["recalls"]) == len(document["curves"]["cat"]["0.75"]) == 101
     assert {entry["kind"] for entry in document["errors"]} >= {"Cls", "Miss"}
-    assert "the right place, another class" in error_table(found)
+    assert "wrong class, an IoU of 0.5 or more" in error_table(found)
 
 
 def test_without_any_object_there_are_no_curves(tmp_path: Path) -> None:

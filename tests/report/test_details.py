@@ -53,7 +53,7 @@ def test_the_costliest_errors_come_first(tmp_path: Path) -> None:
     details = read(tmp_path, document())
     assert details is not None
     assert [error.cost for error in details.errors] == [2.5, 2, 1.5, 1, 0.5, 0]
-    assert (details.errors[0].name, details.errors[0].count) == ("Missed", 5)
+    assert (details.errors[0].name, details.errors[0].count) == ("Miss", 5)
 
 
 def test_pairs_are_of_two_classes_and_shares_of_what_is_there(tmp_path: Path) -> None:
