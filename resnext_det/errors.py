@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import re
 import reprlib
 import sys
 from collections.abc import Iterator
 from pathlib import PurePath
+
+# A message is some lines; most of a longer one is what a hostile file holds.
+_LONGEST = 4000
+_COLOUR = re.compile("(\x1b\\[[0-9;]*m)")
 
 
 class ResNeXtError(Exception):
@@ -72,12 +78,30 @@ def plain(text: str, limit: int = 100) -> str:
     return _cut(_escaped(text[: limit + 1]), limit)
 
 
-def _escaped(text: str) -> str:
-    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
+def _escaped(text: str, but: str = "") -> str:
+    if text.isprintable():
+        return text
+    return "".join(sign if sign.isprintable() or sign in but else repr(sign)[1:-1] for sign in text)
 
 
 def _cut(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+class InertMessages(logging.Filter):
+    """Escapes control characters in what a handler writes, as names in files may hold some.
+
+    They could rename the terminal's window, or hide what was written before. Line breaks, tabs and
+    the colours that Detectron2 gives its tables are kept.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Replace the message of a record."""
+        parts = _COLOUR.split(record.getMessage())
+        # At odd places are the colours.
+        parts[::2] = [_escaped(part, but="\n\t") for part in parts[::2]]
+        record.msg, record.args = "".join(parts), None
+        return True
 
 
 @contextlib.contextmanager
@@ -94,7 +118,7 @@ def reported(code: int = 2) -> Iterator[None]:
         sys.exit(130)
     except ResNeXtError as error:
         line = " ".join(_without_traceback(str(error)).split())
-        sys.stderr.write(f"error: {line}\n")
+        sys.stderr.write(f"error: {plain(line, _LONGEST)}\n")
         sys.exit(code)
     except PermissionError as error:  # of any file or folder that a tool was given
         where = error.filename if isinstance(error.filename, str) else "a file"

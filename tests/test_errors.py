@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from resnext_det.errors import DatasetError, quoted, reported
+from resnext_det.errors import DatasetError, InertMessages, plain, quoted, reported
 
 
 def test_an_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,3 +89,27 @@ def test_usual_values_are_quoted_as_they_are() -> None:
     assert quoted("abcdefghijkl", 10) == "'abcde...'"
     assert quoted("a" * 198) == repr("a" * 198)
     assert quoted("\x1b[31m") == "'\\x1b[31m'"
+
+
+def test_messages_on_the_terminal_are_inert_and_short(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit), reported():
+        raise DatasetError(f"no class \x1b]0;title\x07 {'x' * 2**20}")
+    line = capsys.readouterr().err
+    assert line.startswith("error: no class \\x1b]0;title\\x07 xxx")
+    assert len(line) < 5000
+    assert line.strip().isprintable()
+
+
+def test_logged_names_are_inert_and_tables_keep_their_colours() -> None:
+    record = logging.LogRecord("a", 20, "b", 1, "%s\n\t\x1b[36mtable\x1b[0m", (HOSTILE,), None)
+    assert InertMessages().filter(record)
+    *name, table = record.getMessage().split("\n\t")
+    assert "\\x1b[2J" in name[0]
+    assert name[0].replace("\n", "").isprintable()
+    assert table == "\x1b[36mtable\x1b[0m"
+
+
+def test_names_in_tables_are_inert() -> None:
+    assert plain("a cat") == "a cat"
+    assert plain(f"cat {HOSTILE}").isprintable()
+    assert len(plain("x" * 2**20, 60)) == 60

@@ -272,7 +272,7 @@ def deep_folder(folder: Path, *, largest: int) -> list[dict[str, Any]]:
 
 def test_images_of_16_bits_are_a_warning(tmp_path: Path) -> None:
     records = deep_folder(tmp_path, largest=65535)
-    (finding,) = check_files(records, tmp_path, headers=True)
+    (finding,) = check_files(records, tmp_path)
     assert finding.severity == "warning"
     assert "the upper 8 are used: 3 (0.png; 1.png; 2.png)" in str(finding)
 
@@ -280,7 +280,7 @@ def test_images_of_16_bits_are_a_warning(tmp_path: Path) -> None:
 def test_images_of_16_bits_that_would_turn_black_are_an_error(tmp_path: Path) -> None:
     """Such as 12 bits of a CT: 16 shades would be left."""
     records = deep_folder(tmp_path, largest=4095)
-    warning, error = check_files(records, tmp_path, headers=True)
+    warning, error = check_files(records, tmp_path)
     assert (warning.severity, error.severity) == ("warning", "error")
     assert "16 shades or fewer are left" in str(error)
     assert "0.png has values up to 4095" in str(error)
@@ -289,7 +289,7 @@ def test_images_of_16_bits_that_would_turn_black_are_an_error(tmp_path: Path) ->
 def test_images_of_floats_are_an_error(tmp_path: Path) -> None:
     Image.fromarray(np.ones((30, 40), np.float32)).save(tmp_path / "a.tif")
     records = [{"file_name": "a.tif", "width": 40, "height": 30}]
-    (finding,) = check_files(records, tmp_path, headers=True)
+    (finding,) = check_files(records, tmp_path)
     assert finding.severity == "error"
     assert "a.tif cannot be read: its pixels are floats" in str(finding)
 
@@ -302,4 +302,4 @@ def test_a_folder_that_cannot_be_listed_is_named(
 
     monkeypatch.setattr(os, "scandir", forbidden)
     with pytest.raises(DatasetError, match=r"image folder .* cannot be read: Permission denied"):
-        list(check_files([], tmp_path, headers=True))
+        list(check_files([], tmp_path))

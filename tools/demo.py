@@ -18,7 +18,7 @@ from pathlib import Path
 
 from resnext_det import load_config
 from resnext_det.engine.predictor import Predictor, with_threshold
-from resnext_det.errors import reported
+from resnext_det.errors import plain, reported
 from resnext_det.looking.camera import open_camera
 from resnext_det.looking.demonstration import FILE, Demonstration
 from resnext_det.looking.inputs import find_sources
@@ -74,7 +74,8 @@ def run(arguments: argparse.Namespace) -> Demonstration:
             pass  # it is there: else this is told before the detector is built
     cfg = load_config(arguments.config_file, [*arguments.overrides, *arguments.opts])
     predictor = Predictor(with_threshold(cfg, arguments.threshold))
-    print(predictor.report)
+    for line in str(predictor.report).splitlines():
+        print(plain(line, 1000))
     demonstration = Demonstration(
         predictor, arguments.output, arguments.threshold, arguments.images_per_batch
     )
@@ -105,7 +106,7 @@ def tell(done: Demonstration, output: Path) -> None:
             f"{speed.images_per_second:.1f} images/s; drawing: {1000 * speed.drawing:.0f} ms"
         )
     for problem in done.problems:
-        print(f"error: {problem}", file=sys.stderr)
+        print(f"error: {plain(str(problem), 1000)}", file=sys.stderr)
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from resnext_det.errors import DatasetError, quoted, reported
+from resnext_det.errors import DatasetError, InertMessages, quoted, reported
 from resnext_det.evaluation.compare import (
     RESAMPLES,
     compare_with,
@@ -213,6 +213,8 @@ def main() -> None:
     """Parse the arguments and evaluate."""
     arguments = parse()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(InertMessages())
     with reported():
         evaluate(arguments)
 

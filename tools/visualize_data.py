@@ -19,7 +19,7 @@ from resnext_det.config import load_config
 from resnext_det.data import custom
 from resnext_det.data.checks import check_datasets
 from resnext_det.engine.train_loop import shared_seed
-from resnext_det.errors import quoted, reported
+from resnext_det.errors import plain, quoted, reported
 from resnext_det.looking.training_images import (
     SHEET,
     TrainingImage,
@@ -60,11 +60,11 @@ def row(image: TrainingImage) -> list[object]:
     """Return one line of the table."""
     return [
         "-" if image.iteration is None else image.iteration,
-        image.image_id,
-        quoted(Path(image.file.name)),
+        quoted(image.image_id, 40),
+        plain(image.file.name),
         *image.picture.size,
         len(image.objects),
-        ", ".join(quoted(name)[1:-1] for name in dict.fromkeys(e.label for e in image.objects)),
+        ", ".join(plain(name) for name in dict.fromkeys(each.label for each in image.objects)),
     ]
 
 

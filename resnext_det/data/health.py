@@ -142,7 +142,7 @@ def examine(
     findings += of_annotations
     findings += check_segmentations(annotations, listed)
     if images is not None:
-        findings += _of_files(check_files(listed, images, headers=True), training, skips)
+        findings += _of_files(check_files(listed, images), training, skips)
     columns = Columns.of(sound)
     findings += _check_boxes(sound, columns.boxes, _sizes(listed, columns.image_ids))
     findings += _check_areas(sound, columns)
@@ -173,7 +173,7 @@ def _objects(document: Document, key: str, findings: list[Finding]) -> list[Reco
 def _of_files(findings: Iterator[Finding], training: bool, skips: bool) -> Iterator[Finding]:
     """Say what can be done about images that cannot be read: a training may skip them."""
     for finding in findings:
-        if finding.severity != "error" or not training:
+        if finding.severity != "error" or finding.ignored or not training:
             yield finding
         elif skips:
             yield replace(finding, ignored="skips these images")

@@ -21,14 +21,12 @@ _NARROW = 1 << 12
 _MEASURED = 16  # images that are decoded to see which part of the range they use
 
 
-def check_files(images: list[Record], folder: Path, *, headers: bool) -> Iterator[Finding]:
+def check_files(images: list[Record], folder: Path) -> Iterator[Finding]:
     """Yield what is wrong with the files of images.
 
     Args:
         images: the images' records; those without a proper file_name are left out.
-        folder: an existing folder.
-        headers: compare the sizes in the files with those of the records, and look for images of
-            more than 8 bits a channel.
+        folder: an existing folder. The headers of the files in it are read.
 
     Raises:
         DatasetError: the folder cannot be read.
@@ -41,8 +39,6 @@ def check_files(images: list[Record], folder: Path, *, headers: bool) -> Iterato
     missing = missing_files(list(named), folder)
     what = f"of {len(named):,} image files, those that are not in {folder}"
     yield from found("error", what, missing, _shown)
-    if not headers:
-        return
     absent = set(missing)
     present = [name for name in named if name not in absent]
     unreadable, differing, deep = [], [], {}
@@ -78,7 +74,13 @@ def _check_depth(deep: dict[str, Header], folder: Path) -> Iterator[Finding]:
             "images of 16 bits that use none of the upper 4, so that 16 shades or fewer are left "
             "(scale them to the whole range, or to 8 bits, first)"
         )
-        yield from found("error", what, grey, lambda name: _shown(name) + _up_to(largest.get(name)))
+        yield from found(
+            "error",
+            what,
+            grey,
+            lambda name: _shown(name) + _up_to(largest.get(name)),
+            ignored="takes them as they are",
+        )
 
 
 def _up_to(value: int | None) -> str:

@@ -14,7 +14,7 @@ from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from resnext_det.errors import ConfigError
+from resnext_det.errors import ConfigError, InertMessages
 from resnext_det.files import check_writable, written_beside
 
 logger = logging.getLogger(__name__)
@@ -85,11 +85,13 @@ def set_up(cfg: CfgNode, arguments: argparse.Namespace) -> None:
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name="fvcore")
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank)
     quieten_detectron2()
+    _make_inert("fvcore", "detectron2")
     with _config_of_training_kept(cfg, evaluating=getattr(arguments, "eval_only", False)):
         default_setup(cfg, arguments)
     setup_logger(
         cfg.OUTPUT_DIR, distributed_rank=rank, name="resnext_det", abbrev_name="resnext_det"
     )
+    _make_inert("resnext_det")
 
 
 @contextlib.contextmanager
@@ -115,6 +117,13 @@ def _config_of_training_kept(cfg: CfgNode, *, evaluating: bool) -> Iterator[None
     yield
     config.replace(folder / "evaluation.yaml")
     aside.replace(config)
+
+
+def _make_inert(*names: str) -> None:
+    for name in names:
+        for handler in logging.getLogger(name).handlers:
+            if not any(isinstance(each, InertMessages) for each in handler.filters):
+                handler.addFilter(InertMessages())
 
 
 def quieten_detectron2() -> None:

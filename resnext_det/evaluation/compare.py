@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tabulate import tabulate
 from tqdm import tqdm
 
-from resnext_det.errors import DatasetError
+from resnext_det.errors import DatasetError, plain
 from resnext_det.evaluation.detections import Detections, check_detections, read_detections
 from resnext_det.evaluation.engines import FIGURES, by_hotcoco, hotcoco_evaluation
 from resnext_det.evaluation.figures import percent, shown
@@ -268,7 +268,7 @@ def difference_table(differences: tuple[Difference, ...]) -> str:
     """Return the differences as text for a terminal."""
     rows = [
         [
-            each.figure,
+            plain(each.figure),
             shown(each.before),
             shown(each.now),
             "-" if each.difference is None else f"{each.difference:+.2f}",

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tabulate import tabulate
 
+from resnext_det.errors import plain
 from resnext_det.evaluation.engines import Accumulated, Protocol
 from resnext_det.evaluation.truth import Truth
 
@@ -65,7 +66,11 @@ class Figures:
         )
         keys = list(asdict(self.per_class[0]))
         rows = [
-            [entry.name, *(shown(getattr(entry, key)) for key in keys[1:-1]), entry.instances]
+            [
+                plain(entry.name),
+                *(shown(getattr(entry, key)) for key in keys[1:-1]),
+                entry.instances,
+            ]
             for entry in self.per_class
         ]
         return f"{upper}\n\n{tabulate(rows, headers=['class', *keys[1:]], disable_numparse=True)}"
