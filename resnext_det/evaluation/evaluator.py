@@ -344,12 +344,15 @@ def _converted(dataset: str, output: Path) -> str:
     return str(file)
 
 
-def detection_evaluator(dataset: str, output: str, weights: str) -> DetectionEvaluator:
+def detection_evaluator(
+    dataset: str, output: str, weights: str, sigmas: Sequence[float] = ()
+) -> DetectionEvaluator:
     """Return a `DetectionEvaluator` of arguments that a LazyConfig can hold and save.
 
     Args:
         dataset: a registered data set with a COCO annotation file.
         output: the folder for what is written.
         weights: the name that stands beside the figures.
+        sigmas: of keypoints; empty for COCO's.
     """
-    return DetectionEvaluator(dataset, Path(output), {"weights": weights})
+    return DetectionEvaluator(dataset, Path(output), {"weights": weights}, sigmas=sigmas)
