@@ -74,6 +74,8 @@ def run(cfg: CfgNode, arguments: argparse.Namespace) -> None:
     """Train or evaluate, in one of the processes."""
     custom.register_arguments(arguments)
     set_up(cfg, arguments)
+    if comm.is_main_process():
+        custom.record(cfg)
     if arguments.eval_only:
         results = evaluate(cfg, resume=arguments.resume)
         if comm.is_main_process():

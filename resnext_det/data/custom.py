@@ -3,7 +3,8 @@
 A data set's name follows from its paths, so that every process arrives at the same. Detectron2's
 catalog is one per process: `from_arguments` (or `use`) reads the files, once, and serves its own
 process; every other process that builds a data loader calls `register_arguments`, which reads
-nothing.
+nothing. A run's folder records the files (`record`), so that its config.yaml is enough to use them
+again.
 """
 
 from __future__ import annotations
@@ -17,9 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from resnext_det.data.annotations import Document, read_annotations, register_annotations
+from resnext_det.data.annotations import (
+    Document,
+    read_annotations,
+    read_json,
+    register_annotations,
+)
 from resnext_det.data.categories import check_same_classes, read_categories
 from resnext_det.data.checks import (
     CUSTOM,
@@ -31,8 +37,12 @@ from resnext_det.data.checks import (
 from resnext_det.data.image_files import missing_files
 from resnext_det.data.record_forms import is_name, leads_out
 from resnext_det.errors import ConfigError, DatasetError, quoted
+from resnext_det.files import file_digest, write_json
 
 logger = logging.getLogger(__name__)
+
+RECORD = "datasets.json"
+"""In a run's folder: the files of its data sets, by name."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,9 @@ class CustomData:
         return f"{CUSTOM}{stem}_{digest[:8]}"
 
 
+_BESIDE = "their images (default: ../SPLIT if J is NAME_SPLIT.json as COCO's, else beside J)"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that name data sets, and --ignore-health.
 
@@ -66,9 +79,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     group = parser.add_argument_group("data of your own, in COCO's format")
     group.add_argument("--train-json", metavar="J", help="annotations to train on")
-    group.add_argument("--train-images", metavar="D", help="their images (default: beside J)")
+    group.add_argument("--train-images", metavar="D", help=_BESIDE)
     group.add_argument("--test-json", metavar="J", help="annotations to evaluate with")
-    group.add_argument("--test-images", metavar="D", help="their images (default: beside J)")
+    group.add_argument("--test-images", metavar="D", help=_BESIDE)
     group.add_argument(
         "--ignore-health", action="store_true", help="go on with annotations that have errors"
     )
@@ -90,6 +103,9 @@ def from_arguments(cfg: CfgNode, arguments: argparse.Namespace) -> CfgNode:
     """
     located = _of_arguments(arguments)
     if not located:
+        used = [] if arguments.eval_only else list(cfg.DATASETS.TRAIN)
+        _check_recorded(arguments, [*used, *cfg.DATASETS.TEST])
+        register_arguments(arguments)
         return cfg
     splits = [data.split for data in located]
     if arguments.eval_only and "test" not in splits:
@@ -162,6 +178,90 @@ def register_arguments(arguments: argparse.Namespace) -> None:
     """
     for data in _of_arguments(arguments):
         register(data)
+    for data, _ in _recorded(arguments).values():
+        register(data)
+
+
+def record(cfg: CfgNode) -> None:
+    """Write the files of the data sets that came from the command line into OUTPUT_DIR.
+
+    Args:
+        cfg: the run's config. Data sets that were recorded in its folder before are kept.
+
+    Raises:
+        ResNeXtError: it cannot be written.
+    """
+    names = [name for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST) if name.startswith(CUSTOM)]
+    found = {}
+    for name in dict.fromkeys(names):
+        metadata = MetadataCatalog.get(name)
+        if name in DatasetCatalog and Path(metadata.json_file).is_file():
+            found[name] = {
+                "annotations": metadata.json_file,
+                "images": metadata.image_root,
+                "sha256": file_digest(Path(metadata.json_file)),
+            }
+    if found:
+        folder = Path(cfg.OUTPUT_DIR)
+        kept = {
+            name: {"annotations": str(data.file), "images": str(data.images), "sha256": digest}
+            for name, (data, digest) in read_record(folder).items()
+        }
+        write_json(folder / RECORD, kept | found)
+
+
+def read_record(folder: Path) -> dict[str, tuple[CustomData, str]]:
+    """Return the data sets that a run's folder records, and the digests of their annotations.
+
+    Args:
+        folder: of the run.
+
+    Returns:
+        By name; empty if the folder records none.
+
+    Raises:
+        DatasetError: the record is damaged.
+    """
+    file = folder / RECORD
+    if not file.is_file():
+        return {}
+    content, found = read_json(file), {}
+    try:
+        for name, entry in content.items():
+            data = CustomData("test", Path(entry["annotations"]), Path(entry["images"]))
+            if name != data.name or not isinstance(entry["sha256"], str):
+                raise ValueError(f"an entry {quoted(name)} that does not fit its files")
+            found[name] = data, entry["sha256"]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DatasetError(
+            f"{quoted(file)} does not name data sets ({quoted(error)}). Remove it, and name the "
+            "files with --train-json and --test-json."
+        ) from error
+    return found
+
+
+def _recorded(arguments: argparse.Namespace) -> dict[str, tuple[CustomData, str]]:
+    """Return what is recorded beside the config, unless the command line names files itself."""
+    config = getattr(arguments, "config_file", None)
+    return read_record(Path(config).parent) if config and not _of_arguments(arguments) else {}
+
+
+def _check_recorded(arguments: argparse.Namespace, names: list[str]) -> None:
+    """Refuse recorded files that have gone, or are others by now."""
+    recorded = _recorded(arguments)
+    for name in names:
+        if name not in recorded:
+            continue
+        data, digest = recorded[name]
+        advice = "Put it back, or name files with --train-json, --test-json and their images."
+        if not data.file.is_file():
+            raise DatasetError(f"the annotations {quoted(data.file)} of the run are gone. {advice}")
+        if not data.images.is_dir():
+            raise DatasetError(f"the images {quoted(data.images)} of the run are gone. {advice}")
+        if file_digest(data.file) != digest:
+            raise DatasetError(
+                f"the annotations {quoted(data.file)} have changed since the run. {advice}"
+            )
 
 
 def register(data: CustomData, classes: Sequence[str] = ()) -> None:
@@ -266,10 +366,17 @@ def _locate(split: str, json: str | Path | None, images: str | Path | None) -> l
     file = Path(json).expanduser()
     if not file.is_file():
         raise ConfigError(f"--{split}-json: there is no file {quoted(Path(json))}.")
-    folder = Path(images).expanduser() if images else file.parent
+    folder = Path(images).expanduser() if images else _folder_of(file)
     if not folder.is_dir():
         raise ConfigError(f"--{split}-images: there is no folder {quoted(folder)}.")
     return [CustomData(split, file.resolve(), folder.resolve())]
+
+
+def _folder_of(file: Path) -> Path:
+    """Return where images are looked for: annotations/instances_val2017.json -> val2017."""
+    split = file.stem.rpartition("_")[2]
+    beside = file.absolute().parent.parent / split
+    return beside if split != file.stem and beside.is_dir() else file.parent
 
 
 def _of_arguments(arguments: argparse.Namespace) -> list[CustomData]:

@@ -20,6 +20,8 @@ from resnext_det.data.custom import (
     add_arguments,
     class_names,
     from_arguments,
+    read_record,
+    record,
     register_arguments,
     use,
 )
@@ -256,8 +258,8 @@ def test_images_are_beside_the_annotations_or_named(train: Path, tmp_path: Path)
     train.write_text(json.dumps(document))
     cfg = use(load_config(TOY), train, tmp_path / "pictures")
     check_datasets(cfg, list(cfg.DATASETS.TRAIN))
-    (record,) = DatasetCatalog.get(cfg.DATASETS.TRAIN[0])
-    assert Path(record["file_name"]) == images / "train.png"
+    (loaded,) = DatasetCatalog.get(cfg.DATASETS.TRAIN[0])
+    assert Path(loaded["file_name"]) == images / "train.png"
 
 
 @pytest.mark.parametrize(
@@ -319,3 +321,47 @@ def test_class_names() -> None:
         names(TRAIN="", TEST="")
     with pytest.raises(ConfigError, match="again with --train-json"):
         names(TRAIN="'custom_coco_train_00000000',")
+
+
+def test_images_of_coco_s_own_layout_are_found(train: Path, tmp_path: Path) -> None:
+    coco = tmp_path / "coco"
+    (coco / "annotations").mkdir(parents=True)
+    (coco / "train2017").mkdir()
+    shutil.move(train.parent / "train.png", coco / "train2017" / "train.png")
+    file = shutil.move(train, coco / "annotations" / "instances_train2017.json")
+    cfg = use(load_config(TOY), file)
+    (loaded,) = DatasetCatalog.get(cfg.DATASETS.TRAIN[0])
+    assert Path(loaded["file_name"]) == coco / "train2017" / "train.png"
+
+
+def test_a_run_folder_is_enough_to_use_its_files_again(
+    train: Path, test: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    cfg = from_words("--train-json", train, "--test-json", test, "OUTPUT_DIR", folder)
+    record(cfg)
+    (folder / "config.yaml").write_text(cfg.dump())
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    arguments = parsed("--eval-only")
+    arguments.config_file = str(folder / "config.yaml")
+    again = from_arguments(load_config(arguments.config_file), arguments)
+    assert class_names(again) == ["dog", "cat", "a horse"]
+    check_datasets(again, list(again.DATASETS.TEST))
+    record(again)  # of the evaluation, which keeps what is there
+    assert set(read_record(folder)) == {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST}
+    test.write_text(test.read_text() + " ")
+    with pytest.raises(DatasetError, match=r"test\.json have changed since the run"):
+        from_arguments(again, arguments)
+    test.unlink()
+    with pytest.raises(DatasetError, match=r"test\.json of the run are gone"):
+        from_arguments(again, arguments)
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"a": 1}', '{"a": {"annotations": "b"}}'])
+def test_a_damaged_record_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "datasets.json").write_text(content)
+    with pytest.raises(DatasetError, match=r"datasets\.json"):
+        read_record(tmp_path)
