@@ -110,6 +110,11 @@ def _defaults() -> CfgNode:
 _DEFAULTS: CfgNode = _defaults()
 
 
+def default_of(key: str) -> Any:
+    """Return the default of a key such as "SOLVER.BASE_LR", or None if there is no such key."""
+    return value_of(_DEFAULTS, key)
+
+
 def _lacks(cfg: CfgNode, defaults: CfgNode) -> bool:
     return any(
         name not in cfg or (isinstance(value, CfgNode) and _lacks(cfg[name], value))

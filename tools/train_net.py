@@ -16,6 +16,7 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from resnext_det.config import load_config, locate_config
+from resnext_det.config_use import refuse_impossible
 from resnext_det.data import custom
 from resnext_det.data.annotations import forget
 from resnext_det.data.checks import check_datasets
@@ -52,6 +53,7 @@ def parse() -> argparse.Namespace:
 def check(cfg: CfgNode, arguments: argparse.Namespace, world_size: int) -> None:
     """Look for what would end the run later, once for all processes."""
     check_expectations(cfg)
+    refuse_impossible(cfg, world_size, training=not arguments.eval_only)
     Engine(cfg.TEST.ENGINE)  # refuses one that is not known
     tested, trained = list(cfg.DATASETS.TEST), list(cfg.DATASETS.TRAIN)
     names = tested if arguments.eval_only else [*trained, *tested]

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
+from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from resnext_det.config import complete
+from resnext_det.config_use import refuse_impossible
 from resnext_det.data.custom import class_names
 from resnext_det.engine.checkpoints import last_good
 from resnext_det.engine.classes import check_classes
@@ -32,7 +34,8 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
         resume: evaluate the last checkpoint of OUTPUT_DIR instead of MODEL.WEIGHTS.
 
     Returns:
-        {"bbox": {"AP": ...}} in percent, by data set where there are several.
+        {"bbox": {"AP": ...}} in percent, by data set where there are several; with
+        TEST.AUG.ENABLED, the figures of augmented images as well, under names that end in "_TTA".
 
     Raises:
         WeightsError: the weights do not fill the whole detector.
@@ -40,6 +43,7 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
             with settings that change its function.
         DatasetError: the data has other classes than the weights.
     """
+    refuse_impossible(cfg, comm.get_world_size(), training=False)
     if resume:
         checkpoint = last_checkpoint(cfg)
         cfg = cfg.clone()
@@ -51,7 +55,10 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
     model = build_detector(cfg)
     logger.info("%s", load_weights(model, cfg, whole_detector=True))
     check_classes(cfg, weights=Path(PathManager.get_local_path(cfg.MODEL.WEIGHTS)))
-    return Trainer.test(cfg, model)
+    results = Trainer.test(cfg, model)
+    if cfg.TEST.AUG.ENABLED:
+        results = {**results, **Trainer.test_with_TTA(cfg, model)}
+    return results
 
 
 def check_expectations(cfg: CfgNode) -> None:
@@ -112,6 +119,8 @@ def _figures(cfg: CfgNode) -> dict[str, tuple[str, ...]]:
         known["segm"] = FIGURES
     if cfg.MODEL.KEYPOINT_ON:
         known["keypoints"] = KEYPOINT_FIGURES
+    if cfg.TEST.AUG.ENABLED:
+        known |= {f"{task}_TTA": figures for task, figures in known.items()}
     return known
 
 

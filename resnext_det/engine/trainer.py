@@ -15,6 +15,7 @@ from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
 from detectron2.data.detection_utils import build_augmentation
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
+from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
@@ -24,6 +25,7 @@ from torch import nn
 
 from resnext_det.checkpoint_file import RUN, read_run, write_checkpoint
 from resnext_det.config import complete
+from resnext_det.config_use import idle_warning, refuse_impossible
 from resnext_det.data.annotations import forget, serve
 from resnext_det.data.checks import check_agreement, configured_classes
 from resnext_det.data.custom import class_names
@@ -78,6 +80,7 @@ class Trainer(DefaultTrainer):
         # DefaultTrainer.__init__ builds a loop and a loader of its own, without a way to say
         # otherwise, and its create_ddp_model cannot be told that there is no GPU.
         TrainerBase.__init__(self)
+        refuse_impossible(cfg, comm.get_world_size())
         cfg, self.plan = scale(cfg, comm.get_world_size())
         if configured_classes(cfg) is not None:
             check_agreement([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
@@ -229,7 +232,7 @@ class Trainer(DefaultTrainer):
         free = free_bytes(Path(self.cfg.OUTPUT_DIR))
         logger.info("the plan:\n%s", self.plan.describe(images, size, free))
         shortage = self.plan.shortage(size, free)
-        for warning in (*self.plan.warnings, shortage):
+        for warning in (*self.plan.warnings, idle_warning(self.cfg), shortage):
             if warning:
                 logger.warning("%s", warning)
 
@@ -284,6 +287,8 @@ class Trainer(DefaultTrainer):
 
     def _evaluated(self) -> dict[str, Any]:
         results = self._tested(self.cfg.OUTPUT_DIR, self._trainer.model)
+        if self.cfg.TEST.AUG.ENABLED and self.iter + 1 == self.max_iter:
+            results = {**results, **self.test_with_TTA(self.cfg, self._trainer.model)}
         self._last_eval_results = results
         if self._trainer.ema is not None:
             average = self._tested(f"{self.cfg.OUTPUT_DIR}/ema", self._trainer.ema.module)
@@ -372,6 +377,22 @@ class Trainer(DefaultTrainer):
             )
         finally:
             forget()
+
+    @classmethod
+    def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
+        """Evaluate a model on augmented images, as Detectron2's tools/train_net.py does.
+
+        Args:
+            cfg: the config; TEST.AUG says how images are augmented.
+            model: a GeneralizedRCNN with its weights.
+
+        Returns:
+            As `test`, under names that end in "_TTA"; files go to inference_TTA in OUTPUT_DIR.
+        """
+        augmented = GeneralizedRCNNWithTTA(cfg, bare(model))
+        folder = f"{cfg.OUTPUT_DIR}/inference_TTA"
+        results = cls.test(renamed(cfg, folder, cfg.MODEL.WEIGHTS), augmented)
+        return {f"{name}_TTA": figures for name, figures in results.items()}
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
