@@ -223,6 +223,7 @@ _MODEL: dict[str, Rule] = {
     "RESNEXT.CHECKPOINT_STAGES": _NAMES,
     "RESNEXT.ZERO_INIT_RESIDUAL": _FLAG,
     "RESNEXT.ALLOW_STRIDE_IN_1X1": _FLAG,
+    "RESNEXT.ALLOW_OTHER_FUNCTION": _FLAG,
 }
 
 SCALINGS = ("accumulate", "linear", "none")
