@@ -20,9 +20,6 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3.14 python
 IN_VENV := $(VENV)/bin/python
 CONFIG := configs/faster_rcnn_X_26_8x4d_FPN_toy.yaml
 
-# torch announces the ends of TorchScript and of a default of meshgrid, which Detectron2 uses.
-export PYTHONWARNINGS := ignore::FutureWarning,ignore::UserWarning:torch.functional
-
 .PHONY: setup demo test test-slow check clean
 
 setup:

@@ -6,6 +6,7 @@ Nothing else happens at import: no download, no logging set up, no environment c
 from __future__ import annotations
 
 import importlib.util
+import warnings
 
 __version__ = "0.1.0"
 
@@ -13,8 +14,12 @@ __version__ = "0.1.0"
 def _require_detectron2() -> None:
     """Raise one error that says how to mend a Detectron2 that is missing or does not import."""
     try:
-        import detectron2.data
-        import detectron2.modeling  # noqa: F401
+        # torch.jit.script's end is announced while Detectron2 is imported, to Detectron2's authors.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            import detectron2.data
+            import detectron2.engine
+            import detectron2.modeling  # noqa: F401
 
         # Detectron2's model zoo imports it, with a warning that is not ours to give.
         if importlib.util.find_spec("pkg_resources") is None:

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import PurePath
 
+from resnext_det.console import ignore_others_warnings
+
 # A message is some lines; most of a longer one is what a hostile file holds.
 _LONGEST = 4000
 _COLOUR = re.compile("(\x1b\\[[0-9;]*m)")
@@ -108,9 +110,12 @@ class InertMessages(logging.Filter):
 def reported(code: int = 2) -> Iterator[None]:
     """Turn errors of this package, missing permissions and Ctrl-C into one line on standard error.
 
+    What torch tells other authors is silenced: all commands run in here.
+
     Args:
         code: the exit code after an error; after Ctrl-C it is 130, as in a shell.
     """
+    ignore_others_warnings()
     try:
         yield
     except KeyboardInterrupt:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import zipfile
@@ -33,6 +34,21 @@ for name in ("coco_2014_minival", "toy_coco_train", "toy_coco_minival"):
     )
     assert done.returncode == 0, done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("program", ["import resnext_det", None], ids=["import", "train_net.py"])
+def test_detectron2_is_imported_quietly(program: str | None) -> None:
+    """And without a lasting change: the next warning of that kind is the user's own to filter."""
+    command = ["tools/train_net.py", "--help"]
+    if program is not None:
+        program = "import warnings, torch, torchvision, matplotlib; "
+        program += "a = list(warnings.filters); import resnext_det; assert warnings.filters == a"
+        command = ["-c", program]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import argparse
 import logging
 from pathlib import Path
 
+import resnext_det  # isort: skip  # noqa: F401  # before Detectron2: it imports that quietly
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from resnext_det.errors import DatasetError, InertMessages, quoted, reported

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from resnext_det.errors import reported
+from resnext_det.errors import quoted, reported
 from resnext_det.looking.plots import plot_runs, read_runs
 
 
@@ -38,7 +38,7 @@ def main() -> None:
         missing = plot_runs(runs, arguments.output, arguments.metrics, arguments.smooth)
     for sentence in missing:
         print(sentence)
-    print(f"Curves: {arguments.output}")
+    print(f"Curves: {quoted(arguments.output, 4096)}")
 
 
 if __name__ == "__main__":

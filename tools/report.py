@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from resnext_det.errors import reported
+from resnext_det.errors import quoted, reported
 from resnext_det.report.page import write_report
 
 
@@ -20,7 +20,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with reported():
         page = write_report(arguments.run, arguments.output)
-    print(f"Report: {page}")
+    print(f"Report: {quoted(page, 4096)}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 
+import resnext_det  # isort: skip  # noqa: F401  # before Detectron2: it imports that quietly
 from detectron2.config import CfgNode
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm

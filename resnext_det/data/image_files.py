@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tqdm import tqdm
-
+from resnext_det.console import progress_bar
 from resnext_det.data.findings import Finding, Record, found
 from resnext_det.data.record_forms import is_name, leads_out
 from resnext_det.errors import DatasetError, quoted
@@ -130,14 +129,12 @@ def read_headers(files: Sequence[Path]) -> list[Header | str]:
     """
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(
-            tqdm(
+            progress_bar(
                 pool.map(_read_header, files),
                 total=len(files),
                 desc="image headers",
                 unit="image",
                 delay=2,
-                leave=False,
-                disable=None,
             )
         )
 

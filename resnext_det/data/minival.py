@@ -21,8 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from resnext_det.console import progress_bar
 from resnext_det.data.categories import read_categories
 from resnext_det.data.registered import (
     MINIVAL,
@@ -221,9 +220,8 @@ def _read_all(coco: Path, counts: Counts) -> tuple[dict[str, Summary], dict[str,
         if part.sources and (coco / "annotations" / part.file).is_file()
     ]
     releases, derived = {}, {}
-    with tqdm(
-        total=len(own) + len(made), desc="annotations", unit="file", delay=2, leave=False,
-        disable=None,
+    with progress_bar(
+        total=len(own) + len(made), desc="annotations", unit="file", delay=2,
     ) as bar:  # fmt: skip
         for split, file in own.items():
             releases[split] = _summarize(file, split, split, counts)

@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from pycocotools import mask as rle
-from tqdm import tqdm
 
+from resnext_det.console import progress_bar
 from resnext_det.data.shapes import CLASSES, Generator, Points, background, fill, outline
 from resnext_det.errors import ConfigError, DatasetError
 
@@ -121,7 +121,7 @@ def _write_split(root: Path, split: str, first_id: int, count: int, spec: ToySpe
     folder.mkdir()
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for index in tqdm(range(count), desc=f"toy {split}", unit="image", leave=False, disable=None):
+    for index in progress_bar(range(count), desc=f"toy {split}", unit="image"):
         image_id = first_id + index
         # A generator per image: the pictures do not depend on how many there are.
         generator = np.random.default_rng([spec.seed, image_id])

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import datetime
 import logging
+import math
 import resource
 import sys
+import time
 from typing import NoReturn
 
 import torch
 from detectron2.engine import HookBase
 from detectron2.utils.events import EventStorage
 from tqdm import tqdm
+
+from resnext_det.console import SECONDS
 
 logger = logging.getLogger(__name__)
 
@@ -45,21 +49,23 @@ def peak_memory() -> float:
 
 
 class Progress(HookBase):
-    """Shows iteration, losses, speed and time left: a bar on a terminal, lines elsewhere."""
+    """Shows iteration, losses, speed and time left: lines in the log, and a bar on a terminal."""
 
-    def __init__(self, period: int = 20, window: int = 20) -> None:
+    def __init__(self, seconds: float = SECONDS, window: int = 20) -> None:
         """Prepare.
 
         Args:
-            period: a line every so many iterations, where standard error is no terminal.
+            seconds: the least time between two lines; the first and last iteration always have one.
             window: iterations whose median losses are shown.
         """
-        self._period = period
+        self._seconds = seconds
         self._window = window
         self._bar: tqdm[NoReturn] | None = None
+        self._last_line = -math.inf
 
     def before_train(self) -> None:
-        """Open the bar, where there is a terminal to show it."""
+        """Open the bar if there is a terminal to show it."""
+        self._last_line = -math.inf
         if sys.stderr.isatty():
             self._bar = tqdm(
                 total=self.trainer.max_iter,
@@ -70,19 +76,21 @@ class Progress(HookBase):
             )
 
     def after_step(self) -> None:
-        """Move the bar, or write a line every so often."""
+        """Move the bar, and log a line if it is time for one."""
         storage = self.trainer.storage
         iteration = self.trainer.iter + 1
+        now = time.monotonic()
+        if now - self._last_line >= self._seconds or iteration == self.trainer.max_iter:
+            self._last_line = now
+            logger.info("%s", self._line(storage, iteration))
         if self._bar is not None:
             self._bar.set_postfix_str(self._losses(storage), refresh=False)
             self._bar.update()
             if iteration == self.trainer.max_iter:
                 self._bar.close()  # the last evaluation is not training time
-        elif iteration % self._period == 0 or iteration == self.trainer.max_iter:
-            logger.info("%s", self._line(storage, iteration))
 
     def after_train(self) -> None:
-        """Close the bar, where the training ended early."""
+        """Close the bar if the training ended early."""
         if self._bar is not None:
             self._bar.close()
 

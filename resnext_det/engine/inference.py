@@ -18,8 +18,8 @@ from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
 from detectron2.evaluation.testing import print_csv_format
 from detectron2.utils import comm
 from torch import nn
-from tqdm import tqdm
 
+from resnext_det.console import progress_bar
 from resnext_det.engine.stopping import SIGNALS
 from resnext_det.engine.train_loop import bare
 from resnext_det.environment import commit, versions
@@ -98,13 +98,12 @@ def _evaluate(
         if isinstance(evaluator, DetectionEvaluator) and evaluator.needs_none_but(done):
             evaluator.reset()
             return evaluator.evaluate()
-    bar = tqdm(
+    bar = progress_bar(
         Remaining(loader_of(name), done),
         desc=name,
         unit="batch",
         # In all processes but one it would repeat.
-        disable=None if comm.is_main_process() else True,
-        leave=False,
+        disable=not comm.is_main_process(),
     )
     found: Results | None = inference_on_dataset(model, bar, evaluator)
     return found or {}

@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch.nn import functional
-from tqdm import tqdm
 
+from resnext_det.console import progress_bar
 from resnext_det.errors import ConfigError, DatasetError
 from resnext_det.files import written_beside
 from resnext_det.images import read_picture
@@ -174,7 +174,7 @@ def pretrain(root: Path, output: Path, plan: PretrainingPlan = PretrainingPlan()
         cycle_momentum=False,
     )
     pixels, targets = torch.from_numpy(crops), torch.from_numpy(labels)
-    progress = tqdm(range(plan.updates), desc="pretraining", unit="update", disable=None)
+    progress = progress_bar(range(plan.updates), desc="pretraining", unit="update")
     for _ in progress:
         chosen = torch.randint(len(pixels), (plan.batch,))
         images = _mirror(normalised(pixels[chosen]))

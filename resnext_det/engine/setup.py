@@ -14,6 +14,7 @@ from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
+from resnext_det.console import ignore_others_warnings, print_above_bars
 from resnext_det.errors import ConfigError, InertMessages
 from resnext_det.files import check_writable, written_beside
 
@@ -79,6 +80,7 @@ def set_up(cfg: CfgNode, arguments: argparse.Namespace) -> None:
     Raises:
         ConfigError: OUTPUT_DIR cannot be written.
     """
+    ignore_others_warnings()  # this process may be a child of the command
     check_writable(Path(cfg.OUTPUT_DIR), "OUTPUT_DIR")
     rank = comm.get_rank()
     # Detectron2 keeps the logger that it makes for the same arguments: these are default_setup's.
@@ -92,6 +94,8 @@ def set_up(cfg: CfgNode, arguments: argparse.Namespace) -> None:
         cfg.OUTPUT_DIR, distributed_rank=rank, name="resnext_det", abbrev_name="resnext_det"
     )
     _make_inert("resnext_det")
+    for name in ("fvcore", "detectron2", "resnext_det"):
+        print_above_bars(logging.getLogger(name))
 
 
 @contextlib.contextmanager

@@ -250,17 +250,17 @@ class Trainer(DefaultTrainer):
         if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self._trainer.model):
             found.append(self._precise_bn())
         found += [Throughput(cfg.SOLVER.IMS_PER_BATCH), History()]
+        is_main = comm.is_main_process()
+        if is_main:
+            found.append(Progress())  # before evaluations, which are no training time
         # Before the evaluation: a crash in it loses nothing.
         found.append(self._checkpoints)
         expected = bool(cfg.TEST.EXPECTED_RESULTS)
         found.append(
             Evaluation(self._evaluate, cfg.TEST.EVAL_PERIOD, goal, self._save_best, expected)
         )
-        is_main = comm.is_main_process()
         build = self.build_writers if is_main else list[EventWriter]
         found.append(Writers(build, writing_period(self.max_iter)))
-        if is_main:
-            found.append(Progress())
         return [*found, self._stop_on_signal]
 
     def _precise_bn(self) -> HookBase:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from tabulate import tabulate
-from tqdm import tqdm
 
+from resnext_det.console import progress_bar
 from resnext_det.errors import DatasetError, plain
 from resnext_det.evaluation.detections import Detections, check_detections, read_detections
 from resnext_det.evaluation.engines import FIGURES, by_hotcoco, hotcoco_evaluation
@@ -137,7 +137,7 @@ def _interval(
     """Return the ends of the intervals, (2, 12), in points; NaN where no draw has a figure."""
     images = len(truth.image_ids)
     generator = np.random.default_rng(seed)
-    bar = tqdm(total=resamples, desc="bootstrap", unit="draw", delay=2, disable=None, leave=False)
+    bar = progress_bar(total=resamples, desc="bootstrap", unit="draw", delay=2)
     differences = np.full((resamples, len(FIGURES)), np.nan)
     for start in range(0, resamples, _AT_ONCE):
         many = min(_AT_ONCE, resamples - start)

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from resnext_det.errors import DatasetError, quoted
+from resnext_det.errors import DatasetError, plain, quoted
 from resnext_det.files import open_regular
 
 _STOCK_RESULTS = "coco_instances_results.json"
@@ -388,7 +388,11 @@ def read_training(run: Path) -> list[Record]:
             entry = json.loads(line)
             if not isinstance(entry, dict) or not isinstance(entry.get("iteration"), int):
                 continue
-            numbers = {key: float(v) for key, v in entry.items() if isinstance(v, (int, float))}
+            numbers = {
+                plain(key, 500): float(value)  # a class name, which may be no valid text
+                for key, value in entry.items()
+                if isinstance(value, (int, float))
+            }
         except (ValueError, OverflowError, RecursionError):
             continue
         records.setdefault(entry["iteration"], {}).update(numbers)

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from resnext_det.errors import ConfigError, DatasetError
+from resnext_det.errors import ConfigError, DatasetError, plain
 from resnext_det.evaluation.run_folder import Record, read_training
 from resnext_det.files import written_beside
 from resnext_det.looking.curves import (
@@ -98,7 +98,7 @@ def distinct_names(folders: Sequence[Path]) -> list[str]:
             ),
             len(one),
         )
-        names.append(str(Path(*one[-count:])))
+        names.append(plain(str(Path(*one[-count:]))))
     return names
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
+from resnext_det.console import progress_bar
 from resnext_det.data.record_forms import leads_out
 from resnext_det.errors import DatasetError
 from resnext_det.evaluation.detections import Detections, check_detections, read_detections
@@ -112,7 +112,7 @@ def make_gallery(evaluation: Evaluation, limit: int) -> Gallery:
         )
     missing, scored = 0, []
     # The boxes of all images take much memory, so those of the chosen ones are made twice.
-    for position in tqdm(range(images), "comparing", unit="image", leave=False, disable=None):
+    for position in progress_bar(range(images), "comparing", unit="image"):
         sample = sample_of(position)
         if sample is None:
             missing += 1

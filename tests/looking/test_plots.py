@@ -77,6 +77,13 @@ def test_all_runs_are_named_in_the_picture(write: Write, tmp_path: Path) -> None
     assert "stroke-dasharray" in text
 
 
+def test_names_that_are_no_valid_text_are_drawn_escaped(write: Write, tmp_path: Path) -> None:
+    lines = [{"iteration": n, "total_loss": 1.0, "\ud800/bbox/AP": 2.0} for n in range(3)]
+    runs = read_runs([write("run", *lines)])
+    plot_runs(runs, output := tmp_path / "curves.svg", ["\\ud800/bbox/AP"])
+    assert ">\\ud800/bbox/AP</text>" in output.read_text(encoding="utf-8")
+
+
 def test_what_is_shown_by_default(write: Write) -> None:
     folders = [
         write("one", {"iteration": 0, "total_loss": 1.0, "loss_cls": 0.5, "lr": 0.1}),

@@ -1,0 +1,78 @@
+"""What a command shows while it works: bars on a terminal, lines in logs."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+SECONDS = 30.0
+"""The longest time between two signs of life."""
+
+_LINE = "{desc}: {n_fmt} of {total_fmt} {unit}s, {elapsed} elapsed, {remaining} left"
+
+
+def progress_bar(*arguments: Any, **settings: Any) -> tqdm[Any]:
+    """Return tqdm's bar on a terminal, and one that logs a line every 30 seconds elsewhere.
+
+    Args:
+        arguments: tqdm's.
+        settings: tqdm's; `desc` and `unit` are part of the line.
+    """
+    if not sys.stderr.isatty():
+        settings |= {"file": _LogLines(), "bar_format": _LINE}
+        settings |= {"delay": SECONDS, "mininterval": SECONDS, "maxinterval": SECONDS}
+    return tqdm(*arguments, **{"leave": False, "dynamic_ncols": True, **settings})
+
+
+class _LogLines:
+    """A file for tqdm that logs what it draws."""
+
+    def write(self, text: str) -> None:
+        line = text.strip("\r\n ")
+        if not line:
+            return
+        if logger.hasHandlers():
+            logger.info("%s", line)
+        else:  # a command that keeps no log
+            sys.stderr.write(f"{line}\n")
+
+    def flush(self) -> None:
+        pass
+
+
+class _AboveBars:
+    """A stream for log lines that moves a bar out of the way first."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        tqdm.write(text, file=self._stream, end="")
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+def print_above_bars(log: logging.Logger) -> None:
+    """Let a logger's lines on the terminal keep clear of progress bars."""
+    for handler in log.handlers:
+        if type(handler) is logging.StreamHandler and not isinstance(handler.stream, _AboveBars):
+            handler.setStream(_AboveBars(handler.stream))
+
+
+def ignore_others_warnings() -> None:
+    """Silence what torch tells Detectron2's authors; unless Python was started with -W.
+
+    Commands call this. A program that imports the package decides for itself.
+    """
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch(\.|$)")
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.functional")
+    for name in ("torch.utils.cpp_extension", "torch.fx._symbolic_trace"):
+        logging.getLogger(name).setLevel(logging.ERROR)
