@@ -14,16 +14,18 @@ __version__ = "0.1.0"
 def _require_detectron2() -> None:
     """Raise one error that says how to mend a Detectron2 that is missing or does not import."""
     try:
-        # torch.jit.script's end is announced while Detectron2 is imported, to Detectron2's authors.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            import detectron2.data
-            import detectron2.engine
-            import detectron2.modeling  # noqa: F401
-
-        # Detectron2's model zoo imports it, with a warning that is not ours to give.
         if importlib.util.find_spec("pkg_resources") is None:
             raise ImportError("pkg_resources is missing; setuptools below 81 has it")
+        # What these announce while they are imported is for Detectron2's authors: the ends of
+        # torch.jit.script and, in its model zoo, of pkg_resources.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("ignore", "pkg_resources is deprecated", UserWarning)
+            import detectron2.data
+            import detectron2.engine
+            import detectron2.model_zoo
+            import detectron2.modeling  # noqa: F401
+
     except Exception as error:
         raise ImportError(
             f"resnext_det needs Detectron2, and importing it failed: {type(error).__name__}: "
