@@ -9,6 +9,7 @@ process that accumulates gradients sees what several processes would have seen.
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,8 @@ from resnext_det.config import complete
 from resnext_det.data.annotations import forget, serve
 from resnext_det.data.workers import with_lasting_workers
 from resnext_det.errors import ConfigError, DatasetError
+
+logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 Mapper = Callable[[Record], Record | None]
@@ -260,7 +263,35 @@ def training_records(cfg: CfgNode) -> list[Record]:
             "with Detectron2's register_coco_panoptic_separated, or train another "
             "MODEL.META_ARCHITECTURE, such as GeneralizedRCNN."
         )
-    return records
+    return _with_masks(cfg, records) if cfg.MODEL.MASK_ON else records
+
+
+def _with_masks(cfg: CfgNode, records: list[Record]) -> list[Record]:
+    """Leave out objects without a mask, at which Detectron2's mapper ends with a KeyError."""
+    masked, before, packed = [], 0, 0
+    for record in records:
+        given = record.get("annotations", [])
+        kept = [each for each in given if "segmentation" in each]
+        before += len(given)
+        packed += sum(
+            isinstance(each["segmentation"], dict) and not each.get("iscrowd") for each in kept
+        )
+        if kept or not given:
+            masked.append({**record, "annotations": kept})
+    left_out = before - sum(len(record["annotations"]) for record in masked)
+    if packed and cfg.INPUT.MASK_FORMAT != "bitmask":
+        raise ConfigError(
+            f"INPUT.MASK_FORMAT is {cfg.INPUT.MASK_FORMAT}, and the masks of {packed} objects are "
+            "RLE. Set INPUT.MASK_FORMAT bitmask."
+        )
+    if before and left_out == before:
+        raise DatasetError(
+            f"MODEL.MASK_ON is True, and none of {before} objects of {cfg.DATASETS.TRAIN} has a "
+            "mask. Set it False, or give annotations with segmentations."
+        )
+    if left_out:
+        logger.warning("%d of %d objects have no mask and are left out", left_out, before)
+    return masked
 
 
 def _order(cfg: CfgNode, records: list[Record], seed: int) -> Callable[[], Iterator[int]]:

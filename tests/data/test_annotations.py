@@ -21,8 +21,8 @@ from resnext_det.data.annotations import load_records, read_annotations
 from resnext_det.data.checks import check_datasets
 from resnext_det.data.mapper import NamingDatasetMapper
 from resnext_det.data.record_forms import is_segmentation
-from resnext_det.data.stream import Share, build_stream
-from resnext_det.errors import DatasetError
+from resnext_det.data.stream import Share, build_stream, training_records
+from resnext_det.errors import ConfigError, DatasetError
 from resnext_det.evaluation.truth import read_truth
 
 TOY = "faster_rcnn_X_26_8x4d_FPN_toy"
@@ -309,3 +309,21 @@ def test_a_packed_rle_is_read_as_pycocotools_reads_it(runs: list[int]) -> None:
     text = pycocotools.mask.frPyObjects({"size": size, "counts": runs}, *size)["counts"].decode()
     assert is_segmentation({"size": size, "counts": text}, *size)
     assert not is_segmentation({"size": [1, total + 1], "counts": text})
+
+
+def test_objects_without_a_mask_do_not_end_a_training_of_masks(
+    tmp_path: Path, registered: Callable[[str, Path], str]
+) -> None:
+    document = sound()
+    document["annotations"][0]["segmentation"] = [8, 8, 30, 8, 30, 28]
+    name = registered("masks", write(tmp_path, document))
+    words = ["MODEL.MASK_ON", "True", "INPUT.MASK_FORMAT"]
+    with pytest.raises(ConfigError, match=r"the masks of 1 objects are RLE.*bitmask"):
+        training_records(config(name, name, *words, "polygon"))
+    cfg = config(name, name, *words, "bitmask")
+    (batch,) = [next(iter(build_stream(cfg, NamingDatasetMapper(cfg, True), Share(0, 1, 1, 1), 0)))]
+    assert len(batch[0]["instances"].gt_masks) == 1
+    document["annotations"] = document["annotations"][3:4]
+    bare = registered("none", write(tmp_path, document, "none"))
+    with pytest.raises(DatasetError, match=r"none of 1 objects of .* has a mask"):
+        training_records(config(bare, bare, *words, "bitmask"))
