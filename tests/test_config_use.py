@@ -17,11 +17,15 @@ from resnext_det.config_rules import RULES, value_of
 from resnext_det.config_use import idle_settings, idle_warning, refuse_impossible
 from resnext_det.engine.trainer import Trainer
 from resnext_det.errors import ConfigError
+from resnext_det.modeling.detectors import build_detector
 
 TOY = "faster_rcnn_X_26_8x4d_FPN_toy"
 NEWER = {"FLOAT32_PRECISION"}  # of Detectron2s after the one that is installed here
-# Read by tools and by default_setup, before there is a trainer.
-OF_SET_UP = {"VERSION", "CUDNN_BENCHMARK", "MODEL.WEIGHTS", "TEST.EXPECTED_RESULTS", *NEWER}
+# Read by tools, by default_setup and for a checkpoint, outside of a new training.
+OF_SET_UP = {
+    *("VERSION", "CUDNN_BENCHMARK", "MODEL.WEIGHTS", "TEST.EXPECTED_RESULTS"),
+    *("MODEL.RESNEXT.ALLOW_OTHER_FUNCTION", *NEWER),
+}
 
 
 def every_key(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
@@ -165,3 +169,20 @@ def test_settings_without_effect_are_named_in_one_line() -> None:
     for part in ("RETINANET.NUM_CLASSES (see MODEL.META_ARCHITECTURE)", "TEST.AUG.MIN_SIZES (see"):
         assert part in found
     assert "GLOBAL.HACK (see nothing" in found
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["MODEL.ANCHOR_GENERATOR.SIZES", "[[32], [64]]"],
+        ["MODEL.RPN.IN_FEATURES", "['p2', 'p9']"],
+        ["MODEL.ROI_HEADS.IN_FEATURES", "['p2', 'p4']"],
+        ["MODEL.RPN.IOU_LABELS", "[0, 1]"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_parts_that_do_not_fit_are_one_error_of_this_package(words: list[str]) -> None:
+    cfg = load_config(TOY, [*SMALL, *words])
+    for build in (build_detector, Trainer.build_model):
+        with pytest.raises(ConfigError, match="no detector can be built from this config"):
+            build(cfg)

@@ -180,6 +180,14 @@ class Plan:
             ("Images per update", f"{self.images_per_update:,} = {parts}"),
             ("Images per process", f"{self.images_per_process:,}"),
         ]
+        if self.micro_batches > 1:
+            rows.append(
+                (
+                    "Faster",
+                    f"with memory for more: SOLVER.IMS_PER_MICRO_BATCH {self.images_per_process} "
+                    "or a divisor of it; as many images per update, but other ones",
+                )
+            )
         if images is not None:
             rows.append(("Images to train on", f"{images:,}"))
         scaling = [f"{self.scaling}, nothing changed", *map(str, self.changes)]

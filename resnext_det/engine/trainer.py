@@ -51,7 +51,7 @@ from resnext_det.engine.train_loop import (
 from resnext_det.engine.writers import History, Writers, build_writers, writing_period
 from resnext_det.evaluation.evaluator import DetectionEvaluator, Engine
 from resnext_det.files import free_bytes
-from resnext_det.modeling.detectors import check_names
+from resnext_det.modeling.detectors import build_detector
 from resnext_det.pretrained.loading import load_weights
 
 logger = logging.getLogger(__name__)
@@ -122,9 +122,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """Return the detector, on MODEL.DEVICE."""
-        check_names(cfg)
-        model: nn.Module = super().build_model(cfg)  # type: ignore[no-untyped-call]
-        return model
+        return build_detector(cfg)
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Go on with the last good checkpoint of OUTPUT_DIR, or load MODEL.WEIGHTS.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import traceback
+from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.modeling import (
@@ -14,7 +16,7 @@ from detectron2.modeling import (
 )
 from torch import nn
 
-from resnext_det.errors import ConfigError
+from resnext_det.errors import ConfigError, ResNeXtError, quoted
 
 _DETECTORS = {
     "GeneralizedRCNN": ("PROPOSAL_GENERATOR", "ROI_HEADS"),
@@ -35,11 +37,22 @@ def build_detector(cfg: CfgNode) -> nn.Module:
         cfg: the config.
 
     Raises:
-        ConfigError: a name that nothing is registered under, where Detectron2 has a KeyError; or
-            a value that the backbone refuses.
+        ConfigError: a name that nothing is registered under, a value that the backbone refuses,
+            or parts that Detectron2 cannot put together.
     """
     check_names(cfg)
-    model: nn.Module = build_model(cfg)
+    try:
+        model: nn.Module = build_model(cfg)
+    except ResNeXtError:
+        raise
+    except (AssertionError, LookupError, TypeError, ValueError, AttributeError) as error:
+        # Detectron2 asserts what fits together, such as as many anchor sizes as features.
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise ConfigError(
+            f"no detector can be built from this config: {type(error).__name__} in "
+            f"{Path(frame.filename).name}, {frame.name}: {quoted(error)}. Compare MODEL's "
+            "features, sizes and thresholds with those of a shipped config."
+        ) from error
     return model
 
 

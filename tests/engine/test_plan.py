@@ -91,6 +91,8 @@ def test_epochs_of_the_paper() -> None:
     told = {line[:20].strip(): line[20:] for line in lines}
     assert told["Images per update"] == "16 = 1 process x 8 micro-batches x 2 images"
     assert told["Images to train on"] == "118,287"
+    assert "SOLVER.IMS_PER_MICRO_BATCH 16 or a divisor of it" in told["Faster"]
+    assert "Faster" not in planned("SOLVER.IMS_PER_MICRO_BATCH", 16).describe()
     assert told["Scaling"] == "accumulate, nothing changed; written for 8 processes"
     assert told["Learning rate"] == "0.02"
     assert told["Warm-up"] == "1,000 iterations (0.14 epochs), from 2e-05"
