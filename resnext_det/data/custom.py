@@ -334,9 +334,11 @@ def _check_model(cfg: CfgNode) -> str:
             f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}: data of your own is for "
             "GeneralizedRCNN (such as Faster R-CNN) and RetinaNet."
         )
-    for other in ("MASK_ON", "KEYPOINT_ON"):
-        if cfg.MODEL[other]:
-            raise ConfigError(f"data of your own is for boxes alone: set MODEL.{other} False.")
+    if cfg.MODEL.KEYPOINT_ON:
+        raise ConfigError(
+            "data of your own is for boxes and masks: set MODEL.KEYPOINT_ON False, or register the "
+            "data set in a program, with keypoint_names and keypoint_flip_map."
+        )
     return configured[0]
 
 

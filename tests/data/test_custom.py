@@ -125,7 +125,6 @@ def test_retinanet_has_a_key_of_its_own(train: Path) -> None:
     ("key", "value"),
     [
         ("MODEL.META_ARCHITECTURE", "PanopticFPN"),
-        ("MODEL.MASK_ON", True),
         ("MODEL.KEYPOINT_ON", True),
     ],
 )
