@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from resnext_det.data.checks import CUSTOM
+
 logger = logging.getLogger(__name__)
 
 
@@ -98,7 +100,11 @@ def _facts(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     shown = ", ".join(f"{size} in {phase}" for phase, size in sizes.items() if size)
     data = config.get("DATASETS")
     trained_on = data.get("TRAIN") if isinstance(data, Mapping) else None
-    names = ", ".join(map(str, trained_on)) if isinstance(trained_on, list) else trained_on
+    names = (
+        ", ".join(dataset_title(str(name)) for name in trained_on)
+        if isinstance(trained_on, list)
+        else trained_on
+    )
     facts = {
         "Detector": _detector(config["MODEL"]),
         "Norm": config["MODEL"]["RESNETS"].get("NORM"),
@@ -134,6 +140,16 @@ def _detector(model: Mapping[str, Any]) -> str:
     if not neck and model["RESNETS"].get("RES5_DILATION") == 2:
         neck = "DC5"
     return ", ".join(part for part in (kind, neck) if part)
+
+
+def dataset_title(name: str) -> str:
+    """Return how people call a data set: one of their own by the name of its annotation file.
+
+    Args:
+        name: in Detectron2's catalog; `CustomData.name` adds a prefix and a digest to the file's.
+    """
+    own = re.fullmatch(rf"{CUSTOM}(.+)_[0-9a-f]{{8}}", name)
+    return own[1] if own else name
 
 
 def grouped(number: object) -> str:

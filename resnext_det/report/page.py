@@ -22,7 +22,7 @@ from resnext_det.evaluation.run_folder import (
 from resnext_det.files import written_beside
 from resnext_det.looking.curves import Curves, loss_curves, precision_curves
 from resnext_det.report.baseline import Comparison, comparison_of
-from resnext_det.report.config import grouped, read_config
+from resnext_det.report.config import dataset_title, grouped, read_config
 from resnext_det.report.details import ReportDetails, read_details
 from resnext_det.report.gallery import (
     LOWEST,
@@ -184,6 +184,7 @@ def _environment() -> Environment:
     )
     environment.filters["figure"] = _figure
     environment.filters["grouped"] = grouped
+    environment.filters["dataset"] = dataset_title
     return environment
 
 
@@ -199,7 +200,7 @@ def _charts(training: Sequence[Record], steps: Sequence[int]) -> list[Chart]:
         curves = precision_curves(training, prefix, steps, prefix)
         if curves is not None:
             name = prefix.removesuffix("bbox/").removesuffix("/")
-            title = f"Precision in %, {name}" if name else "Precision in %"
+            title = f"Precision in %, {dataset_title(name)}" if name else "Precision in %"
             charts.append(Chart(title, Markup(curves.svg), curves, digits=1))
     return charts
 

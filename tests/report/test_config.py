@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from resnext_det import model_zoo
-from resnext_det.report.config import read_config, summary_of
+from resnext_det.report.config import dataset_title, read_config, summary_of
 from resnext_det.report.schedule import schedule_facts
 
 CONFIG = """
@@ -79,3 +79,8 @@ def test_a_shipped_config_is_told_as_it_is() -> None:
 def test_a_resnet_is_called_one() -> None:
     text = model_zoo.get_config("faster_rcnn_R_50_FPN_paper").dump()
     assert summary_of(text).model == "ResNet-50"
+
+
+def test_data_of_ones_own_is_called_as_its_file() -> None:
+    assert dataset_title("custom_coco_instances_val2017_2c436a4f") == "instances_val2017"
+    assert dataset_title("coco_2014_minival") == "coco_2014_minival"
