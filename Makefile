@@ -1,6 +1,7 @@
 # make demo   set everything up in .venv and run the main job on the toy data
 # make test   the tests; make check: ruff and mypy; make test-slow: those that
 #             take minutes, such as the demonstration
+# make docs   the documentation as a site in output/site
 # make setup  only the installation; DETECTRON2=source builds upstream Detectron2 from GitHub
 
 VENV ?= .venv
@@ -20,7 +21,7 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3.14 python
 IN_VENV := $(VENV)/bin/python
 CONFIG := configs/faster_rcnn_X_26_8x4d_FPN_toy.yaml
 
-.PHONY: setup demo test test-slow check clean
+.PHONY: setup demo test test-slow smoke check docs clean
 
 setup:
 	@$(PYTHON) tools/install.py --folder $(VENV) --detectron2 $(DETECTRON2)
@@ -41,6 +42,14 @@ test: setup
 
 test-slow: setup
 	$(IN_VENV) -m pytest -m slow --timeout=1800
+
+# The tests that show an installation to work, in about a minute.
+smoke: setup
+	$(IN_VENV) -m pytest tests/test_import.py tests/test_config.py tests/modeling/test_resnext.py \
+		tests/engine/test_recorded_config.py
+
+docs: setup
+	$(IN_VENV) -m mkdocs build --quiet
 
 check: setup
 	$(IN_VENV) -m ruff check .
