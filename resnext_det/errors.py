@@ -7,7 +7,7 @@ import logging
 import re
 import reprlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import PurePath
 
 from resnext_det.console import ignore_others_warnings
@@ -78,6 +78,12 @@ def plain(text: str, limit: int = 100) -> str:
         limit: most characters of the result, from 8 on.
     """
     return _cut(_escaped(text[: limit + 1]), limit)
+
+
+def named(names: Iterable[object], most: int = 5) -> str:
+    """Return the first of many names from outside, such as those of tensors, as `plain` text."""
+    listed = [plain(str(name)) for name in names]
+    return ", ".join(listed[:most]) + (", ..." if len(listed) > most else "")
 
 
 def _escaped(text: str, but: str = "") -> str:

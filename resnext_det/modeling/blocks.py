@@ -77,7 +77,7 @@ class _BlockOfPaths(CNNBlockBase, ABC):
             ConfigError: a norm that mixes channels, such as GN.
         """
         super().__init__(in_channels, out_channels, stride)  # type: ignore[no-untyped-call]
-        _refuse_mixing(norm, bottleneck_channels // num_groups)
+        _refuse_mixing(norm)
         # Cut out of the grouped form: one seed gives one network in all three forms.
         grouped = BottleneckBlock(
             in_channels,
@@ -141,10 +141,9 @@ class AggregatedBlock(_BlockOfPaths):
         self.norm = conv3.norm
 
     def _join(self, x: Tensor) -> Tensor:
-        first, *others = self.paths
-        total: Tensor = first(x)
-        for path in others:
-            total = total + path(x)
+        total = torch.zeros(1, dtype=x.dtype, device=x.device)
+        for number, path in enumerate(self.paths):  # TorchScript cannot unpack a ModuleList
+            total = path(x) if number == 0 else total + path(x)
         return total if self.norm is None else self.norm(total)
 
 
@@ -193,9 +192,10 @@ def _conv(like: Conv2d, weight: Tensor, norm: Norm) -> Conv2d:
     return conv
 
 
-def _refuse_mixing(norm: Norm, channels: int) -> None:
+def _refuse_mixing(norm: Norm) -> None:
     """Refuse a norm whose value for a channel depends on channels of other paths."""
-    if not norm or isinstance(get_norm(norm, channels), _PER_CHANNEL):
+    # Of 32 channels, which Detectron2's GN of 32 groups takes, whatever a path has.
+    if not norm or isinstance(get_norm(norm, 32), _PER_CHANNEL):
         return
     raise ConfigError(
         f"MODEL.RESNETS.NORM is {norm}, which mixes channels: the paths of the forms aggregated "

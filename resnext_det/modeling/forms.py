@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resnext_det.errors import WeightsError
+from resnext_det.errors import WeightsError, named, plain
 from resnext_det.modeling.blocks import BLOCKS, block_class
 
 _IN_NETWORK = re.compile(r"((?:.*\.)?res[2-5]\.(?:0|[1-9][0-9]{0,3})\.)(.+)")
@@ -37,7 +37,7 @@ def form_of(tensors: Mapping[str, Any]) -> str:
         return "grouped"
     raise WeightsError(
         "there is no ResNeXt block among these tensors: none is called conv3.weight or "
-        f"paths.0.conv2.weight. The first names are: {', '.join(list(tensors)[:5])}"
+        f"paths.0.conv2.weight. The first names are: {named(tensors)}"
     )
 
 
@@ -82,7 +82,7 @@ def convert_form(tensors: Mapping[str, Tensor], form: str) -> dict[str, Tensor]:
     if all("" in part for part in parts.values()):
         raise WeightsError(
             "there is no stage res2 to res5 among these tensors. The first names are: "
-            f"{', '.join(list(tensors)[:5])}. Names of other layouts are converted first."
+            f"{named(tensors)}. Names of other layouts are converted first."
         )
     converted: dict[str, Tensor] = {}
     for prefix, part in parts.items():
@@ -151,7 +151,7 @@ def _to_grouped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif _IN_BLOCK.fullmatch(name):
             grouped[name] = tensor
         else:
-            raise WeightsError(f"{name} is no tensor of a ResNeXt block.")
+            raise WeightsError(f"{plain(name)} is no tensor of a ResNeXt block.")
     cardinality = max((len(each) for each in parts.values()), default=0)
     for name, each in parts.items():
         if sorted(each) != list(range(cardinality)):
@@ -183,7 +183,7 @@ def _to_paths(grouped: Mapping[str, Tensor], form: str) -> dict[str, Tensor]:
     for name, tensor in grouped.items():
         match = _IN_BLOCK.fullmatch(name)
         if match is None:
-            raise WeightsError(f"{name} is no tensor of a ResNeXt block that could be cut.")
+            raise WeightsError(f"{plain(name)} is no tensor of a ResNeXt block that could be cut.")
         module, rest = match.groups()
         if module == "conv3" and form == "aggregated" and rest.startswith("norm."):
             whole[rest] = tensor  # one norm, after the sum

@@ -15,7 +15,7 @@ import torch
 from detectron2.layers import FrozenBatchNorm2d
 from torch import Tensor, nn
 
-from resnext_det.errors import WeightsError
+from resnext_det.errors import WeightsError, named, plain
 from resnext_det.modeling.forms import in_form_of
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def _refuse_part(module: nn.Module, state: Mapping[str, Tensor], prefix: str, *_
     raise WeightsError(
         f"the weights that are loaded fill the backbone only in part: {len(missing)} of its "
         f"{len(wanted)} tensors are missing or have another shape, the first being "
-        f"{', '.join(prefix + name for name in missing[:5])}; they would stay random. Compare "
+        f"{named(prefix + name for name in missing)}; they would stay random. Compare "
         "DEPTH, NUM_GROUPS, WIDTH_PER_GROUP and NORM of MODEL.RESNETS with the file, and convert "
         "it with tools/convert_weights.py where it is of another program. Where a part is what "
         "you want, set allow_partial_loads = True on the backbone before loading."
@@ -87,8 +87,8 @@ def _refuse_other_names(_module: nn.Module, keys: Any) -> None:
     if is_backbone(dict.fromkeys(keys.unexpected_keys, _NOTHING)):
         raise WeightsError(
             "none of the weights that are loaded arrived: they are a backbone's, under names such "
-            f"as {keys.unexpected_keys[0]}, and this model has others. Convert the file with "
-            "tools/convert_weights.py, whose result Detectron2 loads."
+            f"as {plain(keys.unexpected_keys[0])}, and this model has others. Convert the file "
+            "with tools/convert_weights.py, whose result Detectron2 loads."
         )
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from resnext_det.errors import ConfigError, WeightsError
+from resnext_det.errors import ConfigError, WeightsError, quoted
 from resnext_det.files import file_digest
 from resnext_det.pretrained import catalog_others, catalog_timm
 from resnext_det.pretrained.catalog_entry import Entry
@@ -17,6 +17,7 @@ ENTRIES: Mapping[str, Entry] = {
 }
 """Every checkpoint that can be converted, by its name."""
 
+_LONGEST_NAME = 100
 _ARCHITECTURE = re.compile(r"resne(?:t\d+|xt\d+_\d+x\d+d)")
 
 _DEEP_STEM = (
@@ -69,8 +70,9 @@ def entry(name: str, entries: Mapping[str, Entry] = ENTRIES) -> Entry:
         return entries[name]
     if name in REFUSED:
         raise ConfigError(f"{name} cannot be used: {REFUSED[name]}.")
+    name = name[:_LONGEST_NAME]  # spelling is compared below, which takes its time
     raise ConfigError(
-        f"there is no checkpoint {name!r} in the catalog "
+        f"there is no checkpoint {quoted(name)} in the catalog "
         f"(nearest: {', '.join(_nearest(name, list(entries)))}). "
         "`python tools/list_weights.py` prints all of them."
     )

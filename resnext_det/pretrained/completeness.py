@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from resnext_det.errors import ConfigError, WeightsError
+from resnext_det.errors import ConfigError, WeightsError, named
 from resnext_det.modeling.template import BLOCKS_PER_STAGE, Template
 
 NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
@@ -114,12 +115,12 @@ def check_backbone(source: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     if missing:
         raise WeightsError(
             f"{source} lacks {len(missing)} tensors of its convolutions and norms, the first being "
-            f"{', '.join(missing[:5])}. Without them the backbone would run on made-up numbers."
+            f"{named(missing)}. Without them the backbone would run on made-up numbers."
         )
     unknown = [name for name in tensors if name not in shapes]
     if unknown:
         raise WeightsError(
-            f"{source} holds {len(unknown)} tensors that no ResNeXt has: {', '.join(unknown[:5])}"
+            f"{source} holds {len(unknown)} tensors that no ResNeXt has: {named(unknown)}"
         )
     for name, shape in shapes.items():
         if tensors[name].shape != shape:
@@ -139,7 +140,7 @@ def _check_values(source: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     if wrong:
         raise WeightsError(
             f"{source} holds NaN or infinite values in {len(wrong)} tensors: "
-            f"{', '.join(wrong[:5])}. Fetch or make the file again."
+            f"{named(wrong)}. Fetch or make the file again."
         )
     for name, tensor in tensors.items():
         if name.endswith("running_var") and bool((tensor < 0).any()):
@@ -147,3 +148,61 @@ def _check_values(source: Path, tensors: Mapping[str, torch.Tensor]) -> None:
                 f"{source} holds negative values in {name}, and a variance has none. Fetch or make "
                 "the file again."
             )
+
+
+def doubts(tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """Say why numbers cannot be those of a trained network, though every tensor is there.
+
+    Args:
+        tensors: under Detectron2's names, of a backbone or of a whole detector.
+
+    Returns:
+        Such as "52 of its 53 norms have their initial values (weight 1, bias 0, mean 0, variance
+        1), ..."; None if there is nothing to doubt. Norms whose statistics were folded into weight
+        and bias have mean 0 and variance 1 as well, but a weight and a bias of their own.
+    """
+    norms: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        module, _, kind = name.rpartition(".")
+        if kind in _INITIAL and (module.endswith(".norm") or f"{module}.running_var" in tensors):
+            norms[module][kind] = tensor
+    fresh = [
+        name
+        for name, parts in norms.items()
+        if "weight" in parts and all(_is_initial(kind, part) for kind, part in parts.items())
+    ]
+    constant = [
+        name
+        for name, tensor in tensors.items()
+        if name.endswith("weight") and "offset" not in name and _is_constant(tensor)
+    ]
+    dead = [
+        f"{name}.{kind}"
+        for name, parts in norms.items()
+        for kind in ("weight", "running_var")
+        if name not in fresh and kind in parts and not parts[kind].any()
+    ]
+    found = []
+    if fresh:
+        found.append(
+            f"{len(fresh)} of its {len(norms)} norms have their initial values (weight 1 or 0, "
+            f"bias 0, mean 0, variance 1): {named(fresh, 3)}"
+        )
+    if constant:
+        found.append(f"{len(constant)} convolutions hold one number only: {named(constant, 3)}")
+    if dead:
+        found.append(f"{len(dead)} scales or variances of norms are all 0: {named(dead, 3)}")
+    return "; ".join(found) or None
+
+
+_INITIAL = {"weight": (0.0, 1.0), "bias": (0.0,), "running_mean": (0.0,), "running_var": (1.0,)}
+"""What norms start with: weight 0 if residual branches start at zero."""
+_CLOSE = 1.01e-5  # Detectron2's FrozenBN starts with a variance of 1 - 1e-5
+
+
+def _is_initial(kind: str, tensor: torch.Tensor) -> bool:
+    return any(bool(((tensor - value).abs() <= _CLOSE).all()) for value in _INITIAL[kind])
+
+
+def _is_constant(tensor: torch.Tensor) -> bool:
+    return tensor.dim() == 4 and tensor.numel() > 1 and bool((tensor == tensor.flatten()[0]).all())

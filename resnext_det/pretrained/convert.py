@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,16 +12,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from resnext_det.errors import WeightsError
+from resnext_det.errors import WeightsError, quoted
 from resnext_det.files import file_digest, written_beside
 from resnext_det.modeling.forms import convert_form, in_form_of
 from resnext_det.modeling.template import Template
 from resnext_det.pretrained.catalog_entry import Entry
-from resnext_det.pretrained.completeness import check_backbone, describe
+from resnext_det.pretrained.completeness import check_backbone, describe, doubts
 from resnext_det.pretrained.pixels import Pixels, fold
 from resnext_det.pretrained.readers import Checkpoint, read_checkpoint, read_tensors
 from resnext_det.pretrained.record import Record
 from resnext_det.pretrained.sources import CLASSIFIER, is_backbone, recognise
+
+logger = logging.getLogger(__name__)
 
 _COUNTER = "num_batches_tracked"
 
@@ -74,6 +77,16 @@ def in_form(
         raise WeightsError(f"{source}: {error}") from error
 
 
+def warn_of_untrained(source: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Log a warning if the numbers in a file cannot be those of a trained network."""
+    if (doubt := doubts(tensors)) is not None:
+        logger.warning(
+            "%s does not look like a trained network: %s. Compare it with the file it should be.",
+            quoted(source),
+            doubt,
+        )
+
+
 def holds_backbone(source: Path) -> bool:
     """Tell whether a file holds a bare backbone in a layout that is known, and not a detector.
 
@@ -125,6 +138,7 @@ def backbone_of(
         if not name.startswith(CLASSIFIER) and not name.endswith(_COUNTER)
     }
     check_backbone(source, kept)
+    warn_of_untrained(source, kept)
     if record is not None:
         taken, fused, stride_in_1x1 = record.pixels, record.fused, record.stride_in_1x1
     else:

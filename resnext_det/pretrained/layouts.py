@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import TypeVar
 
-from resnext_det.errors import WeightsError
+from resnext_det.errors import WeightsError, named
 
 Tensor = TypeVar("Tensor")
 
@@ -26,12 +26,28 @@ _BLOCK = {
     "downsample.1": "shortcut.norm",
 }
 _BLOCK_NAME = re.compile(r"layer([1-4])\.(0|[1-9][0-9]*)\.(.+)\.([^.]+)")
+_OF_NETWORK = re.compile(
+    r"(conv|bn|norm|gn|ln|layer|stage|block|stem|res|features|pool|maxpool|downsample|se|attn|"
+    r"backbone|module|model|encoder)s?[_0-9]*[a-z]*\."
+)
 _DETECTRON2_BLOCK = re.compile(r"res([2-5])\.(0|[1-9][0-9]*)\.(.+)\.([^.]+)")
 
 
 def is_torchvision(names: Mapping[str, object]) -> bool:
     """Tell whether these are the names of a torchvision ResNet or ResNeXt."""
     return "conv1.weight" in names and "layer1.0.conv2.weight" in names
+
+
+def is_head(name: str) -> bool:
+    """Tell whether a tensor beside a torchvision network belongs to a head on top of it.
+
+    That is a module that no ResNet has among its own: fc.1, projection_head, predictor. Modules
+    that are called like a part of the network, such as conv2, bn_data or layer5, are not heads.
+    """
+    module, _, rest = name.partition(".")
+    if module == "fc":
+        return rest not in ("weight", "bias")
+    return bool(rest) and _OF_NETWORK.match(name) is None
 
 
 def is_detectron2_backbone(names: Mapping[str, object]) -> bool:
@@ -44,7 +60,8 @@ def to_detectron2(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename tensors from torchvision's layout to Detectron2's.
 
     Args:
-        tensors: name to anything; `num_batches_tracked` keeps its place beside its norm.
+        tensors: name to anything; `num_batches_tracked` keeps its place beside its norm. Without
+            heads other than "fc" (see `is_head`).
 
     Returns:
         The same values under Detectron2's names, "fc" under "linear".
@@ -57,7 +74,7 @@ def to_detectron2(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if unknown:
         raise WeightsError(
             f"{len(unknown)} tensors have names that a plain ResNeXt in torchvision's layout does "
-            f"not have: {', '.join(unknown[:5])}. Variants with another stem or other blocks (such "
+            f"not have: {named(unknown)}. Variants with another stem or other blocks (such "
             "as resnext50d, SE or ECA) are other networks, and cannot be converted."
         )
     return {new: tensors[name] for name, new in renamed.items() if new is not None}

@@ -16,8 +16,8 @@ from detectron2.modeling.roi_heads import Res5ROIHeads
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from resnext_det.errors import WeightsError
-from resnext_det.pretrained.convert import BackboneWeights, backbone_of, in_form
+from resnext_det.errors import WeightsError, named, quoted
+from resnext_det.pretrained.convert import BackboneWeights, backbone_of, in_form, warn_of_untrained
 from resnext_det.pretrained.fit import Needs, check_config
 from resnext_det.pretrained.readers import read_checkpoint, read_tensors, without_prefix
 from resnext_det.pretrained.sources import GROUPED, is_backbone
@@ -50,7 +50,9 @@ def load_weights(model: nn.Module, cfg: CfgNode, *, whole_detector: bool = False
     try:
         source = Path(PathManager.get_local_path(path))
     except Exception as error:  # each kind of address has errors of its own
-        raise WeightsError(f"MODEL.WEIGHTS {path} cannot be fetched: {error}") from error
+        raise WeightsError(
+            f"MODEL.WEIGHTS {quoted(path)} cannot be fetched: {quoted(error)}"
+        ) from error
     checkpoint = read_checkpoint(source)
     if not is_backbone(checkpoint.tensors):
         return _load_detector(model, checkpoint.tensors, source, whole_detector)
@@ -125,7 +127,7 @@ def load_backbone(model: nn.Module, weights: BackboneWeights, cfg: CfgNode) -> s
     if missing:
         raise WeightsError(
             f"{weights.source} lacks {len(missing)} of {len(targets)} backbone tensors: "
-            f"{', '.join(missing[:5])}. Nothing was loaded."
+            f"{named(missing)}. Nothing was loaded."
         )
     _refuse_other_shapes(weights.source, tensors, targets)
     with torch.no_grad():
@@ -138,7 +140,7 @@ def load_backbone(model: nn.Module, weights: BackboneWeights, cfg: CfgNode) -> s
         f"({weights.layout} layout); {len(unused)} left out"
     )
     if unused:
-        line += f": {', '.join(unused[:8])}{', ...' if len(unused) > 8 else ''}"
+        line += f": {named(unused, 8)}"
     if weights.counters:
         line += f" (and {weights.counters} num_batches_tracked, which nothing reads)"
     if weights.pixels is None:
@@ -242,13 +244,13 @@ def _load_detector(
     state = in_form(source, model.state_dict(), GROUPED)
     raw = in_form(source, raw, GROUPED)
     _refuse_unknown_blocks(source, raw, state)
-    named = {name: tensor for name, tensor in raw.items() if name in state}
-    if not named:
+    matched = {name: tensor for name, tensor in raw.items() if name in state}
+    if not matched:
         caffe2 = any("branch2a" in name for name in raw)
         aligned = align_and_update_state_dicts(state, dict(raw), c2_conversion=caffe2)
-        named = {name: tensor for name, tensor in aligned.items() if name in state}
+        matched = {name: tensor for name, tensor in aligned.items() if name in state}
     _refuse_other_norms(source, {n: t for n, t in raw.items() if n not in state}, state)
-    fitting = {name: t for name, t in named.items() if t.shape == state[name].shape}
+    fitting = {name: t for name, t in matched.items() if t.shape == state[name].shape}
     absent = [name for name in state if name not in fitting and not name.endswith(_COUNTER)]
     backbone = [name for name in absent if name.startswith(("backbone.", "roi_heads.res5."))]
     pyramid = ("backbone.fpn_", "backbone.top_block")
@@ -256,19 +258,20 @@ def _load_detector(
     if needed or not fitting:
         raise WeightsError(
             f"{source} leaves {len(needed) or len(state)} tensors of the model without weights: "
-            f"{', '.join((needed or list(state))[:5])}. Either they are missing in the file or "
+            f"{named(needed or state)}. Either they are missing in the file or "
             "they have another shape there; compare MODEL.RESNETS and NUM_CLASSES of the config "
             "with those the file was trained with. Nothing was loaded."
         )
     wrong = [name for name, tensor in fitting.items() if not torch.isfinite(tensor).all()]
     if wrong:
-        raise WeightsError(f"{source} holds NaN or infinite values in: {', '.join(wrong[:5])}")
+        raise WeightsError(f"{source} holds NaN or infinite values in: {named(wrong)}")
+    warn_of_untrained(source, fitting)
     model.load_state_dict(in_form(source, fitting, model.state_dict()), strict=False)
     total = sum(not name.endswith(_COUNTER) for name in state)
     line = f"{total - len(absent)}/{total} tensors of the detector loaded from {source}"
     if absent:
         line += (
             f"; {len(absent)} start random, as the file lacks them or holds another shape: "
-            f"{', '.join(absent[:8])}{', ...' if len(absent) > 8 else ''}"
+            f"{named(absent, 8)}"
         )
     return line

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from resnext_det.errors import WeightsError
+from resnext_det.errors import WeightsError, quoted
 
 Triple = tuple[float, float, float]
 # Two ways to write ImageNet's statistics differ in their last digits; a pixel is 1.
@@ -50,8 +50,8 @@ class Pixels:
             or len(self.std) != 3
         ):
             raise WeightsError(
-                f"{self} is no pixel convention: the order must be RGB or BGR, mean and std three "
-                "numbers each, std and range above 0."
+                f"{quoted(str(self))} is no pixel convention: the order must be RGB or BGR, "
+                "mean and std three numbers each, std and range above 0."
             )
 
     def __str__(self) -> str:

@@ -1,26 +1,32 @@
-"""A checkpoint file -> tensors by name. A file is data: no code out of it is ever run."""
+"""A checkpoint file -> tensors by name. The file is data: none of its code runs."""
 
 from __future__ import annotations
 
 import io
 import pickle
+import pickletools
 import re
-import struct
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
 
-from resnext_det.errors import WeightsError
-from resnext_det.pretrained.pickles import PickledArray, check_pickle, read_arrays
+from resnext_det.errors import WeightsError, named, quoted
+from resnext_det.files import open_regular
+from resnext_det.pretrained.pickles import (
+    ArrayUnpickler,
+    Ignored,
+    PickledArray,
+    more_than_data,
+)
 
-# Where checkpoints keep their weights, beside optimizer states and the like: Detectron2,
-# open-mmlab and timm, fvcore's older files, Caffe2; a moving average where there is nothing else.
-_WRAPPERS = ("model", "state_dict", "model_state", "blobs")
+# Keys under which checkpoints keep their weights, most trusted first; a moving average only if
+# there is nothing else. Any other key is accepted if only one holds tensors by name.
+_WRAPPERS = ("model", "state_dict", "model_state", "model_state_dict", "blobs")
 _AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "ema_state")
 # What data-parallel training, moving averages and training frameworks put before every name.
 _PREFIXES = ("module.", "model.", "_orig_mod.")
@@ -33,15 +39,27 @@ _PICKLE = (b"\x80", b"(", b"c", b"}")  # a dict by protocol 2 and later, or by 0
 # An object or a table by Torch7, in binary on a 32 or 64 bit machine, or in text.
 _TORCH7 = (b"\3\0\0\0", b"\4\0\0\0", b"3\n", b"4\n")
 _LEGACY_PICKLES = 5  # that number, a version, the machine, the content, the names of storages
-# What a checkpoint in plain containers asks for. torch.load allows more: a bytearray or a
-# torch.FloatTensor of any size that nothing is read into, and tensors that are sparse, quantised or
-# without numbers.
-_TORCH_GLOBALS = re.compile(
+# What tensors in plain containers need. torch.load's own list is longer: a bytearray or a
+# torch.FloatTensor of any size, and tensors that are sparse, quantised or without numbers.
+_TENSOR_GLOBALS = re.compile(
     r"collections\.(OrderedDict|Counter)|(builtins|__builtin__)\.(set|complex)|_codecs\.encode"
     r"|torch\._utils\._rebuild_(tensor|tensor_v2|parameter|parameter_with_state)"
     r"|torch\._tensor\._rebuild_from_type_v2|torch\.nn\.parameter\.Parameter"
     r"|torch\.(cuda\.)?[A-Z][A-Za-z0-9]*Storage"
     r"|torch\.(Size|device|b?float[0-9a-z_]*|double|half|u?int[0-9]+|long|short|bool)"
+)
+# What training programs (torchvision's and timm's, for two) save beside the weights. Nobody reads
+# it, so `Ignored` takes its place.
+_BESIDE = (
+    "argparse.Namespace",
+    "types.SimpleNamespace",
+    "torch.torch_version.TorchVersion",
+    *(
+        f"{module}.{name}"
+        for module in ("pathlib", "pathlib._local")
+        for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
+    ),
+    *("numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"),
 )
 
 
@@ -51,7 +69,7 @@ class Checkpoint:
 
     Attributes:
         tensors: on the CPU, by name.
-        record: what a file of this package says about itself, as it stands there; else None.
+        record: what a file of this package says about itself, unchecked; else None.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -66,10 +84,10 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
 def read_checkpoint(file: Path) -> Checkpoint:
     """Read a checkpoint.
 
-    Knows PyTorch's files (.pth and the like), pickles of arrays (.pkl) and safetensors, told apart
-    by what is in the file and not by its name. Wrappers ("model", "state_dict",
-    "blobs" and moving averages) and the prefix "module." of data-parallel training are taken off.
-    Reading takes memory in proportion to the file, whatever the file claims.
+    Reads PyTorch's files (.pth and the like), pickles of arrays (.pkl) and safetensors, recognised
+    by their content and not by the file name. Wrappers ("model", "state_dict" and the like, moving
+    averages) and prefixes such as "module." are removed. Claims of a file about sizes are not
+    trusted.
 
     Args:
         file: the checkpoint.
@@ -80,51 +98,52 @@ def read_checkpoint(file: Path) -> Checkpoint:
     Raises:
         WeightsError: the file is missing, broken, of no known kind, or holds more than data.
     """
-    _refuse_other_than_file(file)
     try:
-        content = _read(file)
-        tensors = _unwrap(content)
-        record = content.get("resnext_det") if tensors else None
+        stream = open_regular(file)
+    except FileNotFoundError as error:
+        raise WeightsError(f"there is no checkpoint {quoted(file)}.") from error
+    except (OSError, ValueError) as error:
+        raise WeightsError(
+            f"{quoted(file)} cannot be opened as a checkpoint, which must be a regular file: "
+            f"{quoted(getattr(error, 'strerror', None) or error)}."
+        ) from error
+    try:
+        with stream:
+            content = _read(file, stream)
+            size = stream.seek(0, io.SEEK_END)
+        tensors, record = _unwrap(content, size)
     except WeightsError as error:
-        raise WeightsError(f"{file} is refused: {error}.") from error
+        raise WeightsError(f"{quoted(file)} is refused: {error}.") from error
     except pickle.UnpicklingError as error:  # torch's own advice would be to trust the file
         raise WeightsError(
-            f"{file} is refused: it is damaged, or holds more than arrays in plain containers, or "
-            "was saved with another pickle_protocol than torch.save's own."
+            f"{quoted(file)} is refused: it is damaged, or holds more than arrays in plain "
+            "containers, or was saved with another pickle_protocol than torch.save's default."
         ) from error
     except Exception as error:
-        first = "".join(letter for letter in str(error)[:200] if letter.isprintable())
         raise WeightsError(
-            f"{file} cannot be read as a checkpoint; it may be truncated, or of another kind: "
-            f"{type(error).__name__}: {first}"
+            f"{quoted(file)} cannot be read as a checkpoint; it may be truncated, or of another "
+            f"kind: {type(error).__name__}: {quoted(error)}"
         ) from error
     if not tensors:
-        raise WeightsError(f"{file} holds no tensors by name, so it is no checkpoint of a network.")
+        raise WeightsError(
+            f"{quoted(file)} holds no tensors by name, so it is no checkpoint of a network."
+            f"{_keys(content)}"
+        )
     return Checkpoint(tensors, record)
 
 
-def _refuse_other_than_file(file: Path) -> None:
-    """Refuse what cannot be read, or may be read without end: a folder, a pipe, a device."""
-    try:
-        found, there = file.is_file(), file.exists()
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{file} cannot be looked up: {error}") from error
-    if there and not found:
-        raise WeightsError(f"{file} is no checkpoint: it is a folder, a pipe or a device.")
-    if not found:
-        raise WeightsError(f"there is no checkpoint {file}.")
+def _keys(content: Any) -> str:
+    if not isinstance(content, Mapping) or not content:
+        return ""
+    return f" Its keys: {named(content, 10)}."
 
 
-def _start(file: Path) -> bytes:
-    with file.open("rb") as stream:
-        return stream.read(len(_LEGACY))
-
-
-def _read(file: Path) -> Any:
-    start = _start(file)
+def _read(file: Path, stream: BinaryIO) -> Any:
+    start = stream.read(len(_LEGACY))
+    stream.seek(0)
     if start[:2] == _ZIP:
-        _check_zip(file)
-        return torch.load(file, map_location="cpu", weights_only=True)
+        _check_zip(stream)
+        return _load(stream)
     if start[8:9] == b"{":
         return safetensors.torch.load_file(file)
     if start.startswith(_TORCH7):
@@ -135,62 +154,55 @@ def _read(file: Path) -> Any:
         )
     if start[:1] not in _PICKLE:
         raise ValueError(f"no kind of checkpoint begins with {start!r}")
-    with file.open("rb") as stream:
-        return _read_legacy(stream) if start == _LEGACY else read_arrays(stream)
+    return _read_legacy(stream) if start == _LEGACY else ArrayUnpickler(stream, _BESIDE).load()
 
 
-def _check_zip(file: Path) -> None:
+def _load(stream: BinaryIO) -> Any:
+    stream.seek(0)
+    ignored: list[Any] = [(Ignored, name) for name in _BESIDE]
+    with torch.serialization.safe_globals(ignored):
+        return torch.load(stream, map_location="cpu", weights_only=True)
+
+
+def _check_zip(stream: BinaryIO) -> None:
     """Refuse an archive that torch.save would not write, or whose bytes have changed since."""
-    _check_directory(file)
-    with zipfile.ZipFile(file) as archive:
+    size = stream.seek(0, io.SEEK_END)
+    with zipfile.ZipFile(stream) as archive:
         entries = archive.infolist()
         names = [entry.filename.partition("/")[2].lower() for entry in entries]
         if "constants.pkl" in names:
             raise WeightsError("it is a program (TorchScript); save its state_dict() alone")
         if names.count("data.pkl") != 1 or len(set(names)) != len(names):
-            raise WeightsError("it is a zip archive, and none that torch.save wrote")
-        claimed = sum(entry.file_size for entry in entries)
+            raise WeightsError("it is a zip archive, but not one that torch.save wrote")
         packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-        if packed or claimed > file.stat().st_size:
+        if packed or sum(entry.file_size for entry in entries) > size:
             raise WeightsError(
                 "it is a compressed archive, and may unpack to any size: save it with torch.save"
             )
         damaged = archive.testzip() if any(entry.CRC for entry in entries) else None
         if damaged is not None:
             raise WeightsError(
-                f"its part {damaged!a} has changed since it was written: fetch it again"
+                f"its part {quoted(damaged)} has changed since it was written: fetch it again"
             )
         entry = entries[names.index("data.pkl")]
         entry.CRC = entry.CRC or None  # type: ignore[assignment]  # 0: saved without checksums
-        check_pickle(io.BytesIO(archive.read(entry)), _TORCH_GLOBALS)
+        _check_globals(io.BytesIO(archive.read(entry)))
 
 
-def _check_directory(file: Path) -> None:
-    """Refuse an archive in which one reader of zips may find another directory than the next.
-
-    As torch.save writes it, the file ends in the directory, perhaps its end of 64 bit (56 bytes)
-    with the place of that (20), and its end (22), nothing between them or behind.
-    """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        stream.seek(max(0, size - 98))
-        end = stream.read(98).rjust(98, b"\0")
-    wide = end[56:60] == b"PK\x06\x07"
-    length, start = struct.unpack("<QQ", end[40:56]) if wide else struct.unpack("<LL", end[88:96])
-    behind = size - 98 if wide else size - 22
-    good = end[76:80] == b"PK\x05\x06" and length + start == behind
-    if wide:
-        good &= end[:4] == b"PK\x06\x06" and struct.unpack("<Q", end[64:72])[0] == behind
-    if not good:
-        raise WeightsError("it is a zip archive, and does not end as those of torch.save do")
+def _check_globals(stream: BinaryIO) -> None:
+    """Refuse a pickle that asks for more than tensors; the stream is left behind its end."""
+    for operation, argument, _ in pickletools.genops(stream):
+        if operation.name == "GLOBAL":
+            name = str(argument).replace(" ", ".")
+            if not _TENSOR_GLOBALS.fullmatch(name) and name not in _BESIDE:
+                raise more_than_data(name)
 
 
-def _read_legacy(stream: io.BufferedReader) -> Any:
+def _read_legacy(stream: BinaryIO) -> Any:
     for _ in range(_LEGACY_PICKLES):
-        check_pickle(stream, _TORCH_GLOBALS)
+        _check_globals(stream)
     start = stream.tell()
-    stream.seek(0)
-    content = torch.load(stream, map_location="cpu", weights_only=True)
+    content = _load(stream)
     # Storages that the file does not list would be memory that nothing was read into.
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in _tensors_in(content)}
     listed = sum(8 + storage.nbytes() for storage in storages.values() if storage.nbytes())
@@ -200,7 +212,7 @@ def _read_legacy(stream: io.BufferedReader) -> Any:
 
 
 def _tensors_in(content: Any) -> list[torch.Tensor]:
-    """Return all tensors in containers, each looked into once: they may hold one another."""
+    """Return all tensors in containers, each visited once: they may hold one another."""
     found, todo, seen = [], [content], set()
     while todo:
         value = todo.pop()
@@ -214,44 +226,79 @@ def _tensors_in(content: Any) -> list[torch.Tensor]:
     return found
 
 
-def _unwrap(content: Any) -> dict[str, torch.Tensor]:
+def _unwrap(content: Any, size: int) -> tuple[dict[str, torch.Tensor], Any]:
+    """Return the weights inside the wrappers of a file of this many bytes, and the record."""
+    record = dict.get(content, "resnext_det") if isinstance(content, dict) else None
     for _ in range(3):
-        keys = (*_WRAPPERS, *_AVERAGES)
-        inner = next((content[key] for key in keys if _holds_mapping(content, key)), None)
+        inner = _inner(content)
         if inner is None:
             break
         content = inner
-    if not isinstance(content, Mapping):
-        return {}
-    found = {n: v for n, v in content.items() if isinstance(v, (torch.Tensor, PickledArray))}
+    arrays: dict[int, torch.Tensor | None] = {}  # two names may share an array
     tensors = {}
-    for name, value in found.items():
-        tensor = value.tensor() if isinstance(value, PickledArray) else value.detach()
+    for name, value in _leaves(content):
+        if isinstance(value, PickledArray):
+            if id(value) not in arrays:
+                size -= value.nbytes
+                if size < 0:
+                    raise WeightsError("its arrays claim more bytes than the file has")
+                arrays[id(value)] = value.tensor()
+            tensor = arrays[id(value)]
+        else:
+            tensor = value.detach()
         if tensor is not None:
             _refuse_odd(name, tensor)
             tensors[name] = tensor
-    return without_prefix(tensors)
+    return without_prefix(tensors), record
+
+
+def _inner(content: Any) -> Any:
+    """Return the mapping inside a wrapper that holds the weights; None if there is no wrapper.
+
+    Raises:
+        WeightsError: several might be meant.
+    """
+    if not isinstance(content, dict):
+        return None
+    mappings = {key: value for key, value in dict.items(content) if isinstance(value, dict)}
+    for key in (*_WRAPPERS, *_AVERAGES):
+        if key in mappings:
+            return mappings[key]
+    own = len(_leaves(content))
+    found = {key: value for key, value in mappings.items() if len(_leaves(value)) > own}
+    if len(found) > 1:
+        raise WeightsError(
+            f"several of its keys hold tensors by name ({quoted(list(found))}), none of them "
+            f"called {', '.join(_WRAPPERS)}: save the one to be used alone"
+        )
+    return next(iter(found.values()), None)
+
+
+def _leaves(content: Any) -> list[tuple[Any, Any]]:
+    if not isinstance(content, dict):
+        return []
+    return [
+        (name, value)
+        for name, value in dict.items(content)
+        if isinstance(value, (torch.Tensor, PickledArray))
+    ]
 
 
 def _refuse_odd(name: Any, tensor: torch.Tensor) -> None:
     """Refuse what has no name, or no real numbers, or shows a few of them as many."""
     if not isinstance(name, str) or len(name) > _LONGEST_NAME or not name.isprintable():
-        key = ascii(name)[:80] if isinstance(name, str) else f"a key of {type(name).__name__}"
+        key = quoted(name, 80) if isinstance(name, str) else f"a key of {type(name).__name__}"
         raise WeightsError(f"it has a tensor under {key}, which is no name")
     if tensor.is_complex():
         raise WeightsError(f"{name} is complex, and weights are real numbers")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        shape = tuple(tensor.shape)
-        raise WeightsError(f"{name} has the shape {shape}, and is a few numbers many times")
+        shape = quoted(tuple(tensor.shape))
+        raise WeightsError(f"{name} has the shape {shape}, but shows few numbers many times")
 
 
 def without_prefix(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Take off what stands before every single name, once or several times."""
+    """Remove prefixes that every single name has, once or several times."""
     for prefix in _PREFIXES * 2:
         if tensors and all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return dict(tensors)
-
-
-def _holds_mapping(content: Any, key: str) -> bool:
-    return isinstance(content, Mapping) and isinstance(content.get(key), Mapping)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-from resnext_det.errors import WeightsError
+from resnext_det.errors import WeightsError, plain, quoted
 from resnext_det.pretrained.pixels import Pixels
 
 T = TypeVar("T")
@@ -59,21 +59,24 @@ class Record:
             return None
         try:
             fields: Mapping[str, Any] = dict(content)
-            words = {key: str(fields[key]) for key in ("source", "sha256", "layout", "template")}
+            words = {
+                key: plain(str(fields[key])) for key in ("source", "sha256", "layout", "template")
+            }
             return cls(
                 **words,
                 depth=int(fields["depth"]),
                 pixels=_pixels(fields["pixels"]),
                 fused=bool(fields["fused"]),
                 stride_in_1x1=_unless_none(bool, fields["stride_in_1x1"]),
-                name=_unless_none(str, fields["name"]),
-                licence=_unless_none(str, fields["licence"]),
+                name=_unless_none(plain, fields["name"]),
+                licence=_unless_none(plain, fields["licence"]),
                 top1=_unless_none(float, fields["top1"]),
                 top5=_unless_none(float, fields["top5"]),
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise WeightsError(
-                f"its record of where it came from cannot be read ({error}); convert it again."
+                f"its record of where it came from cannot be read ({quoted(error)}); "
+                "convert it again."
             ) from error
 
 

@@ -96,7 +96,7 @@ _SECOND = re.compile(
 _THIRD = re.compile(r".*(conv3|branch2c|convs\.).*|.*\.paths\..*")
 
 # Beside its backbone, a file of OpenMMLab has these; "roi_heads." and others are Detectron2's.
-_OPENMMLAB = ("head.", "neck.", "rpn_head.", "roi_head.", "bbox_head.", "mask_head.")
+OPENMMLAB = ("head.", "neck.", "rpn_head.", "roi_head.", "bbox_head.", "mask_head.")
 
 
 def reason(raw: Mapping[str, Tensor]) -> str | None:
@@ -133,7 +133,7 @@ def _backbone(raw: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     if not inside:
         return raw
     others = (name for name in raw if not name.startswith("backbone."))
-    return inside if all(name.startswith(_OPENMMLAB) for name in others) else {}
+    return inside if all(name.startswith(OPENMMLAB) for name in others) else {}
 
 
 def _all(found: list[str]) -> str:

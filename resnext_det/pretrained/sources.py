@@ -17,11 +17,16 @@ import torch
 from detectron2.checkpoint.c2_model_loading import convert_basic_c2_names
 from torch import Tensor
 
-from resnext_det.errors import WeightsError
+from resnext_det.errors import WeightsError, named, plain
 from resnext_det.modeling.forms import in_form_of
-from resnext_det.pretrained.layouts import is_detectron2_backbone, is_torchvision, to_detectron2
+from resnext_det.pretrained.layouts import (
+    is_detectron2_backbone,
+    is_head,
+    is_torchvision,
+    to_detectron2,
+)
 from resnext_det.pretrained.pixels import CAFFE2, IMAGENET, OURS, Pixels
-from resnext_det.pretrained.refusals import reason
+from resnext_det.pretrained.refusals import OPENMMLAB, reason
 
 Tensors = Mapping[str, Tensor]
 CLASSIFIER = ("linear.", "stem.fc.")
@@ -69,7 +74,7 @@ def recognise(raw: Tensors) -> Source:
     raise WeightsError(
         "it has the layout of no backbone that is known (torchvision's, timm's, mmpretrain's, "
         "mmdetection's, Cadene's, Caffe2's, Detectron2's). Its first names are: "
-        f"{', '.join(list(raw)[:5])}"
+        f"{named(raw)}"
     )
 
 
@@ -85,9 +90,10 @@ def is_backbone(raw: Tensors) -> bool:
 
 
 def _torchvision(raw: Tensors, layout: str = "torchvision", left: tuple[str, ...] = ()) -> Source:
-    renamed = to_detectron2(raw)
-    head = [name for name in raw if name.startswith("fc.")]
-    return Source(layout, renamed, (*head, *left), IMAGENET)
+    heads = [name for name in raw if is_head(name)]
+    renamed = to_detectron2({name: tensor for name, tensor in raw.items() if name not in heads})
+    heads += [name for name in raw if name in ("fc.weight", "fc.bias")]
+    return Source(layout, renamed, (*heads, *left), IMAGENET)
 
 
 # --- mmpretrain (backbone.*, head.fc.*) and detectors of mmdetection (backbone.*, neck.*, ...) ---
@@ -104,8 +110,10 @@ def _openmmlab(raw: Tensors) -> Source:
         if name.startswith("backbone.")
     }
     others = tuple(name for name in raw if not name.startswith("backbone."))
-    classifier = all(name.startswith("head.") for name in others)
-    return _torchvision(inner, "mmpretrain" if classifier else "mmdetection", others)
+    if all(name.startswith("head.") for name in others):
+        return _torchvision(inner, "mmpretrain", others)
+    detector = all(name.startswith(OPENMMLAB) for name in others)
+    return _torchvision(inner, "mmdetection" if detector else "torchvision", others)
 
 
 # --- Cadene's pretrained-models.pytorch: nested nn.Sequential by number ---
@@ -144,7 +152,7 @@ def _from_cadene(name: str) -> str:
     module, _, kind = name.rpartition(".")
     if module in _CADENE_STEM:
         return f"{_CADENE_STEM[module]}.{kind}"
-    raise WeightsError(f"{name} is no tensor of a ResNeXt in Cadene's layout.")
+    raise WeightsError(f"{plain(name)} is no tensor of a ResNeXt in Cadene's layout.")
 
 
 # --- Caffe2: Detectron's and Detectron2's ImageNet files ---

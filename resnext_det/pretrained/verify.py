@@ -23,6 +23,7 @@ from resnext_det.errors import ConfigError, WeightsError
 from resnext_det.modeling.stages import STAGES
 from resnext_det.pretrained.convert import backbone_of
 from resnext_det.pretrained.imagenet_images import open_image
+from resnext_det.pretrained.layouts import is_head
 from resnext_det.pretrained.network import network_input, network_of
 from resnext_det.pretrained.pixels import Pixels
 from resnext_det.pretrained.readers import read_checkpoint
@@ -41,8 +42,8 @@ a stride in the 1x1 (1e-2 and more). All measured, on random weights."""
 _LONGEST = 1024
 """Pixels of an image's longer side; more would take gigabytes and prove nothing more."""
 
-_PREFIXES = {"torchvision": "", "mmpretrain": "backbone.", "mmdetection": "backbone."}
-"""What stands before torchvision's names in the layouts that have them."""
+_LAYOUTS = ("torchvision", "mmpretrain", "mmdetection")
+"""Those with torchvision's names, perhaps behind "backbone."."""
 
 
 @dataclass(frozen=True)
@@ -145,16 +146,16 @@ def verify(
     except WeightsError as error:
         raise WeightsError(f"{source}: {error}") from error
     seen = pixels or found.pixels
-    if found.layout not in _PREFIXES or seen is None:
+    if found.layout not in _LAYOUTS or seen is None:
         raise WeightsError(
             f"{source} is in {found.layout}'s layout, for which torchvision and timm have no "
             "network to compare with: a proof needs a file under torchvision's names."
         )
-    prefix = _PREFIXES[found.layout]
+    prefix = "backbone." if "backbone.conv1.weight" in checkpoint.tensors else ""
     state = {
         name.removeprefix(prefix): tensor
         for name, tensor in checkpoint.tensors.items()
-        if name.startswith(prefix)
+        if name.startswith(prefix) and not is_head(name.removeprefix(prefix))
     }
     written = read_checkpoint(converted)
     weights = backbone_of(converted, written)

@@ -315,9 +315,20 @@ def test_a_frozen_stage_has_no_gradients_and_no_batch_norm(form: str) -> None:
 
 @pytest.mark.parametrize("form", PATHS)
 @pytest.mark.parametrize("norm", ["GN", "LN"])
-def test_a_norm_that_mixes_channels_is_refused_in_paths(form: str, norm: str) -> None:
+@pytest.mark.parametrize("template", ["32x4d", "32x32d"])
+def test_a_norm_that_mixes_channels_is_refused_in_paths(
+    form: str, norm: str, template: str
+) -> None:
     with pytest.raises(ConfigError, match=rf"NORM is {norm}.*FORM grouped"):
-        ResNeXt(26, "32x32d", form=form, norm=norm)
+        ResNeXt(26, template, form=form, norm=norm)
+
+
+@pytest.mark.parametrize("form", BLOCKS)
+@pytest.mark.parametrize("norm", ["BN", "FrozenBN", ""])
+def test_torchscript_compiles_a_block_of_any_form(form: str, norm: str) -> None:
+    block = BLOCKS[form](16, 32, bottleneck_channels=16, num_groups=4, norm=norm).eval()
+    images = torch.randn(2, 16, 8, 8)
+    assert torch.equal(torch.jit.script(block)(images), block(images))
 
 
 @pytest.mark.parametrize("form", ["", "Grouped", "a", "group", "fused"])

@@ -408,3 +408,10 @@ def test_a_wrong_name_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: Any) 
     error = capsys.readouterr().err
     assert error.startswith("error: resnext50d_32x4d.bt_in1k cannot be used: it has a stem")
     assert error.count("\n") == 1
+
+
+def test_a_message_quotes_a_name_only_so_far() -> None:
+    with pytest.raises(ConfigError) as caught:
+        entry("resnext50\x1b[2J" + "x" * 1_000_000)
+    assert len(str(caught.value)) < 600
+    assert str(caught.value).isprintable()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +14,11 @@ from torch import Tensor
 from resnext_det import ResNeXt
 from resnext_det.errors import WeightsError
 from resnext_det.modeling.template import BLOCKS_PER_STAGE, Template
-from resnext_det.pretrained.completeness import check_backbone, describe
-from resnext_det.pretrained.convert import read_backbone
+from resnext_det.pretrained.completeness import check_backbone, describe, doubts
+from resnext_det.pretrained.convert import read_backbone, write_detectron2
+
+sys.path.append(str(Path(__file__).parent))  # tests are no package to import from
+from written_sources import caffe2, save, small_network
 
 FILE = Path("weights.pth")
 Tensors = dict[str, Tensor]
@@ -172,3 +176,83 @@ def test_files_are_checked_when_they_are_read(case: str, backbone: Tensors, tmp_
     torch.save(backbone, tmp_path / "weights.pth")
     with pytest.raises(WeightsError, match=rf"weights\.pth.*{message}"):
         read_backbone(tmp_path / "weights.pth")
+
+
+# --- numbers that no trained network has ---
+
+
+def untouched(tensors: Tensors, norm: str = "res3.0.conv1") -> None:
+    for kind, value in (("weight", 1), ("bias", 0), ("running_mean", 0), ("running_var", 1)):
+        if f"{norm}.norm.{kind}" in tensors:
+            tensors[f"{norm}.norm.{kind}"].fill_(value)
+
+
+DOUBTS: dict[str, tuple[Callable[[Tensors], object], str]] = {
+    "one norm": (untouched, r"1 of its \d+ norms have their initial values .*: res3.0.conv1.norm"),
+    "zeros": (
+        lambda tensors: [tensor.zero_() for tensor in tensors.values()],
+        r"convolutions hold one number only: stem.conv1.weight, .* variances of norms are all 0",
+    ),
+    "one convolution": (
+        lambda tensors: tensors["res4.1.conv2.weight"].fill_(0.01),
+        "1 convolutions hold one number only: res4.1.conv2.weight",
+    ),
+    "a dead norm": (
+        lambda tensors: tensors["res2.0.conv3.norm.weight"].zero_(),
+        "all 0: res2.0.conv3.norm.weight",
+    ),
+}
+
+
+def trained(norm: str = "BN") -> Tensors:
+    tensors = ResNeXt(26, "32x1d", norm=norm, stem_out_channels=32, res2_out_channels=64)
+    return {
+        name: torch.rand_like(tensor) + 0.1
+        for name, tensor in tensors.state_dict().items()
+        if not name.endswith("num_batches_tracked")
+    }
+
+
+@pytest.mark.parametrize("case", DOUBTS)
+def test_numbers_of_no_trained_network_are_doubted(case: str) -> None:
+    change, words = DOUBTS[case]
+    tensors = trained()
+    assert doubts(tensors) is None
+    change(tensors)
+    assert re.search(words, doubts(tensors) or "")
+
+
+@pytest.mark.parametrize(
+    ("norm", "zero_init"), [("BN", False), ("BN", True), ("GN", True), ("FrozenBN", False)]
+)
+def test_untrained_networks_are_doubted(norm: str, zero_init: bool) -> None:
+    network = ResNeXt(
+        26,
+        "32x1d",
+        norm=norm,
+        stem_out_channels=32,
+        res2_out_channels=64,
+        zero_init_residual=zero_init,
+    )
+    found = re.search(r"(\d+) of its (\d+) norms", doubts(network.state_dict()) or "")
+    assert found and found[1] == found[2]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_trained_networks_are_not(
+    fused: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of norms that were folded into weight and bias, mean and variance are the initial ones."""
+    source = small_network()
+    weights = read_backbone(save(tmp_path / "a.pkl", caffe2(source, fused)))
+    write_detectron2(weights, tmp_path / "b.pkl")
+    read_backbone(tmp_path / "b.pkl")
+    assert doubts(trained("GN")) is None
+    assert "does not look like a trained network" not in caplog.text
+
+
+def test_reading_a_file_of_zeros_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in trained().items()}
+    torch.save(zeros, tmp_path / "zeros.pth")
+    read_backbone(tmp_path / "zeros.pth")
+    assert "zeros.pth does not look like a trained network" in caplog.text

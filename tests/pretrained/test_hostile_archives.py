@@ -83,7 +83,6 @@ ARCHIVES: dict[str, Callable[[zipfile.ZipFile], None]] = {
     "its content twice": twice("archive/data.pkl"),
     "its content in capitals": twice("archive/DATA.PKL"),
     "another folder": twice("other/data.pkl"),
-    "a comment": lambda archive: setattr(archive, "comment", b"PK\x05\x06"),
 }
 
 
@@ -96,30 +95,7 @@ def test_archives_that_may_be_read_in_two_ways_are_refused(case: str, tmp_path: 
         ARCHIVES[case](archive)
     file = tmp_path / "a.pth"
     file.write_bytes(buffer.getvalue())
-    with pytest.raises(WeightsError, match="a zip archive, and"):
-        read_tensors(file)
-
-
-@pytest.mark.parametrize("save", [torch.save, lambda _, file: zipped(content(), file)])
-@pytest.mark.parametrize("ahead", [b"", b"PK\x03\x04 and more"])
-def test_bytes_around_an_archive_are_refused(ahead: bytes, save: Save, tmp_path: Path) -> None:
-    file = tmp_path / "a.pth"
-    save(TENSORS, file)
-    file.write_bytes(ahead + file.read_bytes() + (b"" if ahead else b"behind"))
-    with pytest.raises(WeightsError, match="does not end as those of torch"):
-        read_tensors(file)
-
-
-def test_another_directory_of_64_bit_is_refused(tmp_path: Path) -> None:
-    """Some readers look for it where the file says, others where it always is."""
-    buffer = io.BytesIO()
-    torch.save(TENSORS, buffer)
-    content = bytearray(buffer.getvalue())
-    assert content[-42:-38] == b"PK\x06\x07"
-    content[-34] ^= 1
-    file = tmp_path / "a.pth"
-    file.write_bytes(content)
-    with pytest.raises(WeightsError, match="does not end as those of torch"):
+    with pytest.raises(WeightsError, match="a zip archive, but not one"):
         read_tensors(file)
 
 

@@ -172,11 +172,6 @@ def huge_opcode(opcode: bytes, size: int, width: int = 8) -> bytes:
     return b"\x80\x04" + opcode + size.to_bytes(width, "little") + b"x."
 
 
-def keyed_by_tuples(file: Path) -> None:
-    """Python hashes tuples in one another without a look at its stack."""
-    file.write_bytes(b"\x80\x04}" + b"N" + b"\x85" * 200_000 + b"Ns.")
-
-
 BOMBS: dict[str, Callable[[Path], object]] = {
     "a place in the memo": lambda file: file.write_bytes(b"\x80\x02Nr\0\0\0\x08."),
     "a place in the memo, zip": lambda file: zipped(b"\x80\x02}r\0\0\0\x08.", file),
@@ -200,16 +195,6 @@ BOMBS: dict[str, Callable[[Path], object]] = {
     "one number as many": lambda file: torch.save({"a": torch.ones(1).expand(2**40)}, file),
     "one list in many": many_copies,
     "one block in many": shared,
-    "tuples as keys": keyed_by_tuples,
-    "tuples as keys, zip": lambda file: zipped(
-        b"\x80\x02}" + b"N" + b"\x85" * 200_000 + b"Ns.", file
-    ),
-    "a key of many tuples": lambda file: file.write_bytes(
-        b"\x80\x04})"
-        + b"\x94h\x00\x86"
-        + b"".join(b"\x94h%c\x86" % n for n in range(1, 60))
-        + b"Ns."
-    ),
     "deep lists": lambda file: file.write_bytes(
         b"\x80\x04" + b"](" * 20_000 + b"e" * 20_000 + b"."
     ),

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import argparse
 import os
 import pickle
 import re
 from collections import OrderedDict
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -113,11 +115,11 @@ def endless(path: Path) -> None:
 
 
 ODD: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a folder": (lambda path: path.mkdir(), "it is a folder, a pipe or a device"),
-    "a pipe": (os.mkfifo, "it is a folder, a pipe or a device"),
-    "a device": (lambda path: path.symlink_to("/dev/zero"), "it is a folder, a pipe or a device"),
+    "a folder": (lambda path: path.mkdir(), "must be a regular file"),
+    "a pipe": (os.mkfifo, "must be a regular file"),
+    "a device": (lambda path: path.symlink_to("/dev/zero"), "must be a regular file"),
     "a link to nothing": (lambda path: path.symlink_to("nowhere"), "there is no checkpoint"),
-    "a link to itself": (endless, "there is no checkpoint"),
+    "a link to itself": (endless, "cannot be opened"),
     "an empty file": (lambda path: path.touch(), "cannot be read as a checkpoint"),
 }
 
@@ -133,7 +135,7 @@ def test_what_is_no_file_is_refused_at_once(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["w" * 5000, "nul\0byte"])
 def test_names_that_no_file_has(name: str, tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match=r"cannot be looked up|there is no checkpoint"):
+    with pytest.raises(WeightsError, match=r"cannot be opened|there is no checkpoint"):
         read_tensors(tmp_path / name)
 
 
@@ -207,5 +209,43 @@ def test_methods_that_a_file_replaces_do_no_harm(tmp_path: Path) -> None:
     content: OrderedDict[str, object] = OrderedDict(TENSORS)
     content.__dict__.update(get="words", values=OrderedDict)
     torch.save(content, tmp_path / "weights.pth")
-    with pytest.raises(WeightsError, match=r"weights\.pth"):
+    assert read_tensors(tmp_path / "weights.pth").keys() == TENSORS.keys()
+
+
+# --- wrappers, and what training programs save beside the weights ---
+
+
+@pytest.mark.parametrize(
+    "key", ["model_state_dict", "net", "weights", "params", "module", "backbone_state", "ema"]
+)
+@pytest.mark.parametrize("beside", [{}, {"epoch": 3, "loss": torch.tensor(0.5)}])
+def test_weights_under_any_key_are_found(key: str, beside: object, tmp_path: Path) -> None:
+    optimizer = {"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": []}
+    content = {**beside, "optimizer": optimizer, key: TENSORS}  # type: ignore[dict-item]
+    torch.save(content, tmp_path / "weights.pth")
+    assert read_tensors(tmp_path / "weights.pth").keys() == TENSORS.keys()
+
+
+def test_several_candidates_are_named(tmp_path: Path) -> None:
+    torch.save({"student": TENSORS, "teacher": TENSORS}, tmp_path / "weights.pth")
+    with pytest.raises(WeightsError, match=r"several of its keys .*'student', 'teacher'"):
+        read_tensors(tmp_path / "weights.pth")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_settings_of_training_programs_are_left_unread(legacy: bool, tmp_path: Path) -> None:
+    """torchvision's and timm's train.py save their arguments; others a path or a NumPy number."""
+    arguments = argparse.Namespace(lr=0.1, output=tmp_path, best=np.float64(77.6))
+    content = {"model": TENSORS, "args": arguments, "acc": np.float32(3), "epoch": 1}
+    save = {"_use_new_zipfile_serialization": not legacy}
+    torch.save(content, tmp_path / "weights.pth", **save)  # type: ignore[arg-type]
+    (tmp_path / "weights.pkl").write_bytes(pickle.dumps({**content, "model": ARRAYS}))
+    for name in ("weights.pth", "weights.pkl"):
+        read = read_tensors(tmp_path / name)
+        assert all(torch.equal(read[n], tensor) for n, tensor in TENSORS.items())
+
+
+def test_other_classes_are_refused_with_a_way_out(tmp_path: Path) -> None:
+    torch.save({"model": TENSORS, "args": Fraction(1, 2)}, tmp_path / "weights.pth")
+    with pytest.raises(WeightsError, match=r"asks for fractions\.Fraction.*save the weights alone"):
         read_tensors(tmp_path / "weights.pth")

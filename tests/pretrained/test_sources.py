@@ -257,3 +257,20 @@ def test_a_record_that_is_none_is_refused(record: Any, tmp_path: Path) -> None:
     file = save(tmp_path / "b.pkl", {"model": tensors, "resnext_det": record})
     with pytest.raises(WeightsError, match=r"b\.pkl: its record"):
         read_backbone(file)
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone."])
+@pytest.mark.parametrize(
+    "head", ["fc.1.weight", "fc.0.bias", "projection_head.0.weight", "predictor.bias", "prototypes"]
+)
+def test_other_heads_than_a_classifier_are_left_out(head: str, prefix: str, tmp_path: Path) -> None:
+    state = {
+        f"{prefix}{name}": tensor
+        for name, tensor in small_network().state_dict().items()
+        if not name.startswith("fc.")
+    }
+    whole = read_backbone(save(tmp_path / "a.pth", dict(state)))
+    name = f"{prefix}{head}" if head.startswith("fc") else f"{head}.weight"
+    weights = read_backbone(save(tmp_path / "b.pth", {**state, name: torch.ones(3, 4)}))
+    assert len(weights.left_out) == 1 and name.endswith(weights.left_out[0])
+    assert all(torch.equal(weights.tensors[n], tensor) for n, tensor in whole.tensors.items())
