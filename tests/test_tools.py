@@ -78,7 +78,7 @@ def test_evaluation_report_and_drawing(run: Path, tool: Tool, datasets: Path) ->
 
 
 def test_conversion(run: Path, tool: Tool, tmp_path: Path) -> None:
-    done = tool("convert_weights.py", [run / "toy.pth", tmp_path / "toy.pkl"])
+    done = tool("convert_weights.py", [run / "toy.pth", tmp_path / "converted.pth"])
     assert done.returncode == 0, done.stderr
     assert "ResNeXt-26 8x4d (torchvision layout): 145 tensors converted" in done.stdout
 

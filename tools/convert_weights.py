@@ -1,12 +1,12 @@
-"""Convert a checkpoint of a ResNeXt into a .pkl that stock Detectron2 loads.
+"""Convert a checkpoint of a ResNeXt into a .pth that stock Detectron2 loads.
 
-Usage: python tools/convert_weights.py SOURCE OUTPUT.pkl [--form grouped] [--verify]
+Usage: python tools/convert_weights.py SOURCE OUTPUT.pth [--form grouped] [--verify]
 
 SOURCE is a backbone in any layout that the README names. With --form it may be a whole
 detector as well; its blocks are given that form, and everything else stays as it is.
 
 --verify then runs one image through the source's own network, of torchvision or timm, and
-through the one that OUTPUT.pkl describes, and compares all four stages. OUTPUT.pkl is removed
+through the one that OUTPUT.pth describes, and compares all four stages. OUTPUT.pth is removed
 where they differ, and stays where there is no such network to compare with: both are errors.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from resnext_det.errors import ResNeXtError, WeightsError, reported
+from resnext_det.errors import ResNeXtError, WeightsError, named, reported
 from resnext_det.modeling.blocks import BLOCKS
 from resnext_det.pretrained.catalog import of_file
 from resnext_det.pretrained.catalog_entry import Entry
@@ -36,7 +36,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source", type=Path, help="the checkpoint to read")
-    parser.add_argument("output", type=Path, help="the file to write, ending in .pkl")
+    parser.add_argument("output", type=Path, help="the file to write, ending in .pth")
     parser.add_argument("--form", choices=sorted(BLOCKS), help="of the blocks (default: grouped)")
     parser.add_argument("--verify", action="store_true", help="compare with the source's network")
     parser.add_argument(
@@ -67,7 +67,7 @@ def convert(source: Path, output: Path, form: str | None, known: Entry | None) -
     """Convert a backbone, print what was converted."""
     weights = read_backbone(source, known.pixels if known else None)
     write_detectron2(weights, output, form or "grouped", known)
-    left_out = ", ".join(weights.left_out) or "nothing"
+    left_out = named(weights.left_out, 8) or "nothing"
     print(
         f"{weights} ({weights.layout} layout): {len(weights.tensors)} tensors converted, "
         f"left out: {left_out}. Wrote {output}\n"

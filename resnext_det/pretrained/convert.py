@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-import pickle
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
 from resnext_det.errors import WeightsError, quoted
@@ -169,7 +166,7 @@ def write_detectron2(
     form: str = "grouped",
     published: Entry | None = None,
 ) -> None:
-    """Write a backbone as a .pkl that stock Detectron2 loads into FPN and C4 detectors.
+    """Write a backbone as a .pth that stock Detectron2 loads into FPN and C4 detectors.
 
     Args:
         weights: what `read_backbone` gave.
@@ -179,7 +176,7 @@ def write_detectron2(
 
     Raises:
         ConfigError: there is no such form.
-        WeightsError: the name does not end in .pkl, or the file cannot be written.
+        WeightsError: the name does not end in .pth, or the file cannot be written.
     """
     if not any(name.endswith("running_mean") for name in weights.tensors):
         raise WeightsError(
@@ -192,11 +189,17 @@ def write_detectron2(
         raise WeightsError(
             f"{weights.source} holds a ResNeXt of no known depth, which no config can describe."
         )
+    _refuse_to_overwrite(weights.source, output)
     tensors = _converted(weights.source, weights.tensors, form)
     record = weights.record or _record(weights, weights.depth, published)
     author = f"resnext_det, from {record.source} ({record.layout} layout)"
     # res5 is backbone.bottom_up.res5 under FPN and roi_heads.res5 in C4: Detectron2 finds it.
     _write(tensors, output, author, matching_heuristics=True, resnext_det=record.plain())
+
+
+def _refuse_to_overwrite(source: Path, output: Path) -> None:
+    if output.exists() and source.exists() and output.samefile(source):
+        raise WeightsError(f"{quoted(output)} is the file that is converted: name another output.")
 
 
 def _record(weights: BackboneWeights, depth: int, published: Entry | None) -> Record:
@@ -222,7 +225,7 @@ def convert_detector(source: Path, output: Path, form: str) -> int:
 
     Args:
         source: a checkpoint of a detector under Detectron2's names.
-        output: the .pkl to write; it is written beside and then renamed.
+        output: the .pth to write; it is written beside and then renamed.
         form: "grouped", "concatenated" or "aggregated".
 
     Returns:
@@ -233,6 +236,7 @@ def convert_detector(source: Path, output: Path, form: str) -> int:
         ConfigError: there is no such form.
         WeightsError: a file that cannot be read, has no ResNeXt blocks, or cannot be written.
     """
+    _refuse_to_overwrite(source, output)
     converted = _converted(source, read_tensors(source), form)
     _write(converted, output, f"resnext_det, from {source.name}")
     return len(converted)
@@ -248,18 +252,10 @@ def _converted(
 
 
 def _write(tensors: Mapping[str, torch.Tensor], output: Path, author: str, **more: object) -> None:
-    if output.suffix != ".pkl":
-        raise WeightsError(
-            f"{output} must end in .pkl: Detectron2 takes other files for PyTorch's own."
-        )
-    arrays = {name: _array(tensor) for name, tensor in tensors.items()}
-    content = {"model": arrays, "__author__": author, **more}
+    if output.suffix != ".pth":
+        raise WeightsError(f"{quoted(output)} must end in .pth, as PyTorch's files do.")
+    # Copies, as a part of a larger tensor would be saved with all of it.
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}
+    content = {"model": copies, "__author__": author, **more}
     with written_beside(output, WeightsError) as beside, beside.open("wb") as stream:
-        pickle.dump(content, stream, protocol=4)
-
-
-def _array(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[Any]]:
-    """Return an array; NumPy has no bfloat16, and a float holds every one of its values."""
-    array: np.ndarray[Any, np.dtype[Any]]
-    array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-    return array
+        torch.save(content, stream)

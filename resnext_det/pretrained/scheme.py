@@ -21,7 +21,7 @@ from resnext_det.pretrained.download import Patience, check, download
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 """Part of a converted file's name. Raise it when a conversion gives other tensors or another record
 than before, so that none of the old ones is served."""
 
@@ -53,7 +53,7 @@ class ResNeXtHandler(PathHandler):
         return [self.PREFIX]
 
     def _get_local_path(self, path: str, force: bool = False, **kwargs: Any) -> str:
-        """Return a .pkl that Detectron2 loads; `force` fetches and converts it anew."""
+        """Return a .pth that Detectron2 loads; `force` fetches and converts it anew."""
         self._check_kwargs(kwargs)
         found = entry(path.removeprefix(self.PREFIX), self.entries)
         if not found.commercial and found.name not in self._warned:
@@ -85,18 +85,18 @@ def cache_folder() -> Path:
     if own:
         return Path(own).expanduser()
     shared = os.environ.get("FVCORE_CACHE") or "~/.torch/iopath_cache"
-    # iopath goes to a folder in /tmp where it cannot write. A .pkl that Detectron2 will unpickle
-    # must not come from a place where other users can put one.
+    # iopath falls back to a folder in /tmp. Weights must not come from a place where other users
+    # can put them.
     return Path(shared).expanduser() / "resnext_det"
 
 
 def local_weights(
     found: Entry, cache: Path, patience: Patience = Patience(), *, force: bool = False
 ) -> Path:
-    """Return a checkpoint of the catalog as a .pkl for Detectron2, fetching what is not there.
+    """Return a checkpoint of the catalog as a .pth for Detectron2, fetching what is not there.
 
     Each checkpoint has a folder in the cache, with the file as it was published (put there by hand,
-    it is checked and used) and the .pkl. However many processes ask at once, one does the work.
+    it is checked and used) and the .pth. However many processes ask at once, one does the work.
 
     Args:
         found: the checkpoint.
@@ -168,7 +168,7 @@ def _alone(found: Entry, folder: Path) -> Iterator[None]:
 
 
 def _converted(found: Entry, folder: Path) -> Path | None:
-    """Return the name of the .pkl, None where it depends on a file that is not there yet."""
+    """Return the name of the .pth, None where it depends on a file that is not there yet."""
     source = folder / found.file_name
     if found.checksum is not None:
         digits = found.checksum.digits[:16]
@@ -176,7 +176,7 @@ def _converted(found: Entry, folder: Path) -> Path | None:
         digits = file_digest(source, "sha256")[:16]
     else:
         return None
-    return folder / f"{found.name}-{digits}-format{FORMAT}.pkl"
+    return folder / f"{found.name}-{digits}-format{FORMAT}.pth"
 
 
 def _prepare(found: Entry, folder: Path, patience: Patience, force: bool) -> Path:

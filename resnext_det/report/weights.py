@@ -88,7 +88,7 @@ def _origin(run: Path, weights: str) -> list[tuple[str, str]]:
         top1 = None if known.accuracy is None else known.accuracy.top1
         return [("Their source", _line(known.url, known.licence, top1))]
     file = _file(run, weights)
-    if file is None or file.suffix != ".pkl":
+    if file is None:
         return []
     try:
         record = Record.of(read_checkpoint(file).record)

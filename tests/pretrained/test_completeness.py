@@ -245,8 +245,8 @@ def test_trained_networks_are_not(
     """Of norms that were folded into weight and bias, mean and variance are the initial ones."""
     source = small_network()
     weights = read_backbone(save(tmp_path / "a.pkl", caffe2(source, fused)))
-    write_detectron2(weights, tmp_path / "b.pkl")
-    read_backbone(tmp_path / "b.pkl")
+    write_detectron2(weights, tmp_path / "b.pth")
+    read_backbone(tmp_path / "b.pth")
     assert doubts(trained("GN")) is None
     assert "does not look like a trained network" not in caplog.text
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -121,7 +119,7 @@ def test_a_detector_of_one_form_is_evaluated_in_another(
 @pytest.mark.parametrize("form", FORMS)
 def test_a_backbone_file_of_any_form_is_read(form: str, tmp_path: Path) -> None:
     weights = read_backbone(torchvision_file(tmp_path))
-    file = tmp_path / "converted.pkl"
+    file = tmp_path / "converted.pth"
     write_detectron2(weights, file, form)
     assert form_of(read_tensors(file)) == form
     assert holds_backbone(file)
@@ -140,7 +138,7 @@ def test_a_detectors_file_there_and_back(tmp_path: Path) -> None:
     file = tmp_path / "model_final.pth"
     torch.save({"model": model.state_dict(), "optimizer": {"state": {}}, "iteration": 3}, file)
     assert not holds_backbone(file)
-    there, back = tmp_path / "there.pkl", tmp_path / "back.pkl"
+    there, back = tmp_path / "there.pth", tmp_path / "back.pth"
     count = convert_detector(file, there, "aggregated")
     state = read_tensors(there)
     assert count == len(state)
@@ -167,14 +165,14 @@ def test_a_file_that_lacks_a_path_is_named(tmp_path: Path) -> None:
     detector = tmp_path / "detector.pth"
     torch.save({f"backbone.bottom_up.{name}": tensor for name, tensor in state.items()}, detector)
     for convert in (
-        lambda: convert_detector(detector, tmp_path / "out.pkl", "grouped"),
+        lambda: convert_detector(detector, tmp_path / "out.pth", "grouped"),
         lambda: load_weights(build_model(config("grouped")), config("grouped", detector)),
     ):
         with pytest.raises(
             WeightsError, match=r"detector\.pth: backbone\.bottom_up\.res3\.1: conv1"
         ):
             convert()
-    assert not (tmp_path / "out.pkl").exists()
+    assert not (tmp_path / "out.pth").exists()
 
 
 def test_a_file_that_has_a_convolution_twice_is_refused(tmp_path: Path) -> None:
@@ -187,14 +185,15 @@ def test_a_file_that_has_a_convolution_twice_is_refused(tmp_path: Path) -> None:
         read_backbone(file)
 
 
-def test_half_floats_that_numpy_lacks_are_widened(tmp_path: Path) -> None:
-    halves = {
-        name: t.bfloat16() if t.is_floating_point() else t for name, t in backbone_state().items()
-    }
-    file = tmp_path / "half.pth"
-    torch.save(to_torchvision(halves), file)
-    output = tmp_path / "half.pkl"
-    write_detectron2(read_backbone(file), output)
-    written = pickle.loads(output.read_bytes())["model"]["res2.0.conv2.weight"]
-    assert written.dtype == np.float32
-    assert torch.equal(torch.from_numpy(written), halves["res2.0.conv2.weight"].float())
+@pytest.mark.parametrize("convert", ["backbone", "detector"])
+def test_the_source_is_not_overwritten(convert: str, tmp_path: Path) -> None:
+    file = tmp_path / "weights.pth"
+    torch.save(to_torchvision(backbone_state()), file)
+    before = file.read_bytes()
+    (tmp_path / "link.pth").symlink_to(file)
+    with pytest.raises(WeightsError, match="is the file that is converted"):
+        if convert == "backbone":
+            write_detectron2(read_backbone(file), tmp_path / "link.pth")
+        else:
+            convert_detector(file, tmp_path / "link.pth", "grouped")
+    assert file.read_bytes() == before

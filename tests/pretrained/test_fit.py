@@ -93,7 +93,7 @@ def test_a_converted_file_keeps_what_is_published_of_its_source(tmp_path: Path) 
     network = ResNet(Bottleneck, [3, 4, 6, 3], groups=32, width_per_group=4)
     torch.save(network.state_dict(), source)
     entry = catalog.entry("resnext50_32x4d.tv_in1k")
-    first, second = tmp_path / "first.pkl", tmp_path / "second.pkl"
+    first, second = tmp_path / "first.pth", tmp_path / "second.pth"
     write_detectron2(read_backbone(source), first, published=entry)
     write_detectron2(read_backbone(first), second)
     record = read_backbone(second).record

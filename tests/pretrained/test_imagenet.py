@@ -306,9 +306,9 @@ def test_where_a_resnet_has_its_stride_is_not_guessed(tmp_path: Path) -> None:
 
 
 def test_a_converted_file_has_no_classifier(checkpoint: Path, tmp_path: Path) -> None:
-    write_detectron2(read_backbone(checkpoint), tmp_path / "a.pkl")
+    write_detectron2(read_backbone(checkpoint), tmp_path / "a.pth")
     with pytest.raises(WeightsError, match="take the file they were made from"):
-        load_classifier(tmp_path / "a.pkl")
+        load_classifier(tmp_path / "a.pth")
 
 
 # --- images and folders ---

@@ -84,7 +84,7 @@ def test_stock_detectron2_loads_the_converted_file(
     """A stock detector with a stock checkpointer; depth 50, the least that a stock ResNet has."""
     source = tmp_path / "resnext50.pth"
     torch.save(source_network((3, 4, 6, 3)).state_dict(), source)
-    converted = tmp_path / "resnext50.pkl"
+    converted = tmp_path / "converted.pth"
     weights = read_backbone(source)
     write_detectron2(weights, converted)
     cfg = stock_zoo.get_config(f"COCO-Detection/{config}.yaml")
@@ -237,7 +237,7 @@ def test_norms_without_statistics_load_where_they_belong(norm: str, tmp_path: Pa
     state = model.backbone.bottom_up.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in raw.items())
     with pytest.raises(WeightsError, match="without running statistics"):
-        write_detectron2(read_backbone(file), tmp_path / "converted.pkl")
+        write_detectron2(read_backbone(file), tmp_path / "converted.pth")
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def test_a_wrapped_model_resumes_from_its_own_checkpoint(tmp_path: Path) -> None
 def test_parameters_in_a_file_are_tensors_like_any_other(tmp_path: Path) -> None:
     file = tmp_path / "backbone.pth"
     torch.save(ResNeXt(26, "32x4d", norm="BN").state_dict(keep_vars=True), file)
-    write_detectron2(read_backbone(file), tmp_path / "converted.pkl")
+    write_detectron2(read_backbone(file), tmp_path / "converted.pth")
 
 
 def test_a_backbone_is_no_detector_to_evaluate(weights_file: Path) -> None:
@@ -312,9 +312,9 @@ def test_a_file_that_cannot_be_written_leaves_nothing(weights_file: Path, tmp_pa
     blocked = tmp_path / "a-file"
     blocked.write_text("")
     with pytest.raises(WeightsError, match="cannot be written"):
-        write_detectron2(read_backbone(weights_file), blocked / "weights.pkl")
-    with pytest.raises(WeightsError, match=r"must end in \.pkl"):
-        write_detectron2(read_backbone(weights_file), tmp_path / "weights.pth")
+        write_detectron2(read_backbone(weights_file), blocked / "weights.pth")
+    with pytest.raises(WeightsError, match=r"must end in \.pth"):
+        write_detectron2(read_backbone(weights_file), tmp_path / "weights.pkl")
     assert [path.name for path in tmp_path.iterdir()] == ["a-file"]
 
 

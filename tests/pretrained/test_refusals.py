@@ -229,5 +229,5 @@ def test_group_norms_are_read_but_not_written(tmp_path: Path) -> None:
     assert str(weights) == "ResNeXt-50 1x64d"
     assert len(weights.tensors) == 3 * 53
     with pytest.raises(WeightsError, match=r"gn\.pth has norms without running statistics \(GN"):
-        write_detectron2(weights, tmp_path / "gn.pkl")
-    assert not (tmp_path / "gn.pkl").exists()
+        write_detectron2(weights, tmp_path / "out.pth")
+    assert not (tmp_path / "out.pth").exists()

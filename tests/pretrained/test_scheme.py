@@ -103,14 +103,14 @@ def test_a_name_becomes_what_a_direct_conversion_gives(
     got = ask(asked)
     source = tmp_path / "weights-0123.pth"
     source.write_bytes(checkpoint)
-    direct = tmp_path / "direct.pkl"
+    direct = tmp_path / "direct.pth"
     write_detectron2(read_backbone(source), direct, published=asked.entries[NAME])
     assert equal(read_tensors(got), read_tensors(direct))
     assert read_checkpoint(got).record == read_checkpoint(direct).record
     assert read_checkpoint(got).record["licence"] == asked.entries[NAME].licence
     assert placed(tmp_path).read_bytes() == checkpoint
     digits = hashlib.sha256(checkpoint).hexdigest()[:8]
-    assert left(tmp_path) == [f"{NAME}-{digits}-format{scheme.FORMAT}.pkl", "weights-0123.pth"]
+    assert left(tmp_path) == [f"{NAME}-{digits}-format{scheme.FORMAT}.pth", "weights-0123.pth"]
     assert web.requests == ["/weights-0123.pth"]
 
 
@@ -203,7 +203,7 @@ def test_a_killed_process_leaves_a_cache_that_works(
 def test_what_a_killed_conversion_left_is_cleared(handler: Handler, tmp_path: Path) -> None:
     folder = placed(tmp_path).parent
     folder.mkdir(parents=True)
-    (folder / f".{NAME}-0123-format1.pkl.partial").write_bytes(b"half")
+    (folder / f".{NAME}-0123-format1.pth.partial").write_bytes(b"half")
     got = ask(handler())
     assert left(tmp_path) == [got.name, "weights-0123.pth"]
 

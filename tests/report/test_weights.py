@@ -58,7 +58,7 @@ def test_an_evaluation_within_a_training_is_of_its_weights(tmp_path: Path) -> No
 
 
 def test_a_converted_file_tells_where_it_came_from(tmp_path: Path) -> None:
-    file = tmp_path / "x50.pkl"
+    file = tmp_path / "x50.pth"
     record = {
         **{"source": "theirs.pth", "sha256": "ab" * 32, "layout": "torchvision", "depth": 50},
         **{"template": "32x4d", "pixels": None, "fused": False, "stride_in_1x1": False},
