@@ -27,11 +27,11 @@ def add_resnext_config(cfg: CfgNode) -> None:
         cfg: the config of `detectron2.config.get_cfg`, changed in place.
     """
     cfg.MODEL.RESNEXT = CfgNode()
-    # How a block is computed (the paper's Fig. 3): "grouped" (c), the fast one, "concatenated" (b)
-    # or "aggregated" (a). The function is the same; weights are converted as they are loaded.
+    # Form of the blocks (the paper's Fig. 3): "grouped" (c), the fast one, "concatenated" (b) or
+    # "aggregated" (a). All are the same function, and weights are converted on loading.
     cfg.MODEL.RESNEXT.FORM = "grouped"
-    # Stages that keep only the inputs of their blocks in training and compute the rest twice, such
-    # as ["res3", "res4"]: less memory, the same gradients.
+    # Stages with activation checkpointing, such as ["res3", "res4"]: less memory, more time, the
+    # same gradients.
     cfg.MODEL.RESNEXT.CHECKPOINT_STAGES = []
     # Start the last norm of every block at 0, for training from scratch (1706.02677, section 5.1).
     cfg.MODEL.RESNEXT.ZERO_INIT_RESIDUAL = False
@@ -46,35 +46,35 @@ def add_resnext_config(cfg: CfgNode) -> None:
 
 
 def _add_training_config(cfg: CfgNode) -> None:
-    """Add what Detectron2's trainer has no key for; read by this package's trainer alone."""
+    """Add the keys that only this package's trainer reads."""
     # On another number of processes than REFERENCE_WORLD_SIZE: "accumulate" gradients over
     # micro-batches (the same images per update, the same learning rate, the same iterations),
     # "linear" (Detectron2's rule: batch, learning rate, iterations and periods), or "none".
     cfg.SOLVER.SCALING = "accumulate"
-    # Images of a micro-batch on one process, where memory asks for fewer; 0 leaves it to SCALING.
+    # Images per micro-batch and process, to save memory; 0 leaves it to SCALING.
     cfg.SOLVER.IMS_PER_MICRO_BATCH = 0
     # The linear rule: learning rate per image of a batch. Twice this and more is warned about.
     cfg.SOLVER.LR_PER_IMAGE = 0.02 / 16
-    # Of SOLVER.AMP.ENABLED: "float16" (GPU alone) or "bfloat16".
+    # With SOLVER.AMP.ENABLED: "float16" (GPU only) or "bfloat16".
     cfg.SOLVER.AMP.PRECISION = "float16"
-    # Updates with a loss that is not finite which are left out before the training stops.
+    # How many updates with a non-finite loss to skip before aborting.
     cfg.SOLVER.SKIP_BAD_UPDATES = 0
-    # Checkpoints that are kept beside the best and the final one; 0 keeps all.
+    # How many periodic checkpoints to keep, besides the best and the final one; 0 keeps all.
     cfg.SOLVER.KEEP_LAST = 5
-    # A moving average of the weights, evaluated beside them and saved with them.
+    # A moving average of the weights, saved and evaluated with them.
     cfg.SOLVER.EMA = CfgNode({"ENABLED": False, "DECAY": 0.9998})
-    # An image that cannot be read: "stop", or "skip" it, counted and reported.
+    # On an image that cannot be read: "stop", or "skip", which counts and reports it.
     cfg.DATALOADER.BAD_IMAGES = "stop"
-    # What decides which checkpoint is the best, such as "bbox/AP" or "bbox/AP50" ("" for none),
-    # and after how many evaluations without a better one the training ends (0 for never).
+    # The metric of the best checkpoint, such as "bbox/AP" or "bbox/AP50" ("" for none), and how
+    # many evaluations without a better one end the training (0 for never).
     cfg.TEST.BEST = CfgNode({"METRIC": "bbox/AP", "PATIENCE": 0})
-    # What computes COCO's figures: "hotcoco", or "pycocotools", which takes a hundred times as
-    # long; and whether both shall, and any difference be an error.
+    # Which library computes COCO's figures: "hotcoco", or "pycocotools", about a hundred times
+    # slower. CROSS_CHECK runs both, and makes any difference an error.
     cfg.TEST.ENGINE = "hotcoco"
     cfg.TEST.CROSS_CHECK = False
-    # Losses on the first data set of DATASETS.TEST, computed with each evaluation.
+    # Compute the losses on the first data set of DATASETS.TEST with each evaluation.
     cfg.TEST.VALIDATION_LOSS = False
-    # Weights & Biases, beside metrics.jsonl and TensorBoard; needs `pip install wandb`.
+    # Weights & Biases, besides metrics.jsonl and TensorBoard; needs `pip install wandb`.
     cfg.WANDB = CfgNode({"ENABLED": False, "PROJECT": "resnext_det"})
 
 
