@@ -19,8 +19,7 @@ from tabulate import tabulate
 
 from resnext_det.errors import ResNeXtError, WeightsError, named, reported
 from resnext_det.modeling.blocks import BLOCKS
-from resnext_det.pretrained.catalog import of_file
-from resnext_det.pretrained.catalog_entry import Entry
+from resnext_det.pretrained.catalog import Entry, of_file
 from resnext_det.pretrained.convert import (
     convert_detector,
     holds_backbone,

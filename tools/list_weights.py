@@ -12,8 +12,7 @@ from dataclasses import fields
 from tabulate import tabulate
 
 from resnext_det.errors import reported
-from resnext_det.pretrained.catalog import ENTRIES, entry
-from resnext_det.pretrained.catalog_entry import Entry
+from resnext_det.pretrained.catalog import ENTRIES, Entry, entry
 
 HEADERS = ("name", "network", "top-1 %", "licence", "ImageNet-1K only", "batch norms")
 UNTRIED = (

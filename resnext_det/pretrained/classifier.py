@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from resnext_det.errors import WeightsError
-from resnext_det.pretrained.catalog import entry, of_file
-from resnext_det.pretrained.catalog_entry import Entry
+from resnext_det.pretrained.catalog import Entry, entry, of_file
 from resnext_det.pretrained.convert import BackboneWeights, backbone_of
 from resnext_det.pretrained.network import network_of
 from resnext_det.pretrained.pixels import Pixels

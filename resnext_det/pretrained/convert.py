@@ -13,7 +13,7 @@ from resnext_det.errors import WeightsError, quoted
 from resnext_det.files import file_digest, written_beside
 from resnext_det.modeling.forms import convert_form, in_form_of
 from resnext_det.modeling.template import Template
-from resnext_det.pretrained.catalog_entry import Entry
+from resnext_det.pretrained.catalog import Entry
 from resnext_det.pretrained.completeness import check_backbone, describe, doubts
 from resnext_det.pretrained.pixels import Pixels, fold
 from resnext_det.pretrained.readers import Checkpoint, read_checkpoint, read_tensors

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from resnext_det.errors import WeightsError
 from resnext_det.files import file_digest
-from resnext_det.pretrained.catalog_entry import Checksum
+from resnext_det.pretrained.catalog import Checksum
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,7 @@ from detectron2.config import CfgNode
 from resnext_det.errors import WeightsError
 from resnext_det.modeling.resnext import template_of
 from resnext_det.modeling.template import Template
-from resnext_det.pretrained.catalog import ENTRIES
-from resnext_det.pretrained.catalog_entry import Entry
+from resnext_det.pretrained.catalog import ENTRIES, Entry
 from resnext_det.pretrained.convert import BackboneWeights
 from resnext_det.pretrained.pixels import Pixels, folded
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from resnext_det.environment import hardware, versions
 from resnext_det.errors import ConfigError, DatasetError, WeightsError
 from resnext_det.files import file_digest
-from resnext_det.pretrained.catalog_entry import Entry
+from resnext_det.pretrained.catalog import Entry
 from resnext_det.pretrained.classifier import Classifier
 from resnext_det.pretrained.imagenet_images import Preprocessing
 from resnext_det.pretrained.network import network_input

@@ -20,7 +20,7 @@ from torchvision.transforms import InterpolationMode, functional
 
 from resnext_det.errors import ConfigError, DatasetError, quoted
 from resnext_det.images import read_picture
-from resnext_det.pretrained.catalog_entry import Accuracy
+from resnext_det.pretrained.catalog import Accuracy
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,7 @@ from filelock import FileLock, Timeout
 
 from resnext_det.errors import WeightsError
 from resnext_det.files import file_digest
-from resnext_det.pretrained.catalog import ENTRIES, entry
-from resnext_det.pretrained.catalog_entry import Entry
+from resnext_det.pretrained.catalog import ENTRIES, Entry, entry
 from resnext_det.pretrained.convert import BackboneWeights, read_backbone, write_detectron2
 from resnext_det.pretrained.download import Patience, check, download
 

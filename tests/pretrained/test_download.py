@@ -13,7 +13,7 @@ import pytest
 
 import resnext_det.pretrained.download
 from resnext_det.errors import WeightsError
-from resnext_det.pretrained.catalog_entry import Checksum
+from resnext_det.pretrained.catalog import Checksum
 from resnext_det.pretrained.download import Patience, Redirects, check, download
 
 Web = Any  # the class is in conftest.py, which tests cannot import

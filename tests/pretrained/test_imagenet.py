@@ -28,8 +28,7 @@ from torchvision.transforms._presets import ImageClassification
 from resnext_det import ResNeXt
 from resnext_det.errors import ConfigError, DatasetError, WeightsError
 from resnext_det.pretrained import catalog
-from resnext_det.pretrained.catalog import entry
-from resnext_det.pretrained.catalog_entry import Accuracy, Checksum, Entry
+from resnext_det.pretrained.catalog import Accuracy, Checksum, Entry, entry
 from resnext_det.pretrained.classifier import Classifier, load_classifier, locate
 from resnext_det.pretrained.convert import read_backbone, write_detectron2
 from resnext_det.pretrained.imagenet import (

@@ -26,8 +26,7 @@ from torch import Tensor
 from resnext_det import ResNeXt
 from resnext_det.errors import ConfigError, WeightsError
 from resnext_det.pretrained import scheme
-from resnext_det.pretrained.catalog import entry
-from resnext_det.pretrained.catalog_entry import Checksum, Entry
+from resnext_det.pretrained.catalog import Checksum, Entry, entry
 from resnext_det.pretrained.convert import read_backbone, write_detectron2
 from resnext_det.pretrained.download import Patience
 from resnext_det.pretrained.layouts import to_torchvision
