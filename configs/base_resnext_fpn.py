@@ -172,8 +172,7 @@ dataloader = {
     ),
     "evaluator": L(detection_evaluator)(
         dataset="${..test.dataset.names}",
-        # A folder of its own: Detectron2 writes its training log to metrics.json, as the evaluator
-        # does its figures.
+        # A subfolder: the trainer's log and the evaluator's figures are both metrics.json.
         output="${train.output_dir}/inference",
         weights="${train.init_checkpoint}",
     ),

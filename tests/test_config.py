@@ -151,4 +151,5 @@ def test_the_trainer_takes_a_config_of_detectron2s_zoo(datasets: Path, tmp_path:
         trainer.train()
     finally:
         DatasetCatalog.remove("plain_toy")
-    assert {"metrics.json", "model_final.pth"} <= {path.name for path in tmp_path.iterdir()}
+    assert (tmp_path / "model_final.pth").is_file()
+    assert (tmp_path / "inference" / "metrics.json").is_file()

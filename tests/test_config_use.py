@@ -118,7 +118,7 @@ def test_a_training_ends_with_the_figures_of_augmented_images(
     assert {"bbox/AP", "bbox_TTA/AP"} <= set(json.loads(lines[-1]))
     plain, augmented = (
         json.loads(next(folder.glob("detections_*.json")).read_text())
-        for folder in (tmp_path, tmp_path / "inference_TTA")
+        for folder in (tmp_path / "inference", tmp_path / "inference_TTA")
     )
     assert plain != augmented
 

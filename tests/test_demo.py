@@ -24,7 +24,9 @@ def test_the_demonstration_reaches_what_the_readme_says(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"Report: {run / 'report.html'}"
-    metrics = json.loads((run / "metrics.json").read_text())["datasets"]["toy_coco_minival"]
+    metrics = json.loads((run / "inference" / "metrics.json").read_text())["datasets"][
+        "toy_coco_minival"
+    ]
     assert metrics["figures"]["AP50"] >= 70
     assert None not in metrics["figures"].values()
     assert (run / "report.html").stat().st_size < 10_000_000

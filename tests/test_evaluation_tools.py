@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TOY = ["--config-file", "configs/faster_rcnn_X_26_8x4d_FPN_toy.yaml", "--eval-only"]
 # 12 images, which are more than two processes' equal shares of 5 or 7.
 ON_TRAIN = ["DATASETS.TEST", "('toy_coco_train',)", "DATALOADER.NUM_WORKERS", 0]
-RESULTS = "detections_toy_coco_train.json"
+RESULTS = "inference/detections_toy_coco_train.json"
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,9 @@ def images(datasets: Path) -> set[int]:
 
 
 def entry(folder: Path) -> Any:
-    return json.loads((folder / "metrics.json").read_text())["datasets"]["toy_coco_train"]
+    return json.loads((folder / "inference" / "metrics.json").read_text())["datasets"][
+        "toy_coco_train"
+    ]
 
 
 def test_two_processes_share_the_images(
@@ -73,7 +75,7 @@ def test_two_processes_share_the_images(
     for folder in (whole, tmp_path):
         found = json.loads((folder / RESULTS).read_text())
         assert [each["image_id"] for each in found] == sorted(100 * list(images(datasets)))
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_a_killed_evaluation_goes_on_with_what_it_has(
@@ -88,7 +90,7 @@ def test_a_killed_evaluation_goes_on_with_what_it_has(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    kept = "predictions_toy_coco_train.*.partial/*.jsonl"
+    kept = "inference/predictions_toy_coco_train.*.partial/*.jsonl"
     while not any(file.stat().st_size > 20_000 for file in tmp_path.glob(kept)):
         assert process.poll() is None, "it was over before it could be killed"
         time.sleep(0.005)
@@ -96,14 +98,14 @@ def test_a_killed_evaluation_goes_on_with_what_it_has(
     process.wait()
     lines = sum(file.read_text().count("\n") for file in tmp_path.glob(kept))
     assert 0 < lines < 12
-    assert not (tmp_path / "metrics.json").exists()
+    assert not (tmp_path / "inference" / "metrics.json").exists()
 
     done = tool("train_net.py", words, datasets)
     assert done.returncode == 0, done.stderr
     assert f"{lines} images were predicted before this evaluation was ended" in done.stdout
     assert entry(tmp_path)["figures"] == entry(whole)["figures"]
     assert (tmp_path / RESULTS).read_bytes() == (whole / RESULTS).read_bytes()
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_a_file_of_detections_gives_the_same_without_a_model(
@@ -111,17 +113,17 @@ def test_a_file_of_detections_gives_the_same_without_a_model(
 ) -> None:
     annotations = datasets / "toy_coco" / "annotations" / "instances_train2017.json"
     words = ["--annotations", annotations, "--results", whole / RESULTS, "--cross-check"]
-    words += ["--baseline", whole / "metrics.json", "--resamples", 20, "--output", tmp_path]
+    words += ["--baseline", whole, "--resamples", 20, "--output", tmp_path]
     done = tool("evaluate.py", [*words, "--images", datasets / "toy_coco" / "train2017"])
     assert done.returncode == 0, done.stderr
     assert "hotcoco and pycocotools agree" in done.stdout
     assert done.stdout.count("+0.00") >= 12
-    document = json.loads((tmp_path / "metrics.json").read_text())["datasets"]
+    document = json.loads((tmp_path / "inference" / "metrics.json").read_text())["datasets"]
     written = document["instances_train2017"]
     assert written["figures"] == entry(whole)["figures"]
     assert written["per_class"] == entry(whole)["per_class"]
-    details = json.loads((whole / entry(whole)["details"]).read_text())
-    assert json.loads((tmp_path / written["details"]).read_text()) == details
+    details = json.loads((whole / "inference" / entry(whole)["details"]).read_text())
+    assert json.loads((tmp_path / "inference" / written["details"]).read_text()) == details
     assert len(written["baseline"]["differences"]) == 12
     assert (tmp_path / "report.html").stat().st_size > 10_000
 
@@ -149,4 +151,4 @@ def test_expected_results_decide_the_exit_code_and_a_trainings_config_stays(
         words = [*TOY, *ON_TRAIN, "MODEL.WEIGHTS", weights, "OUTPUT_DIR", whole, *words]
         assert tool("train_net.py", words, datasets).returncode == code
     assert (whole / "config.yaml").read_text() == cfg.dump()
-    assert str(weights) in (whole / "evaluation.yaml").read_text()
+    assert str(weights) in (whole / "inference" / "config.yaml").read_text()

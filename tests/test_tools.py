@@ -60,7 +60,9 @@ def test_evaluation_report_and_drawing(run: Path, tool: Tool, datasets: Path) ->
     assert done.returncode == 0, done.stderr
     for word in ("AP50", "AR100", "crescent"):
         assert word in done.stdout
-    evaluated = json.loads((run / "metrics.json").read_text())["datasets"]["toy_coco_minival"]
+    evaluated = json.loads((run / "inference" / "metrics.json").read_text())["datasets"][
+        "toy_coco_minival"
+    ]
     assert len(evaluated["figures"]) == 12
     assert evaluated["image_count"] == 6
     assert all(v is None or math.isfinite(v) for v in evaluated["figures"].values())
@@ -168,7 +170,8 @@ def test_photographs(tool: Tool, real_photographs: Path, tmp_path: Path) -> None
     weights = ["MODEL.WEIGHTS", output / "model_final.pth"]
     third = tool("train_net.py", [*common, "--eval-only", *weights], tmp_path)
     assert third.returncode == 0, third.stderr
-    evaluated = json.loads((output / "metrics.json").read_text())["datasets"]["coco_2014_minival"]
+    figures = json.loads((output / "inference" / "metrics.json").read_text())
+    evaluated = figures["datasets"]["coco_2014_minival"]
     assert evaluated["image_count"] == 29
     assert evaluated["annotations"].endswith("instances_val2017.json")
     picture = next((real_photographs / "val2017").iterdir())

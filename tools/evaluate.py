@@ -2,9 +2,9 @@
 
     python tools/evaluate.py --annotations instances_val2017.json --results detections.json
     python tools/evaluate.py ... --cross-check                      by pycocotools as well
-    python tools/evaluate.py ... --baseline OTHER_RUN/metrics.json  is it better, and how surely?
-    python tools/evaluate.py ... --images val2017 --output FOLDER   metrics.json and a report
-    python tools/evaluate.py --run FOLDER --output FOLDER/inference a run of Detectron2's trainer
+    python tools/evaluate.py ... --baseline OTHER_RUN               is it better, and how surely?
+    python tools/evaluate.py ... --images val2017 --output FOLDER   write figures and a report
+    python tools/evaluate.py --run FOLDER --output FOLDER           a run of Detectron2's trainer
 
 Annotations and results are in COCO's formats. Boxes, masks and keypoints are evaluated if both
 files hold them, or what --iou-type names. --proposals gives the average recall of 100, 300 and
@@ -31,12 +31,11 @@ from resnext_det.evaluation.details import error_table
 from resnext_det.evaluation.detections import KINDS, Detections, check_detections, read_detections
 from resnext_det.evaluation.engines import ENGINES, Protocol
 from resnext_det.evaluation.evaluator import Engine, evaluate_detections, write_evaluated
-from resnext_det.evaluation.metrics_file import METRICS
 from resnext_det.evaluation.proposals import proposal_figures, proposal_table
 from resnext_det.evaluation.run_folder import (
+    INFERENCE,
     find_stock_run,
-    is_training_log,
-    metrics_folder,
+    metrics_file,
     read_metrics,
 )
 from resnext_det.evaluation.truth import Truth, read_truth
@@ -60,13 +59,20 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--engine", choices=list(ENGINES), default="hotcoco")
     parser.add_argument("--cross-check", action="store_true", help="by both; fail if they differ")
-    parser.add_argument("--baseline", type=Path, metavar="JSON", help="metrics.json of another")
+    parser.add_argument(
+        "--baseline", type=Path, metavar="RUN", help="another run, or its metrics.json"
+    )
     parser.add_argument(
         "--resamples", type=int, default=RESAMPLES, help="for --baseline's intervals"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the resamples")
     parser.add_argument("--proposals", action="store_true", help="recall, classes left out")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="metrics.json and report.html")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="write inference/metrics.json and report.html there",
+    )
     parser.add_argument("--images", type=Path, metavar="DIR", help="pictures for the report")
     arguments = parser.parse_args()
     if not arguments.run and not (arguments.annotations and arguments.results):
@@ -131,7 +137,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         if arguments.baseline:
             more["baseline"] = comparison_document(arguments.baseline, differences)
         write_evaluated(
-            arguments.output,
+            arguments.output / INFERENCE,
             arguments.dataset,
             {
                 "weights": arguments.weights or f"unknown; detections {arguments.results.name}",
@@ -142,16 +148,12 @@ def evaluate(arguments: argparse.Namespace) -> None:
             evaluated,
             {**more, "engine": vars(engine)},
         )
-        # The page of the run itself has its curves and its config as well.
-        run = arguments.run
-        inside = run and arguments.output.resolve() == (run / "inference").resolve()
-        print(f"\nReport: {write_report(run if inside else arguments.output)}")
+        print(f"\nReport: {write_report(arguments.output)}")
 
 
 def complete_from_run(arguments: argparse.Namespace) -> None:
     """Fill in what the run's folder tells: detections, annotations and images."""
-    folder = metrics_folder(arguments.run)
-    if (folder / METRICS).is_file() and not is_training_log(folder / METRICS):
+    if metrics_file(arguments.run):
         complete_from_metrics(arguments)
         return
     stock = find_stock_run(arguments.run)

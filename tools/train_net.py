@@ -76,9 +76,9 @@ def check(cfg: CfgNode, arguments: argparse.Namespace, world_size: int) -> None:
 def run(cfg: CfgNode, arguments: argparse.Namespace) -> None:
     """Train or evaluate, in one of the processes."""
     custom.register_arguments(arguments)
-    set_up(cfg, arguments)
+    folder = set_up(cfg, arguments)
     if comm.is_main_process():
-        custom.record(cfg)
+        custom.record(cfg, folder)
     if arguments.eval_only:
         results = evaluate(cfg, resume=arguments.resume)
         if comm.is_main_process():

@@ -182,11 +182,12 @@ def register_arguments(arguments: argparse.Namespace) -> None:
         register(data)
 
 
-def record(cfg: CfgNode) -> None:
-    """Write the files of the data sets that came from the command line into OUTPUT_DIR.
+def record(cfg: CfgNode, folder: Path) -> None:
+    """Write down the files of the data sets that came from the command line.
 
     Args:
-        cfg: the run's config. Data sets that were recorded in its folder before are kept.
+        cfg: the run's config.
+        folder: of its config.yaml. Data sets that were recorded there before are kept.
 
     Raises:
         ResNeXtError: it cannot be written.
@@ -202,7 +203,6 @@ def record(cfg: CfgNode) -> None:
                 "sha256": file_digest(Path(metadata.json_file)),
             }
     if found:
-        folder = Path(cfg.OUTPUT_DIR)
         kept = {
             name: {"annotations": str(data.file), "images": str(data.images), "sha256": digest}
             for name, (data, digest) in read_record(folder).items()

@@ -155,17 +155,16 @@ def buffers_of_the_first(model: nn.Module) -> Iterator[None]:
             buffer.copy_(before)
 
 
-def renamed(cfg: CfgNode, folder: str, weights: str) -> CfgNode:
-    """Return a config whose results go to a folder, and stand beside a name of the weights.
+def renamed(cfg: CfgNode, weights: str) -> CfgNode:
+    """Return a config under which results name other weights.
 
     Args:
         cfg: the config; it is not changed.
-        folder: for OUTPUT_DIR.
         weights: for MODEL.WEIGHTS, which a test does not load.
     """
     changed: CfgNode = cfg.clone()
     changed.defrost()
-    changed.OUTPUT_DIR, changed.MODEL.WEIGHTS = folder, weights
+    changed.MODEL.WEIGHTS = weights
     changed.freeze()
     return changed
 
@@ -208,7 +207,7 @@ def model_digest(cfg: CfgNode, model: nn.Module) -> str:
             "the processes have different weights, so no figure would be of one model: load the "
             "same file in all of them."
         )
-    settings = renamed(cfg, "", "")  # the weights themselves stand in the digest
+    settings = renamed(cfg, "")  # the digest holds the weights themselves
     said = {
         "weights": digests[0],
         "model": settings.MODEL.dump(),

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 
 from resnext_det.checkpoint_file import Run, read_run
 from resnext_det.config import complete
+from resnext_det.config_files import parse_config
 from resnext_det.errors import ConfigError, WeightsError, plain, quoted
 
 logger = logging.getLogger(__name__)
@@ -79,13 +79,8 @@ def changes(recorded: str, cfg: CfgNode) -> Changes:
     Raises:
         ConfigError: the record is not a config.
     """
-    try:
-        before = yaml.safe_load(recorded)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ConfigError(f"the recorded config cannot be read: {quoted(error)}") from error
-    if not isinstance(before, dict):
-        raise ConfigError("the recorded config is not a mapping of keys")
-    return dict(_differing(before, yaml.safe_load(cfg.dump()), ""))
+    before = parse_config(recorded, "the recorded config")
+    return dict(_differing(before, parse_config(cfg.dump(), "the config"), ""))
 
 
 def _differing(

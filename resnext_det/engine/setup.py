@@ -1,22 +1,23 @@
-"""What a run does before anything is built: its folder, its log, its seed."""
+"""What a run does before anything is built: its folder, its log, its config, its seed."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
-import yaml
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 from detectron2.utils import comm
+from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
+from resnext_det.config_files import read_config
 from resnext_det.console import ignore_others_warnings, print_above_bars
-from resnext_det.errors import ConfigError, InertMessages
-from resnext_det.files import check_writable, written_beside
+from resnext_det.errors import ConfigError, InertMessages, quoted
+from resnext_det.evaluation.run_folder import INFERENCE
+from resnext_det.files import check_writable, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -54,41 +55,54 @@ def check_folder(
 def _check_weights(cfg: CfgNode, folder: Path) -> None:
     """Compare MODEL.WEIGHTS with what config.yaml, written when the training began, says."""
     try:
-        began_with = CfgNode.load_yaml_with_base(str(folder / "config.yaml"))["MODEL"]["WEIGHTS"]
-    except (OSError, KeyError, TypeError, ValueError, AttributeError, yaml.YAMLError):
+        began_with = read_config(folder / "config.yaml")["MODEL"]["WEIGHTS"]
+    except (ConfigError, KeyError, TypeError) as error:
+        logger.warning(
+            "--resume: %s does not say which weights the training began with (%s), so "
+            "MODEL.WEIGHTS is not compared; the last checkpoint is loaded",
+            quoted(folder / "config.yaml"),
+            quoted(error),
+        )
         return
     if began_with != cfg.MODEL.WEIGHTS:
         raise ConfigError(
             f"--resume goes on from the last checkpoint of {folder}, a training that began with "
-            f"MODEL.WEIGHTS {began_with or repr('')}; {cfg.MODEL.WEIGHTS} would not be read. Leave "
-            "MODEL.WEIGHTS out to go on; to train from those weights, leave --resume out and name "
-            "another OUTPUT_DIR."
+            f"MODEL.WEIGHTS {quoted(began_with)}; {quoted(cfg.MODEL.WEIGHTS)} would not be read. "
+            "Leave MODEL.WEIGHTS out to go on; to train from those weights, leave --resume out and "
+            "name another OUTPUT_DIR."
         )
     logger.info("--resume: the last checkpoint is loaded, and MODEL.WEIGHTS is not read again")
 
 
-def set_up(cfg: CfgNode, arguments: argparse.Namespace) -> None:
+def set_up(cfg: CfgNode, arguments: argparse.Namespace) -> Path:
     """Make the output folder, begin its log.txt, save config.yaml and seed the random numbers.
 
-    What Detectron2 has to say goes to log.txt alone, unless it is a warning. The config.yaml of a
-    training stays when it is evaluated; the evaluation's is evaluation.yaml then.
+    Detectron2's own information goes to log.txt alone, its warnings to the terminal as well. The
+    config of an evaluation goes to OUTPUT_DIR/inference: OUTPUT_DIR/config.yaml is of the training.
 
     Args:
         cfg: the run's config; OUTPUT_DIR and SEED are read.
         arguments: the command line, for the log.
 
+    Returns:
+        The folder of config.yaml.
+
     Raises:
         ConfigError: OUTPUT_DIR cannot be written.
     """
     ignore_others_warnings()  # this process may be a child of the command
-    check_writable(Path(cfg.OUTPUT_DIR), "OUTPUT_DIR")
+    folder = Path(cfg.OUTPUT_DIR)
+    check_writable(folder, "OUTPUT_DIR")
     rank = comm.get_rank()
     # Detectron2 keeps the logger that it makes for the same arguments: these are default_setup's.
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name="fvcore")
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank)
     quieten_detectron2()
     _make_inert("fvcore", "detectron2")
-    with _config_of_training_kept(cfg, evaluating=getattr(arguments, "eval_only", False)):
+    if getattr(arguments, "eval_only", False):
+        folder = folder / INFERENCE
+        _set_up_evaluation(cfg, arguments, folder)
+    else:
         default_setup(cfg, arguments)
     setup_logger(
         cfg.OUTPUT_DIR, distributed_rank=rank, name="resnext_det", abbrev_name="resnext_det"
@@ -96,31 +110,20 @@ def set_up(cfg: CfgNode, arguments: argparse.Namespace) -> None:
     _make_inert("resnext_det")
     for name in ("fvcore", "detectron2", "resnext_det"):
         print_above_bars(logging.getLogger(name))
+    return folder
 
 
-@contextlib.contextmanager
-def _config_of_training_kept(cfg: CfgNode, *, evaluating: bool) -> Iterator[None]:
-    """Keep a training's config.yaml, which Detectron2 writes over when it is evaluated.
-
-    It stands on disk under another name meanwhile: a run that is killed in between leaves it there
-    for the next one.
-    """
-    folder = Path(cfg.OUTPUT_DIR)
-    config, aside = folder / "config.yaml", folder / ".config.yaml.of_training"
-    if not comm.is_main_process():
-        yield
-        return
-    if aside.is_file():
-        aside.replace(config)
-    begun = (folder / "last_checkpoint").is_file() and config.is_file()
-    if not (evaluating and begun):
-        yield
-        return
-    with written_beside(aside) as beside:
-        beside.write_bytes(config.read_bytes())
-    yield
-    config.replace(folder / "evaluation.yaml")
-    aside.replace(config)
+def _set_up_evaluation(cfg: CfgNode, arguments: argparse.Namespace, folder: Path) -> None:
+    """Do what default_setup does, which would overwrite the training's config.yaml."""
+    rank = comm.get_rank()
+    log = logging.getLogger(default_setup.__module__)
+    log.info("Rank %d of %d. Environment:\n%s", rank, comm.get_world_size(), collect_env_info())
+    log.info("Command line arguments: %s", arguments)
+    log.info("Running with full config:\n%s", cfg.dump())
+    if comm.is_main_process():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "config.yaml", cfg.dump())
+    seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + rank)
 
 
 def _make_inert(*names: str) -> None:

@@ -50,6 +50,7 @@ from resnext_det.engine.train_loop import (
 )
 from resnext_det.engine.writers import History, Writers, build_writers, writing_period
 from resnext_det.evaluation.evaluator import DetectionEvaluator, Engine
+from resnext_det.evaluation.run_folder import INFERENCE
 from resnext_det.files import free_bytes
 from resnext_det.modeling.detectors import build_detector
 from resnext_det.pretrained.loading import load_weights
@@ -284,12 +285,12 @@ class Trainer(DefaultTrainer):
             self._stop_on_signal.stop(signal.number)
 
     def _evaluated(self) -> dict[str, Any]:
-        results = self._tested(self.cfg.OUTPUT_DIR, self._trainer.model)
+        results = self._tested(self._trainer.model)
         if self.cfg.TEST.AUG.ENABLED and self.iter + 1 == self.max_iter:
             results = {**results, **self.test_with_TTA(self.cfg, self._trainer.model)}
         self._last_eval_results = results
         if self._trainer.ema is not None:
-            average = self._tested(f"{self.cfg.OUTPUT_DIR}/ema", self._trainer.ema.module)
+            average = self._tested(self._trainer.ema.module, f"{INFERENCE}_ema")
             results = {**results, "ema": average}
         if self.cfg.TEST.VALIDATION_LOSS:
             with seeded(self._trainer.seed, 2, self.iter):  # proposals are sampled
@@ -297,10 +298,10 @@ class Trainer(DefaultTrainer):
             results = {**results, "validation": losses}
         return results
 
-    def _tested(self, folder: str, model: nn.Module) -> dict[str, Any]:
+    def _tested(self, model: nn.Module, folder: str = INFERENCE) -> dict[str, Any]:
         # For what is written: MODEL.WEIGHTS is what the training began with.
         weights = f"{self.cfg.OUTPUT_DIR}, iteration {self.iter + 1}"
-        return self.test(renamed(self.cfg, folder, weights), model)
+        return self._test_into(folder, renamed(self.cfg, weights), model)
 
     def _validation_batches(self) -> Iterable[list[dict[str, Any]]]:
         # With annotations, and without augmentation.
@@ -362,15 +363,25 @@ class Trainer(DefaultTrainer):
         Raises:
             DatasetError: the data has other classes than the model.
         """
-        check_classes(cfg, learned=getattr(bare(model), "class_names", ()))
         if evaluators is not None:
+            check_classes(cfg, learned=getattr(bare(model), "class_names", ()))
             found: dict[str, Any] = super().test(cfg, model, evaluators)  # type: ignore[no-untyped-call]
             return found
+        return cls._test_into(INFERENCE, cfg, model)
+
+    @classmethod
+    def _test_into(cls, folder: str, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
+        """Evaluate a model, and write into a folder of OUTPUT_DIR."""
+        check_classes(cfg, learned=getattr(bare(model), "class_names", ()))
+        # A subclass whose evaluators take no folder, as Detectron2 allows, can do without this one.
+        output = {}
+        if folder != INFERENCE:
+            output["output_folder"] = str(Path(cfg.OUTPUT_DIR) / folder)
         try:
             return evaluate_datasets(
                 cfg,
                 model,
-                functools.partial(cls.build_evaluator, cfg),
+                functools.partial(cls.build_evaluator, cfg, **output),
                 functools.partial(cls.build_test_loader, cfg),
             )
         finally:
@@ -385,11 +396,10 @@ class Trainer(DefaultTrainer):
             model: a GeneralizedRCNN with its weights.
 
         Returns:
-            As `test`, under names that end in "_TTA"; files go to inference_TTA in OUTPUT_DIR.
+            As `test`, under names that end in "_TTA"; files go to OUTPUT_DIR/inference_TTA.
         """
         augmented = GeneralizedRCNNWithTTA(cfg, bare(model))
-        folder = f"{cfg.OUTPUT_DIR}/inference_TTA"
-        results = cls.test(renamed(cfg, folder, cfg.MODEL.WEIGHTS), augmented)
+        results = cls._test_into(f"{INFERENCE}_TTA", cfg, augmented)
         return {f"{name}_TTA": figures for name, figures in results.items()}
 
     @classmethod
@@ -401,11 +411,20 @@ class Trainer(DefaultTrainer):
         return with_lasting_workers(loader)
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DetectionEvaluator:
-        """Return the evaluator that writes metrics.json into OUTPUT_DIR."""
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
+    ) -> DetectionEvaluator:
+        """Return the evaluator of a data set, as Detectron2's tools/train_net.py does.
+
+        Args:
+            cfg: the config.
+            dataset_name: of DATASETS.TEST.
+            output_folder: for metrics.json and the detections; OUTPUT_DIR/inference by default.
+        """
+        folder = Path(cfg.OUTPUT_DIR) / INFERENCE if output_folder is None else Path(output_folder)
         description = {"weights": cfg.MODEL.WEIGHTS}
         test = complete(cfg).TEST
         engine = Engine(test.ENGINE, test.CROSS_CHECK)
         return DetectionEvaluator(
-            dataset_name, Path(cfg.OUTPUT_DIR), description, engine, test.KEYPOINT_OKS_SIGMAS
+            dataset_name, folder, description, engine, test.KEYPOINT_OKS_SIGMAS
         )

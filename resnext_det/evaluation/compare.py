@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from tabulate import tabulate
 
 from resnext_det.console import progress_bar
-from resnext_det.errors import DatasetError, plain
+from resnext_det.errors import DatasetError, plain, quoted
 from resnext_det.evaluation.detections import Detections, check_detections, read_detections
 from resnext_det.evaluation.engines import FIGURES, by_hotcoco, hotcoco_evaluation
 from resnext_det.evaluation.figures import percent, shown
-from resnext_det.evaluation.run_folder import Evaluation, read_metrics
+from resnext_det.evaluation.run_folder import METRICS, Evaluation, read_metrics
 from resnext_det.evaluation.truth import Truth
 from resnext_det.files import file_digest
 
@@ -65,22 +65,24 @@ def find_baseline(metrics: Path, truth: Truth) -> Evaluation:
     """Return the evaluation of a metrics.json that was made with the same annotations.
 
     Args:
-        metrics: a metrics.json, or the folder of one.
+        metrics: a metrics.json, or a run's folder.
         truth: the annotations.
 
     Raises:
         DatasetError: there is none, or it was made with other annotations.
     """
-    folder = metrics if metrics.is_dir() else metrics.parent
-    if not metrics.is_dir() and metrics.name != "metrics.json":
-        raise DatasetError(f"{metrics} is no metrics.json of an earlier evaluation.")
-    evaluations = read_metrics(folder).evaluations
+    if not metrics.is_dir() and metrics.name != METRICS:
+        raise DatasetError(
+            f"--baseline {quoted(metrics)} is neither a run's folder nor the {METRICS} of an "
+            "evaluation. Name one of the two."
+        )
+    evaluations = read_metrics(metrics).evaluations
     for evaluation in evaluations:
         if evaluation.annotations_sha256 == truth.sha256:
             return evaluation
     names = ", ".join(f"{each.name} ({each.annotations})" for each in evaluations)
     raise DatasetError(
-        f"{folder / 'metrics.json'} was made with other annotations than {truth.file}: {names}. "
+        f"{quoted(metrics)} was made with other annotations than {truth.file}: {names}. "
         "Figures of different annotations cannot be compared; evaluate both with the same file."
     )
 
@@ -244,7 +246,7 @@ def compare_with(
     """Compare detections with those of an earlier evaluation.
 
     Args:
-        metrics: its metrics.json, or the folder of that.
+        metrics: its metrics.json, or its run's folder.
         truth: the annotations.
         now: the new detections.
         resamples: see `compare`.

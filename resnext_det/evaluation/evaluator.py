@@ -25,7 +25,12 @@ from resnext_det.evaluation.engines import (
     hotcoco_evaluation,
 )
 from resnext_det.evaluation.figures import Figures, figures_of
-from resnext_det.evaluation.metrics_file import file_name_of, write_detections, write_metrics
+from resnext_det.evaluation.metrics_file import (
+    check_no_training_log,
+    file_name_of,
+    write_detections,
+    write_metrics,
+)
 from resnext_det.evaluation.plausibility import suspicions
 from resnext_det.evaluation.predictions import ImageKey, Predictions, found_in
 from resnext_det.evaluation.proposals import proposal_figures, proposal_table
@@ -129,10 +134,10 @@ def write_evaluated(
     evaluated: Mapping[str, Evaluated],
     entry: Mapping[str, Any],
 ) -> None:
-    """Write an evaluation as a run's folder has it: metrics.json, the detections, the details.
+    """Write an evaluation: metrics.json, the detections, the details.
 
     Args:
-        folder: of the run.
+        folder: RUN/inference.
         dataset: its name.
         description: see `metrics_file.write_metrics`.
         truth: the annotations.
@@ -193,7 +198,11 @@ class DetectionEvaluator(DatasetEvaluator):
             description: what stands beside the figures, such as the weights' name.
             engine: what computes the figures.
             sigmas: of keypoints, as TEST.KEYPOINT_OKS_SIGMAS; empty for COCO's.
+
+        Raises:
+            ConfigError: Detectron2's trainer logs to metrics.json in the output folder.
         """
+        check_no_training_log(output)
         self.dataset = dataset
         self.output = output
         self.description = description

@@ -13,13 +13,12 @@ from typing import Any
 from filelock import FileLock
 
 from resnext_det.environment import commit, hardware, versions
+from resnext_det.errors import ConfigError, quoted
 from resnext_det.evaluation.detections import Detections
-from resnext_det.evaluation.run_folder import is_training_log
+from resnext_det.evaluation.run_folder import INFERENCE, METRICS, is_training_log
 from resnext_det.files import write_json
 
 logger = logging.getLogger(__name__)
-
-METRICS = "metrics.json"
 
 
 def file_name_of(dataset: str) -> str:
@@ -43,20 +42,18 @@ def write_metrics(
     """Write what was reached on one data set, beside what the same weights reached on others.
 
     Args:
-        folder: of the run.
+        folder: for the file, RUN/inference.
         dataset: its name.
         description: what stands beside the figures, such as {"weights": "model_final.pth"}.
         entry: of the data set.
+
+    Raises:
+        ConfigError: Detectron2's trainer writes its log to a file of that name there.
     """
+    check_no_training_log(folder)
     target = folder / METRICS
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f".{METRICS}.lock"):  # two evaluations would lose one another's
-        if is_training_log(target):
-            kept = folder / "metrics.jsonl"
-            if kept.exists():
-                kept = folder / "metrics_training.json"
-            target.rename(kept)
-            logger.warning("%s was a training log of Detectron2: it is %s now", target, kept)
         document = {
             **description,
             "versions": versions(),
@@ -66,6 +63,20 @@ def write_metrics(
         }
         write_json(target, document)
     logger.info("wrote %s", target)
+
+
+def check_no_training_log(folder: Path) -> None:
+    """Refuse to write figures over the training log of Detectron2's trainer.
+
+    Raises:
+        ConfigError: metrics.json in the folder is one.
+    """
+    if is_training_log(folder / METRICS):
+        raise ConfigError(
+            f"{quoted(folder / METRICS)} is the training log of Detectron2's trainer, and an "
+            "evaluation writes figures to a file of that name. Give the evaluator another folder, "
+            f"such as {quoted(folder / INFERENCE)}."
+        )
 
 
 def _other_datasets(target: Path, description: Mapping[str, str]) -> dict[str, Any]:

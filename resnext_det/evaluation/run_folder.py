@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from resnext_det.errors import DatasetError, plain, quoted
+from resnext_det.config_files import read_config
+from resnext_det.errors import ConfigError, DatasetError, plain, quoted
 from resnext_det.files import open_regular
 
+INFERENCE = "inference"
+"""Subfolder of a run in which an evaluation writes, as Detectron2's do."""
+
+METRICS = "metrics.json"
 _STOCK_RESULTS = "coco_instances_results.json"
 _LONGEST_LINE = 1 << 20
 
@@ -60,7 +63,7 @@ class Evaluation:
         annotations: the COCO annotation file.
         annotations_sha256: of that file, when it was evaluated; "" where that is not known.
         images: the folder of the pictures.
-        detections: the list of COCO results in the run's folder.
+        detections: the list of COCO results.
         detections_sha256: of that file, when it was evaluated; "" where that is not known.
         image_count: images that were evaluated.
         figures: the 12 COCO figures by name, in percent; None where there is nothing to measure.
@@ -183,8 +186,7 @@ def find_stock_run(run: Path) -> StockRun:
     """
     path = run / "config.yaml"
     try:
-        with open_regular(path) as stream:
-            config = yaml.safe_load(stream)
+        config = read_config(path)
         if "dataloader" in config:
             found: Any = config["dataloader"]["test"]["dataset"]["names"]
             folder = config["dataloader"]["evaluator"].get("output_dir")
@@ -193,17 +195,17 @@ def find_stock_run(run: Path) -> StockRun:
         names = [found] if isinstance(found, str) else [str(each) for each in found]
         sigmas = tuple(map(float, config.get("TEST", {}).get("KEYPOINT_OKS_SIGMAS", ())))
         dataset = names[-1]  # each overwrites the detections of the one before
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except ConfigError as error:
         raise DatasetError(
-            f"{quoted(path)} cannot be read ({quoted(error)}), so it is not known what the run was "
-            "tested on: give --annotations and --results instead of --run."
+            f"{error} It would say what the run was tested on: give --annotations and --results "
+            "instead of --run."
         ) from error
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise DatasetError(
             f"{quoted(path)} names no data set to test on: give --annotations and --results "
             "instead of --run."
         ) from error
-    places = [run / "inference" / _STOCK_RESULTS, run / _STOCK_RESULTS]
+    places = [run / INFERENCE / _STOCK_RESULTS, run / _STOCK_RESULTS]
     if isinstance(folder, str) and "${" not in folder:
         places.insert(0, Path(folder) / _STOCK_RESULTS)
     for place in places:
@@ -214,10 +216,10 @@ def find_stock_run(run: Path) -> StockRun:
 
 def _advice(run: Path) -> str:
     """Return how a run is evaluated that has no figures yet."""
-    if (run / "inference" / _STOCK_RESULTS).is_file():
+    if (run / INFERENCE / _STOCK_RESULTS).is_file():
         return (
             "it is a run of Detectron2's trainer; evaluate its detections: python "
-            f"tools/evaluate.py --run {quoted(run)} --output {quoted(run / 'inference')}"
+            f"tools/evaluate.py --run {quoted(run)} --output {quoted(run)}"
         )
     if (run / "model_final.pth").is_file():
         return (
@@ -228,20 +230,22 @@ def _advice(run: Path) -> str:
     return "evaluate the run first, or name the folder of a run that is evaluated"
 
 
-def metrics_folder(run: Path) -> Path:
-    """Return the folder of a run's figures: the run's own, or `inference` in it.
+def metrics_file(run: Path) -> Path | None:
+    """Return the file of a run's figures; None if the run was not evaluated.
 
-    Detectron2's programs write their training log to metrics.json, one JSON object a line.
+    Args:
+        run: the run's folder, or a folder that itself holds figures, such as RUN/inference_TTA.
+            (Earlier versions wrote figures into the run's own folder.)
     """
-    inner = run / "inference"
-    own = run / "metrics.json"
-    if (inner / "metrics.json").is_file() and (not own.is_file() or is_training_log(own)):
-        return inner
-    return run
+    candidates = run / INFERENCE / METRICS, run / METRICS
+    return next((file for file in candidates if file.is_file() and not is_training_log(file)), None)
 
 
 def is_training_log(file: Path) -> bool:
-    """Tell whether a metrics.json is a training log of Detectron2: an object with an iteration."""
+    """Tell whether Detectron2's trainer wrote a metrics.json: one object with an iteration a line.
+
+    Its log has the name of this package's file of figures.
+    """
     try:
         with open_regular(file) as stream:
             first = json.loads(stream.readline(_LONGEST_LINE))
@@ -251,10 +255,10 @@ def is_training_log(file: Path) -> bool:
 
 
 def read_metrics(run: Path) -> Metrics:
-    """Read metrics.json of a run.
+    """Read the figures of a run.
 
     Args:
-        run: the run's folder.
+        run: the run's folder, or the metrics.json itself.
 
     Returns:
         What it says.
@@ -262,12 +266,15 @@ def read_metrics(run: Path) -> Metrics:
     Raises:
         DatasetError: the file is missing, is not JSON, or lacks what an evaluation writes.
     """
-    run = metrics_folder(run)
-    path = run / "metrics.json"
+    named = run.name == METRICS and not run.is_dir()
+    run, path = (
+        (run.parent, run) if named else (run, metrics_file(run) or run / INFERENCE / METRICS)
+    )
     advice = _advice(run)
-    if is_training_log(path):
+    if named and is_training_log(path):
         raise DatasetError(f"{quoted(path)} is Detectron2's training log: {advice}.")
     document = read_json(path, advice)
+    folder = path.parent
     try:
         entries: dict[str, dict[str, Any]] = document["datasets"]
         metrics = Metrics(
@@ -276,7 +283,7 @@ def read_metrics(run: Path) -> Metrics:
             versions={str(name): str(value) for name, value in document["versions"].items()},
             hardware=str(document["hardware"]),
             evaluations=[
-                _evaluation(run, name, entry)
+                _evaluation(folder, name, entry)
                 for name, entry in entries.items()
                 if "proposals" not in entry
             ],
@@ -298,19 +305,19 @@ def _unless_none(value: object) -> str | None:
     return None if value is None else str(value)
 
 
-def _evaluation(run: Path, name: str, entry: Mapping[str, Any]) -> Evaluation:
+def _evaluation(folder: Path, name: str, entry: Mapping[str, Any]) -> Evaluation:
     details = entry.get("details")
     return Evaluation(
         name=name,
         annotations=Path(entry["annotations"]),
         annotations_sha256=str(entry.get("annotations_sha256", "")),
         images=Path(entry["images"]),
-        detections=run / entry["detections"],
+        detections=folder / entry["detections"],
         detections_sha256=str(entry.get("detections_sha256", "")),
         image_count=int(entry["image_count"]),
         figures=_percents(entry["figures"]),
         per_class=[_class_result(result) for result in entry["per_class"]],
-        details=None if details is None else run / details,
+        details=None if details is None else folder / details,
         engine=_engine(entry.get("engine")),
         baseline=entry.get("baseline"),
         segm=_kind_result(entry.get("segm")),
@@ -374,8 +381,8 @@ def read_training(run: Path) -> list[Record]:
         DatasetError: the file is there but cannot be read.
     """
     path = run / "metrics.jsonl"
-    if not path.exists() and is_training_log(run / "metrics.json"):
-        path = run / "metrics.json"
+    if not path.exists() and is_training_log(run / METRICS):
+        path = run / METRICS
     if not path.exists():
         return []
     try:

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from resnext_det import config_files
 from resnext_det.data.checks import CUSTOM
+from resnext_det.errors import ConfigError
+from resnext_det.evaluation.run_folder import INFERENCE
 
 logger = logging.getLogger(__name__)
 
@@ -44,20 +45,21 @@ class ConfigSummary:
 
 
 def read_config(run: Path) -> ConfigSummary | None:
-    """Read config.yaml, the config of a run as Detectron2 dumps it.
+    """Read config.yaml of a run's training or, if there is none, of its evaluation.
 
     Args:
         run: the run's folder.
 
     Returns:
-        A summary, or None where the file is absent or is no plain YAML, which is logged.
+        A summary, or None if there is no such file or it is no config, which is logged.
     """
-    path = run / "config.yaml"
-    if not path.exists():
+    candidates = run / "config.yaml", run / INFERENCE / "config.yaml"
+    path = next((file for file in candidates if file.exists()), None)
+    if path is None:
         return None
     try:
-        return summary_of(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError, KeyError, TypeError) as error:
+        return _summary(config_files.read_config(path))
+    except (ConfigError, ValueError, KeyError, TypeError) as error:
         logger.warning("%s cannot be read, so the report leaves the config out: %s", path, error)
         return None
 
@@ -69,9 +71,12 @@ def summary_of(text: str) -> ConfigSummary:
         text: YAML without tags.
 
     Raises:
-        YAMLError, KeyError, TypeError, ValueError: it is no config.
+        ConfigError, KeyError, TypeError, ValueError: it is no config.
     """
-    config = yaml.safe_load(text)
+    return _summary(config_files.parse_config(text, "the recorded config"))
+
+
+def _summary(config: config_files.Tree) -> ConfigSummary:
     model, solver = config["MODEL"], config["SOLVER"]
     resnets = model["RESNETS"]
     template = f"{resnets['NUM_GROUPS']}x{resnets['WIDTH_PER_GROUP']}d"

@@ -111,8 +111,8 @@ def write_report(run: Path, output: Path | None = None) -> Path:
     """Write a page about a run that opens anywhere: one file, nothing from the network.
 
     Args:
-        run: a folder with metrics.json and the detections it names, and, after a training,
-            metrics.jsonl and config.yaml.
+        run: a folder with inference/metrics.json, the detections that it names and, after a
+            training, metrics.jsonl and config.yaml.
         output: the page to write; report.html in the run's folder if it is not given. It is
             written beside and then renamed.
 

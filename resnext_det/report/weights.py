@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-import yaml
-
 from resnext_det.checkpoint_file import read_run
 from resnext_det.errors import ResNeXtError
 from resnext_det.pretrained import catalog
@@ -17,7 +15,7 @@ from resnext_det.report.config import ConfigSummary, grouped, summary_of
 logger = logging.getLogger(__name__)
 
 _SCHEME = "resnext://"
-_NO_CONFIG = (ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError)
+_NO_CONFIG = (ValueError, KeyError, TypeError)
 
 
 def weights_facts(

@@ -339,7 +339,7 @@ def test_a_run_folder_is_enough_to_use_its_files_again(
     folder = tmp_path / "run"
     folder.mkdir()
     cfg = from_words("--train-json", train, "--test-json", test, "OUTPUT_DIR", folder)
-    record(cfg)
+    record(cfg, folder)
     (folder / "config.yaml").write_text(cfg.dump())
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         DatasetCatalog.remove(name)
@@ -349,7 +349,7 @@ def test_a_run_folder_is_enough_to_use_its_files_again(
     again = from_arguments(load_config(arguments.config_file), arguments)
     assert class_names(again) == ["dog", "cat", "a horse"]
     check_datasets(again, list(again.DATASETS.TEST))
-    record(again)  # of the evaluation, which keeps what is there
+    record(again, folder)  # keeps what is there
     assert set(read_record(folder)) == {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST}
     test.write_text(test.read_text() + " ")
     with pytest.raises(DatasetError, match=r"test\.json have changed since the run"):

@@ -66,7 +66,9 @@ class Counting(nn.Module):
 
 
 def figures(folder: Path) -> Any:
-    return json.loads((folder / "metrics.json").read_text())["datasets"][NAME]["figures"]
+    return json.loads((folder / "inference" / "metrics.json").read_text())["datasets"][NAME][
+        "figures"
+    ]
 
 
 def test_a_killed_evaluation_goes_on_with_what_it_has(
@@ -75,9 +77,9 @@ def test_a_killed_evaluation_goes_on_with_what_it_has(
     whole = Counting(model)
     expected = Trainer.test(cfg, whole)
     assert whole.images == 6
-    detections = (tmp_path / f"detections_{NAME}.json").read_bytes()
+    detections = (tmp_path / "inference" / f"detections_{NAME}.json").read_bytes()
     assert len(json.loads(detections)) > 100  # an untrained detector finds things everywhere
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.rglob("*.partial"))
 
     with pytest.raises(Killed):
         Trainer.test(cfg, Counting(model, last=4))
@@ -85,8 +87,8 @@ def test_a_killed_evaluation_goes_on_with_what_it_has(
     again = Trainer.test(cfg, rest)
     assert rest.images == 2
     np.testing.assert_equal(again, expected)
-    assert (tmp_path / f"detections_{NAME}.json").read_bytes() == detections
-    assert not list(tmp_path.glob("*.partial"))
+    assert (tmp_path / "inference" / f"detections_{NAME}.json").read_bytes() == detections
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_one_that_was_killed_over_the_figures_needs_no_image(
@@ -120,7 +122,7 @@ def test_one_that_was_killed_at_the_last_data_set_repeats_no_other(
         rest = Counting(model)
         assert set(Trainer.test(cfg, rest)) == {NAME, "second_test"}
         assert rest.images == 10
-        assert not list(tmp_path.glob("*.partial"))
+        assert not list(tmp_path.rglob("*.partial"))
     finally:
         DatasetCatalog.remove("second_test")
         MetadataCatalog.remove("second_test")
@@ -194,22 +196,23 @@ def test_a_data_set_without_a_file_is_evaluated(
     # Areas are those of the boxes then, so AP by size may differ.
     for name in ("AP", "AP50", "AR100", f"AP-{names[0]}"):
         assert found["bbox"][name] == pytest.approx(expected["bbox"][name], nan_ok=True)
-    assert (tmp_path / f"{NAME}_coco_format.json").is_file()
+    assert (tmp_path / "inference" / f"{NAME}_coco_format.json").is_file()
 
 
 def test_other_weights_do_not_share_a_heading(
     cfg: CfgNode, model: nn.Module, tmp_path: Path
 ) -> None:
-    (tmp_path / "metrics.json").write_text(
+    (tmp_path / "inference").mkdir()
+    (tmp_path / "inference" / "metrics.json").write_text(
         json.dumps({"weights": "", "model_sha256": "0" * 64, "datasets": {"other": {}}})
     )
     Trainer.test(cfg, model)
-    document = json.loads((tmp_path / "metrics.json").read_text())
+    document = json.loads((tmp_path / "inference" / "metrics.json").read_text())
     assert list(document["datasets"]) == [NAME]
     document["datasets"]["other"] = {}
-    (tmp_path / "metrics.json").write_text(json.dumps(document))
+    (tmp_path / "inference" / "metrics.json").write_text(json.dumps(document))
     Trainer.test(cfg, model)
-    document = json.loads((tmp_path / "metrics.json").read_text())
+    document = json.loads((tmp_path / "inference" / "metrics.json").read_text())
     assert set(document["datasets"]) == {NAME, "other"}
 
 
@@ -220,7 +223,7 @@ def test_an_rpn_alone_gives_the_recall_of_its_proposals(
     cfg.MODEL.META_ARCHITECTURE = "ProposalNetwork"
     results = Trainer.test(cfg, build_model(cfg))["box_proposals"]
     assert 0 < results["AR@100"] <= results["AR@1000"] <= 100
-    entry = json.loads((tmp_path / "metrics.json").read_text())["datasets"][NAME]
+    entry = json.loads((tmp_path / "inference" / "metrics.json").read_text())["datasets"][NAME]
     assert entry["proposals"]["AR@300"] == results["AR@300"]
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from detectron2.config import CfgNode
+from detectron2.utils.file_io import PathManager
 
 from resnext_det import load_config
 from resnext_det.engine.setup import check_folder
@@ -47,7 +48,9 @@ def test_other_weights_are_not_resumed_in_silence(
 ) -> None:
     begun(tmp_path, "a.pth")
     other = config(tmp_path, "b.pth")
-    with pytest.raises(ConfigError, match=r"began with MODEL.WEIGHTS a\.pth; b\.pth would not be"):
+    with pytest.raises(
+        ConfigError, match=r"began with MODEL.WEIGHTS 'a\.pth'; 'b\.pth' would not be"
+    ):
         check_folder(other, resume=True, overwrite=False, weights_given=True)
     # Of the config file, and not of the command line: nobody asked for it.
     check_folder(other, resume=True, overwrite=False, weights_given=False)
@@ -56,10 +59,24 @@ def test_other_weights_are_not_resumed_in_silence(
     assert "MODEL.WEIGHTS is not read again" in caplog.text
 
 
-@pytest.mark.parametrize("content", [None, "", "MODEL: 3", ": : :", "[1"])
-def test_a_folder_without_a_readable_config_is_resumed(content: str | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "content",
+    [None, "", "MODEL: 3", ": : :", "[1", "_BASE_: http://127.0.0.1:9/base.yaml\n"],
+    ids=["none", "empty", "no group", "no yaml", "half", "an address"],
+)
+def test_a_folder_whose_config_tells_no_weights_is_resumed_with_a_warning(
+    content: str | None,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And nothing is fetched: Detectron2's own reader opens an address in _BASE_."""
     cfg = begun(tmp_path)
     (tmp_path / "config.yaml").unlink()
     if content is not None:
         (tmp_path / "config.yaml").write_text(content)
+    fetched: list[str] = []
+    monkeypatch.setattr(PathManager, "open", lambda path, *_, **__: fetched.append(path))
     check_folder(cfg, resume=True, overwrite=False, weights_given=True)
+    assert not fetched
+    assert "does not say which weights the training began with" in caplog.text

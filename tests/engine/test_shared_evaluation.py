@@ -94,9 +94,10 @@ def test_any_number_of_processes_gives_the_same_to_the_last_digit(
     assert done.returncode == 0, done.stderr
     results, entries = [], []
     for processes in ("1", "2", "5"):
-        metrics = json.loads((tmp_path / processes / "metrics.json").read_text())
+        metrics = json.loads((tmp_path / processes / "inference" / "metrics.json").read_text())
         entries.append(metrics["datasets"]["toy_coco_train"])
-        results.append((tmp_path / processes / "detections_toy_coco_train.json").read_bytes())
+        file = tmp_path / processes / "inference" / "detections_toy_coco_train.json"
+        results.append(file.read_bytes())
     assert results[0] == results[1] == results[2]
     assert entries[0] == entries[1] == entries[2]
     assert len(json.loads(results[0])) > 100

@@ -184,7 +184,7 @@ def test_other_annotations_are_no_baseline(truth: Truth, tmp_path: Path) -> None
     file.write_text(json.dumps(document))
     with pytest.raises(DatasetError, match=r"was made with other annotations than .*other\.json"):
         compare_with(metrics, read_truth(file), now)
-    with pytest.raises(DatasetError, match=r"is no metrics\.json"):
+    with pytest.raises(DatasetError, match=r"neither a run.s folder nor the metrics\.json"):
         compare_with(file, truth, now)
     with pytest.raises(DatasetError, match="evaluate the run first"):
         compare_with(tmp_path / "nowhere" / "metrics.json", truth, now)

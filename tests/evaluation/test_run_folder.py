@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from resnext_det.errors import DatasetError
+from resnext_det.errors import ConfigError, DatasetError
+from resnext_det.evaluation.evaluator import DetectionEvaluator
 from resnext_det.evaluation.metrics_file import write_metrics
 from resnext_det.evaluation.run_folder import find_stock_run, read_metrics, read_training
 
@@ -134,9 +136,13 @@ def test_a_run_of_detectron2_s_trainer_is_evaluated_where_it_is(
     config: str, tmp_path: Path, datasets: Path, tool: Callable[..., Any]
 ) -> None:
     run = stock_run(tmp_path / "run", datasets, config)
-    with pytest.raises(DatasetError, match=r"training log: .*evaluate\.py --run .*run"):
+    with pytest.raises(
+        DatasetError, match=r"metrics\.json is not there: .*evaluate\.py --run .*run"
+    ):
         read_metrics(run)
-    words = ["--run", run, "--output", run / "inference", "--cross-check"]
+    with pytest.raises(DatasetError, match=r"is Detectron2's training log"):
+        read_metrics(run / "metrics.json")
+    words = ["--run", run, "--output", run, "--cross-check"]
     done = tool("evaluate.py", words, datasets)
     assert done.returncode == 0, done.stderr
     (evaluation,) = read_metrics(run).evaluations
@@ -173,9 +179,27 @@ def test_a_config_that_names_no_data_set_is_refused(
 
 def test_figures_do_not_overwrite_a_training_log(tmp_path: Path) -> None:
     (tmp_path / "metrics.json").write_text(LINES)
-    write_metrics(tmp_path, "a", {"weights": "b"}, {})
-    assert (tmp_path / "metrics.jsonl").read_text() == LINES
+    with pytest.raises(ConfigError, match=r"training log .* another folder, such as .*inference"):
+        write_metrics(tmp_path, "a", {"weights": "b"}, {})
+    with pytest.raises(ConfigError, match="another folder"):  # before any image is predicted
+        DetectionEvaluator("toy_coco_minival", tmp_path, {})
+    assert (tmp_path / "metrics.json").read_text() == LINES
+    write_metrics(tmp_path / "inference", "a", {"weights": "b"}, {})
     assert [each["iteration"] for each in read_training(tmp_path)] == [19, 39]
-    (tmp_path / "metrics.json").write_text(LINES)
-    write_metrics(tmp_path, "a", {"weights": "b"}, {})
-    assert (tmp_path / "metrics_training.json").read_text() == LINES
+
+
+def test_figures_are_found_in_inference_and_in_the_run_s_own_folder(run: Path) -> None:
+    """Earlier versions wrote into the run's own folder; what is newer counts."""
+    flat = read_metrics(run)
+    assert read_metrics(run / "metrics.json") == flat
+    shutil.copytree(run, run / "inference_TTA")
+    assert read_metrics(run / "inference_TTA").evaluations[0].detections.parent.name == (
+        "inference_TTA"
+    )
+    (run / "inference").mkdir()
+    document = json.loads((run / "metrics.json").read_text())
+    (run / "inference" / "metrics.json").write_text(json.dumps({**document, "weights": "newer"}))
+    metrics = read_metrics(run)
+    assert metrics.weights == "newer"
+    assert metrics.evaluations[0].detections == run / "inference" / "results.json"
+    assert read_metrics(run / "metrics.json") == flat
