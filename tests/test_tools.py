@@ -92,7 +92,7 @@ def test_conversion(run: Path, tool: Tool, tmp_path: Path) -> None:
         (["MODEL.RESNETS.NUM_GROUPS", 0], "MODEL.RESNETS.NUM_GROUPS is 0"),
         (["MODEL.RESNETS.DEPTH", 51], "a ResNeXt has depth 26, 50, 101, 152, 200"),
         (["MODEL.RESNETS.STRIDE_IN_1X1", True], "STRIDE_IN_1X1 is True"),
-        (["--eval-only", "--resume"], "there is no checkpoint in"),
+        (["--eval-only", "--resume"], "holds no checkpoint"),
         (["--eval-only"], "MODEL.WEIGHTS is empty"),
         (["MODEL.WEIGHTS", "none.pth"], "there is no checkpoint none.pth"),
         (["DATASETS.TRAIN", "('toy_coco_trian',)"], "no data set 'toy_coco_trian'"),
