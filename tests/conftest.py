@@ -27,7 +27,7 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("any machine")
 
 ROOT = Path(__file__).resolve().parent.parent
-REAL = ROOT.parent / "shared" / "data" / "coco_real"
+PHOTOGRAPHS = os.environ.get("RESNEXT_DET_PHOTOGRAPHS")
 
 Tool = Callable[..., "subprocess.CompletedProcess[str]"]
 StockEvaluation = Callable[[Path, list[dict[str, Any]]], COCOeval]
@@ -43,10 +43,10 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def real_photographs() -> Path:
-    """The folder of real COCO photographs, where it is there."""
-    if not REAL.is_dir():
-        pytest.skip(f"the real photographs are not there: {REAL}")
-    return REAL
+    """The folder of COCO photographs that RESNEXT_DET_PHOTOGRAPHS names."""
+    if not PHOTOGRAPHS:
+        pytest.skip("RESNEXT_DET_PHOTOGRAPHS names no folder of COCO photographs")
+    return Path(PHOTOGRAPHS)
 
 
 def run_tool(

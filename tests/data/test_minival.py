@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,9 +21,7 @@ from resnext_det.data.minival import COCO as TRUE
 from resnext_det.data.minival import Counts, Size, prepare_minival
 from resnext_det.data.registered import MINIVAL, TRAIN_2014, VALMINUSMINIVAL, locate
 from resnext_det.errors import DatasetError
-
-sys.path.append(str(Path(__file__).parent))  # tests are no package to import from
-from generated_coco import SMALL, GeneratedCoco, generate
+from tests.helpers.generated_coco import SMALL, GeneratedCoco, generate
 
 MINIVAL_FILE = "instances_minival2014.json"
 REMAINDER_FILE = "instances_valminusminival2014.json"

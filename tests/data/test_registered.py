@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,9 +15,7 @@ from resnext_det.data.registered import (
     locate,
     register_datasets,
 )
-
-sys.path.append(str(Path(__file__).parent))  # tests are no package to import from
-from generated_coco import SMALL, generate
+from tests.helpers.generated_coco import SMALL, generate
 
 NAMES = ("coco_2014_minival", "coco_2014_valminusminival", "coco_2014_train")
 MINIVAL, VAL = "instances_minival2014.json", "instances_val2017.json"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,9 +15,7 @@ from resnext_det.errors import WeightsError
 from resnext_det.modeling.template import BLOCKS_PER_STAGE, Template
 from resnext_det.pretrained.completeness import check_backbone, describe, doubts
 from resnext_det.pretrained.convert import read_backbone, write_detectron2
-
-sys.path.append(str(Path(__file__).parent))  # tests are no package to import from
-from written_sources import caffe2, save, small_network
+from tests.helpers.written_sources import caffe2, save, small_network
 
 FILE = Path("weights.pth")
 Tensors = dict[str, Tensor]

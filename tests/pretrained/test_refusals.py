@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +19,7 @@ from resnext_det.pretrained.convert import read_backbone, write_detectron2
 from resnext_det.pretrained.loading import load_weights
 from resnext_det.pretrained.refusals import reason
 from resnext_det.pretrained.sources import is_backbone, recognise
-
-sys.path.append(str(Path(__file__).parent))  # tests are no package to import from
-from written_sources import mmdetection, mmpretrain, save, small_network
+from tests.helpers.written_sources import mmdetection, mmpretrain, save, small_network
 
 STEM = "another stem than one 7x7 convolution"
 POOLING = "average pooling in its shortcuts"

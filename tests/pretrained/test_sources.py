@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,7 @@ from resnext_det.pretrained.convert import BackboneWeights, read_backbone, write
 from resnext_det.pretrained.layouts import to_detectron2, to_torchvision
 from resnext_det.pretrained.loading import load_weights
 from resnext_det.pretrained.pixels import OURS, Pixels
-
-sys.path.append(str(Path(__file__).parent))  # tests are no package to import from
-from written_sources import WRITERS, cadene, caffe2, save, small_network
+from tests.helpers.written_sources import WRITERS, cadene, caffe2, save, small_network
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])

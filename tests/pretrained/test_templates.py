@@ -7,7 +7,6 @@ all that is in the catalog, without numbers (on the device meta).
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,7 @@ from resnext_det.pretrained.completeness import describe
 from resnext_det.pretrained.pixels import CAFFE2, IMAGENET, OURS, Pixels
 from resnext_det.pretrained.refusals import reason
 from resnext_det.pretrained.sources import is_backbone, recognise
-
-sys.path.append(str(Path(__file__).parent))  # tests are no package to import from
-from written_sources import (
+from tests.helpers.written_sources import (
     WRITERS,
     assert_same,
     cadene,
