@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from resnext_det.environment import commit, hardware, versions
-from resnext_det.evaluation.metrics_file import write_metrics
+from resnext_det.evaluation.results_file import write_metrics
 
 needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="there is no git here")
 

@@ -21,24 +21,24 @@ import resnext_det  # isort: skip  # noqa: F401  # before Detectron2: it imports
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from resnext_det.errors import DatasetError, InertMessages, quoted, reported
+from resnext_det.evaluation.annotations import GroundTruth, read_ground_truth
+from resnext_det.evaluation.coco import ENGINES, Protocol
 from resnext_det.evaluation.compare import (
     RESAMPLES,
     compare_with,
     comparison_document,
     difference_table,
 )
-from resnext_det.evaluation.details import error_table
 from resnext_det.evaluation.detections import KINDS, Detections, check_detections, read_detections
-from resnext_det.evaluation.engines import ENGINES, Protocol
+from resnext_det.evaluation.error_analysis import error_table
 from resnext_det.evaluation.evaluator import Engine, evaluate_detections, write_evaluated
-from resnext_det.evaluation.proposals import proposal_figures, proposal_table
-from resnext_det.evaluation.run_folder import (
+from resnext_det.evaluation.figures import proposal_figures, proposal_table
+from resnext_det.evaluation.results_file import (
     INFERENCE,
     find_stock_run,
     metrics_file,
     read_metrics,
 )
-from resnext_det.evaluation.truth import Truth, read_truth
 from resnext_det.files import check_writable, file_digest
 from resnext_det.report.page import write_report
 
@@ -102,7 +102,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         arguments.dataset = arguments.annotations.stem
     if arguments.output:
         check_writable(arguments.output, "--output")
-    truth = read_truth(arguments.annotations)
+    truth = read_ground_truth(arguments.annotations)
     detections = read_detections(
         arguments.results, classes=not arguments.proposals, numbers=truth.text_numbers
     )
@@ -193,7 +193,7 @@ def complete_from_metrics(arguments: argparse.Namespace) -> None:
 
 
 def kinds_of(
-    arguments: argparse.Namespace, truth: Truth, detections: Detections
+    arguments: argparse.Namespace, truth: GroundTruth, detections: Detections
 ) -> tuple[str, ...]:
     """Return what is evaluated: what was asked for, or what both files hold."""
     held = [kind for kind in detections.kinds if truth.holds(kind)]

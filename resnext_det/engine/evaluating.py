@@ -18,8 +18,8 @@ from resnext_det.engine.classes import check_classes
 from resnext_det.engine.recorded_config import check_same_function
 from resnext_det.engine.trainer import Trainer
 from resnext_det.errors import ConfigError, quoted
-from resnext_det.evaluation.engines import COCO_KEYPOINTS, FIGURES, KEYPOINT_FIGURES
-from resnext_det.evaluation.proposals import PROPOSAL_FIGURES
+from resnext_det.evaluation.coco import COCO_KEYPOINTS, FIGURES, KEYPOINT_FIGURES
+from resnext_det.evaluation.figures import PROPOSAL_FIGURES
 from resnext_det.modeling.detectors import build_detector
 from resnext_det.pretrained.loading import load_weights
 

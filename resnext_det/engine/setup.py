@@ -16,7 +16,7 @@ from detectron2.utils.logger import setup_logger
 from resnext_det.config_files import read_config
 from resnext_det.console import ignore_others_warnings, print_above_bars
 from resnext_det.errors import ConfigError, InertMessages, quoted
-from resnext_det.evaluation.run_folder import INFERENCE
+from resnext_det.evaluation.results_file import INFERENCE
 from resnext_det.files import check_writable, write_text
 
 logger = logging.getLogger(__name__)

@@ -50,7 +50,7 @@ from resnext_det.engine.train_loop import (
 )
 from resnext_det.engine.writers import History, Writers, build_writers, writing_period
 from resnext_det.evaluation.evaluator import DetectionEvaluator, Engine
-from resnext_det.evaluation.run_folder import INFERENCE
+from resnext_det.evaluation.results_file import INFERENCE
 from resnext_det.files import free_bytes
 from resnext_det.modeling.detectors import build_detector
 from resnext_det.pretrained.loading import load_weights

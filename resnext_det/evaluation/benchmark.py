@@ -25,11 +25,11 @@ from tqdm import tqdm
 from resnext_det.data.columns import Columns
 from resnext_det.environment import hardware, versions
 from resnext_det.errors import EvaluationError
+from resnext_det.evaluation.annotations import GroundTruth, read_ground_truth
+from resnext_det.evaluation.coco import FIGURES, by_hotcoco, by_pycocotools
 from resnext_det.evaluation.detections import Detections, read_detections
-from resnext_det.evaluation.engines import FIGURES, by_hotcoco, by_pycocotools
 from resnext_det.evaluation.evaluator import evaluate_detections, write_evaluated
-from resnext_det.evaluation.metrics_file import write_detections
-from resnext_det.evaluation.truth import Truth, read_truth
+from resnext_det.evaluation.results_file import write_detections
 from resnext_det.files import write_json
 
 Summary = tuple[float, ...]
@@ -49,7 +49,7 @@ class Size:
     classes: int = 80
 
 
-def made_up(size: Size = Size(), seed: int = 0) -> tuple[Truth, Detections]:
+def made_up(size: Size = Size(), seed: int = 0) -> tuple[GroundTruth, Detections]:
     """Make annotations, and detections that are partly right, partly beside and partly nowhere.
 
     Args:
@@ -70,7 +70,7 @@ def made_up(size: Size = Size(), seed: int = 0) -> tuple[Truth, Detections]:
     names = {number: f"class {number}" for number in range(1, size.classes + 1)}
     file_names = tuple(f"{number:012}.jpg" for number in ids)
     sizes = np.tile(np.array(_SIDES, np.float64), (size.images, 1))
-    truth = Truth(
+    truth = GroundTruth(
         Path("made_up.json"), "", ids, tuple(ids.tolist()), file_names, sizes, names, objects
     )
 
@@ -89,7 +89,7 @@ def made_up(size: Size = Size(), seed: int = 0) -> tuple[Truth, Detections]:
     return truth, Detections(objects.image_ids[of], kinds, found, scores).in_order(ids)
 
 
-def save(truth: Truth, detections: Detections, folder: Path) -> tuple[Path, Path]:
+def save(truth: GroundTruth, detections: Detections, folder: Path) -> tuple[Path, Path]:
     """Write both in COCO's formats, and return the annotation file and that of the detections."""
     objects = truth.objects
     columns = objects.image_ids, objects.category_ids, objects.boxes, objects.areas
@@ -122,7 +122,7 @@ def measure(size: Size = Size(), rounds: int = 3, *, slow: bool = True) -> dict[
     Raises:
         EvaluationError: the figures differ.
     """
-    subjects: dict[str, Callable[[Truth, Detections], Summary]] = {
+    subjects: dict[str, Callable[[GroundTruth, Detections], Summary]] = {
         "hotcoco": lambda truth, found: by_hotcoco(truth, found).summary
     }
     with_other = importlib.util.find_spec("faster_coco_eval") is not None
@@ -166,7 +166,7 @@ def ratio(seconds: dict[str, list[float]], engine: str, to: str = "hotcoco") -> 
 
 def _everything(annotations: Path, results: Path) -> Summary:
     """Do all that tools/evaluate.py --output does but the page."""
-    truth, detections = read_truth(annotations), read_detections(results)
+    truth, detections = read_ground_truth(annotations), read_detections(results)
     evaluated = evaluate_detections(truth, detections)
     evaluated.figures.table()
     with tempfile.TemporaryDirectory() as folder:
@@ -177,7 +177,7 @@ def _everything(annotations: Path, results: Path) -> Summary:
     )
 
 
-def _by_faster_coco_eval(truth: Truth, detections: Detections) -> Summary:
+def _by_faster_coco_eval(truth: GroundTruth, detections: Detections) -> Summary:
     from faster_coco_eval import COCO, COCOeval_faster
 
     with contextlib.redirect_stdout(io.StringIO()):

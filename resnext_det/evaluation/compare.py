@@ -16,11 +16,11 @@ from tabulate import tabulate
 
 from resnext_det.console import progress_bar
 from resnext_det.errors import DatasetError, plain, quoted
+from resnext_det.evaluation.annotations import GroundTruth
+from resnext_det.evaluation.coco import FIGURES, by_hotcoco, hotcoco_evaluation
 from resnext_det.evaluation.detections import Detections, check_detections, read_detections
-from resnext_det.evaluation.engines import FIGURES, by_hotcoco, hotcoco_evaluation
 from resnext_det.evaluation.figures import percent, shown
-from resnext_det.evaluation.run_folder import METRICS, Evaluation, read_metrics
-from resnext_det.evaluation.truth import Truth
+from resnext_det.evaluation.results_file import METRICS, DatasetMetrics, read_metrics
 from resnext_det.files import file_digest
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class Difference:
         return self.lower is not None and self.upper is not None and self.lower * self.upper > 0
 
 
-def find_baseline(metrics: Path, truth: Truth) -> Evaluation:
+def find_baseline(metrics: Path, truth: GroundTruth) -> DatasetMetrics:
     """Return the evaluation of a metrics.json that was made with the same annotations.
 
     Args:
@@ -88,7 +88,11 @@ def find_baseline(metrics: Path, truth: Truth) -> Evaluation:
 
 
 def compare(
-    truth: Truth, before: Detections, now: Detections, resamples: int = RESAMPLES, seed: int = 0
+    truth: GroundTruth,
+    before: Detections,
+    now: Detections,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> tuple[Difference, ...]:
     """Compare the figures of two detectors on the same images.
 
@@ -134,7 +138,7 @@ def compare(
 
 
 def _interval(
-    truth: Truth, before: Detections, now: Detections, resamples: int, seed: int
+    truth: GroundTruth, before: Detections, now: Detections, resamples: int, seed: int
 ) -> NDArray[np.float64]:
     """Return the ends of the intervals, (2, 12), in points; NaN where no draw has a figure."""
     images = len(truth.image_ids)
@@ -158,7 +162,7 @@ def _interval(
 
 
 def _resampled(
-    truth: Truth, detections: Detections, counts: NDArray[np.int64]
+    truth: GroundTruth, detections: Detections, counts: NDArray[np.int64]
 ) -> Iterator[NDArray[np.float64]]:
     """Yield the 12 figures of each draw of images.
 
@@ -178,7 +182,7 @@ def _resampled(
     objects, object_images = _copied(truth.image_ids, truth.objects.image_ids, copies, first)
     found, found_images = _copied(truth.image_ids, detections.image_ids, copies, first)
     columns = truth.objects.where(objects)
-    copied = Truth(
+    copied = GroundTruth(
         file=truth.file,
         sha256="",
         image_ids=np.arange(len(owners)),
@@ -226,7 +230,7 @@ def _copied(
     return rows[sorting], ids[sorting]
 
 
-def _images_with_objects(truth: Truth, figure: str) -> int:
+def _images_with_objects(truth: GroundTruth, figure: str) -> int:
     """Count the images with an object that counts for a figure."""
     smallest, largest = _AREAS.get(figure[-1], (0.0, math.inf))
     areas = truth.objects.areas
@@ -241,7 +245,7 @@ def _differing_images(one: Detections, other: Detections) -> int:
 
 
 def compare_with(
-    metrics: Path, truth: Truth, now: Detections, resamples: int = RESAMPLES, seed: int = 0
+    metrics: Path, truth: GroundTruth, now: Detections, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[Difference, ...]:
     """Compare detections with those of an earlier evaluation.
 

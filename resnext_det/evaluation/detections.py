@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 
 from resnext_det.data.record_forms import GREATEST_ID
 from resnext_det.errors import DatasetError, quoted
-from resnext_det.evaluation.truth import Truth
+from resnext_det.evaluation.annotations import GroundTruth
 
 _LISTED = 5
 KINDS = ("bbox", "segm", "keypoints")
 """What can be evaluated, by COCO's names."""
 
 Numbers = Mapping[Any, int]
-"""Of images, by their ids in an annotation file; see `Truth.numbers`."""
+"""Of images, by their ids in an annotation file; see `GroundTruth.numbers`."""
 
 
 @dataclass(frozen=True)
@@ -301,7 +301,7 @@ def read_detections(
 
 
 def check_detections(
-    detections: Detections, truth: Truth, source: str, *, classes: bool = True
+    detections: Detections, truth: GroundTruth, source: str, *, classes: bool = True
 ) -> None:
     """Refuse detections of images or classes that the annotations do not have.
 

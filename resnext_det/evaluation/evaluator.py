@@ -15,26 +15,25 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
 from resnext_det.errors import ConfigError, DatasetError
-from resnext_det.evaluation.details import Details, details_of
-from resnext_det.evaluation.detections import Detections, check_detections
-from resnext_det.evaluation.engines import (
+from resnext_det.evaluation.annotations import GroundTruth, read_ground_truth
+from resnext_det.evaluation.coco import (
     ENGINES,
     Protocol,
     accumulated,
     compute,
     hotcoco_evaluation,
 )
-from resnext_det.evaluation.figures import Figures, figures_of
-from resnext_det.evaluation.metrics_file import (
+from resnext_det.evaluation.detections import Detections, check_detections
+from resnext_det.evaluation.error_analysis import ErrorAnalysis, analyse_errors
+from resnext_det.evaluation.figures import Figures, figures_of, proposal_figures, proposal_table
+from resnext_det.evaluation.plausibility import suspicions
+from resnext_det.evaluation.predictions import ImageKey, Predictions, found_in
+from resnext_det.evaluation.results_file import (
     check_no_training_log,
     file_name_of,
     write_detections,
     write_metrics,
 )
-from resnext_det.evaluation.plausibility import suspicions
-from resnext_det.evaluation.predictions import ImageKey, Predictions, found_in
-from resnext_det.evaluation.proposals import proposal_figures, proposal_table
-from resnext_det.evaluation.truth import Truth, read_truth
 from resnext_det.files import file_digest, write_json
 
 logger = logging.getLogger(__name__)
@@ -65,11 +64,11 @@ class Evaluated:
     """The figures of detections, and where they err."""
 
     figures: Figures
-    details: Details
+    details: ErrorAnalysis
 
 
 def evaluate_detections(
-    truth: Truth,
+    truth: GroundTruth,
     detections: Detections,
     engine: Engine = Engine(),
     source: str = "the detections",
@@ -105,7 +104,7 @@ def evaluate_detections(
             truth, ordered, protocol, engine=engine.name, cross_check=engine.cross_check
         )
     figures = figures_of(found, truth, protocol)
-    return Evaluated(figures, details_of(evaluation, fast, truth, ordered, protocol))
+    return Evaluated(figures, analyse_errors(evaluation, fast, truth, ordered, protocol))
 
 
 def evaluate_boxes(annotations: Path, detections: Sequence[dict[str, Any]]) -> Figures:
@@ -122,14 +121,14 @@ def evaluate_boxes(annotations: Path, detections: Sequence[dict[str, Any]]) -> F
     Raises:
         DatasetError: the annotations or the detections cannot be evaluated.
     """
-    return evaluate_detections(read_truth(annotations), Detections.of(detections)).figures
+    return evaluate_detections(read_ground_truth(annotations), Detections.of(detections)).figures
 
 
 def write_evaluated(
     folder: Path,
     dataset: str,
     description: Mapping[str, str],
-    truth: Truth,
+    truth: GroundTruth,
     detections: Path | Detections,
     evaluated: Mapping[str, Evaluated],
     entry: Mapping[str, Any],
@@ -139,7 +138,7 @@ def write_evaluated(
     Args:
         folder: RUN/inference.
         dataset: its name.
-        description: see `metrics_file.write_metrics`.
+        description: see `results_file.write_metrics`.
         truth: the annotations.
         detections: a file that there is already, or what to write.
         evaluated: by kind, "bbox" among them: its figures stand at the data set itself.
@@ -228,7 +227,7 @@ class DetectionEvaluator(DatasetEvaluator):
     def needs_none_but(self, done: frozenset[ImageKey]) -> bool:
         """Tell whether all images are among those that are done; the same in all processes."""
         found = comm.is_main_process() and done.issuperset(
-            read_truth(self.annotations, checked=True).image_keys
+            read_ground_truth(self.annotations, checked=True).image_keys
         )
         return any(comm.all_gather(found))
 
@@ -281,7 +280,7 @@ class DetectionEvaluator(DatasetEvaluator):
                 the engines differ.
         """
         of_proposals = any(comm.all_gather(self._predictions.of_proposals))
-        truth = read_truth(self.annotations, checked=True)
+        truth = read_ground_truth(self.annotations, checked=True)
         # A data set without such a table counts its categories as a model does.
         table = self.metadata.get("thing_dataset_id_to_contiguous_id")
         categories = dict(enumerate(truth.categories))
@@ -300,7 +299,7 @@ class DetectionEvaluator(DatasetEvaluator):
         """Forget what `keep` kept: all is written. Called in all processes."""
         self._predictions.forget()
 
-    def _instances(self, truth: Truth, detections: Detections) -> dict[str, dict[str, float]]:
+    def _instances(self, truth: GroundTruth, detections: Detections) -> dict[str, dict[str, float]]:
         evaluated: dict[str, Evaluated] = {}
         for kind in detections.kinds:
             try:
@@ -320,7 +319,7 @@ class DetectionEvaluator(DatasetEvaluator):
             self._tell(truth, kind, each.figures.table())
         return {kind: each.figures.flat() for kind, each in evaluated.items()}
 
-    def _proposals(self, truth: Truth, proposals: Detections) -> dict[str, dict[str, float]]:
+    def _proposals(self, truth: GroundTruth, proposals: Detections) -> dict[str, dict[str, float]]:
         figures = proposal_figures(
             truth, proposals, engine=self.engine.name, cross_check=self.engine.cross_check
         )
@@ -336,7 +335,7 @@ class DetectionEvaluator(DatasetEvaluator):
         flat = {name: float("nan") if v is None else v for name, v in figures.items()}
         return {"box_proposals": flat}
 
-    def _tell(self, truth: Truth, kind: str, table: str) -> None:
+    def _tell(self, truth: GroundTruth, kind: str, table: str) -> None:
         images = len(truth.image_ids)
         logger.info("%s of %s, %d images, by %s:", kind, self.dataset, images, truth.file)
         logger.info("\n%s", table)

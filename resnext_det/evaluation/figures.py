@@ -1,7 +1,8 @@
-"""COCO's figures of boxes, masks or keypoints, and the same for every class."""
+"""COCO's figures, overall and by class, and the average recall of proposals."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,11 +11,17 @@ from numpy.typing import NDArray
 from tabulate import tabulate
 
 from resnext_det.errors import plain
-from resnext_det.evaluation.engines import Accumulated, Protocol
-from resnext_det.evaluation.truth import Truth
+from resnext_det.evaluation.annotations import GroundTruth
+from resnext_det.evaluation.coco import Accumulated, Protocol, compute
+from resnext_det.evaluation.detections import Detections
 
 _LAST = -1  # of the limits: 100 detections, 20 of keypoints
 _AREAS = {"bbox": ("", "s", "m", "l"), "segm": ("", "s", "m", "l"), "keypoints": ("", "m", "l")}
+
+LIMITS = (100, 300, 1000)
+PROTOCOL = Protocol(LIMITS, by_class=False)
+_SIZES = ("", "s", "m", "l")
+PROPOSAL_FIGURES = tuple(f"AR{size}@{limit}" for limit in LIMITS for size in _SIZES)
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,7 @@ def shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def figures_of(found: Accumulated, truth: Truth, protocol: Protocol = Protocol()) -> Figures:
+def figures_of(found: Accumulated, truth: GroundTruth, protocol: Protocol = Protocol()) -> Figures:
     """Return the figures of an evaluation.
 
     Args:
@@ -133,3 +140,43 @@ def mean_percent(values: NDArray[np.float64]) -> float | None:
     """Return the mean in percent of what is not -1, and None where all is."""
     valid = values[values > -1]
     return 100 * float(valid.mean()) if valid.size else None
+
+
+def proposal_figures(
+    truth: GroundTruth, proposals: Detections, *, engine: str = "hotcoco", cross_check: bool = False
+) -> dict[str, float | None]:
+    """Compute the average recall of the best 100, 300 and 1000 proposals per image.
+
+    The protocol is COCO's, classes left out: recall averaged over IoU 0.50 to 0.95. Detectron2's
+    own evaluator matches every object with the proposal that overlaps it most instead, whatever
+    its score, which gives the same but for objects that share a proposal.
+
+    Args:
+        truth: the annotations.
+        proposals: their categories do not count.
+        engine: a key of `coco.ENGINES`.
+        cross_check: compute by both engines.
+
+    Returns:
+        "AR@100", "ARs@100", "ARm@100", "ARl@100" and so on, in percent; None without any object.
+
+    Raises:
+        EvaluationError: `cross_check`, and the engines differ.
+    """
+    ordered = proposals.in_order(truth.image_ids)
+    # pycocotools leaves out detections of classes that are not there, even without classes.
+    only = np.full(len(ordered), next(iter(truth.categories)), np.int64)
+    ordered = Detections(ordered.image_ids, only, ordered.boxes, ordered.scores)
+    found = compute(truth, ordered, PROTOCOL, engine=engine, cross_check=cross_check)
+    places = itertools.product(range(len(LIMITS)), range(len(_SIZES)))
+    return {
+        name: mean_percent(found.recall[:, 0, area, position])
+        for name, (position, area) in zip(PROPOSAL_FIGURES, places)
+    }
+
+
+def proposal_table(figures: dict[str, float | None]) -> str:
+    """Return the figures as text for a terminal, a row for each number of proposals."""
+    rows = [[limit, *(shown(figures[f"AR{size}@{limit}"]) for size in _SIZES)] for limit in LIMITS]
+    headers = ["proposals", "AR", "ARs", "ARm", "ARl"]
+    return tabulate(rows, headers=headers, disable_numparse=True)

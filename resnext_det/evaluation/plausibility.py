@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from resnext_det.evaluation.annotations import GroundTruth
 from resnext_det.evaluation.detections import Detections
-from resnext_det.evaluation.truth import Truth
 
 Numbers = NDArray[np.float64]
 
@@ -27,7 +27,7 @@ _OUTSIDE = 0.1
 _WEIGHTS = np.sqrt([2.0, 3, 5, 7, 11, 13])
 
 
-def suspicions(truth: Truth, detections: Detections) -> list[str]:
+def suspicions(truth: GroundTruth, detections: Detections) -> list[str]:
     """Return in words what makes detections look wrongly written; nothing for plausible ones.
 
     Another form is suspected only if it makes far more boxes fall on annotated objects, so that
@@ -42,7 +42,7 @@ def suspicions(truth: Truth, detections: Detections) -> list[str]:
     return list(_suspicions(truth, detections))
 
 
-def _suspicions(truth: Truth, detections: Detections) -> Iterator[str]:
+def _suspicions(truth: GroundTruth, detections: Detections) -> Iterator[str]:
     twice = _repeated(detections)
     if twice > _TWICE * len(detections):
         yield (
@@ -101,7 +101,9 @@ def _repeated(detections: Detections) -> int:
     return int((rows[1:] == rows[:-1]).all(axis=1).sum())
 
 
-def _pairs(truth: Truth, detections: Detections) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _pairs(
+    truth: GroundTruth, detections: Detections
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Pair the best detections of each image with the objects of their class in it.
 
     Returns:
@@ -143,7 +145,7 @@ def _count(targets: NDArray[np.int64], hit: NDArray[np.bool_]) -> int:
     return len(np.unique(targets[hit]))
 
 
-def _outside(truth: Truth, detections: Detections) -> int:
+def _outside(truth: GroundTruth, detections: Detections) -> int:
     """Count boxes whose centre is outside their image; of images without a size, none is."""
     order = np.argsort(truth.image_ids)
     places = order[np.searchsorted(truth.image_ids, detections.image_ids, sorter=order)]

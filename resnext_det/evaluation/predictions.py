@@ -178,7 +178,7 @@ class Predictions:
         """Return the detections of all processes, in the order of the images.
 
         Args:
-            numbers: of all images that there are, by their ids; see `Truth.numbers`.
+            numbers: of all images that there are, by their ids; see `GroundTruth.numbers`.
             category_ids: of the annotations, by class of the model, from 0 on.
 
         Returns:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
-from resnext_det.evaluation.run_folder import Record
+from resnext_det.evaluation.results_file import Scalars
 
 LOSSES = {
     "total_loss": "Total",
@@ -63,7 +63,7 @@ class Curves:
     logarithmic: bool
 
 
-def loss_curves(records: Sequence[Record], steps: Sequence[int]) -> Curves | None:
+def loss_curves(records: Sequence[Scalars], steps: Sequence[int]) -> Curves | None:
     """Draw the total loss and its parts.
 
     Args:
@@ -94,7 +94,7 @@ def loss_curves(records: Sequence[Record], steps: Sequence[int]) -> Curves | Non
 
 
 def precision_curves(
-    records: Sequence[Record], prefix: str, steps: Sequence[int], name: str
+    records: Sequence[Scalars], prefix: str, steps: Sequence[int], name: str
 ) -> Curves | None:
     """Draw AP and AP50 over the iterations.
 
@@ -125,7 +125,7 @@ def precision_curves(
     return Curves(_svg(draw, steps, name), lines, logarithmic=False)
 
 
-def line_of(records: Sequence[Record], key: str, name: str) -> Line | None:
+def line_of(records: Sequence[Scalars], key: str, name: str) -> Line | None:
     """Return the values of a metric over the iterations.
 
     Args:

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from resnext_det.errors import ConfigError, DatasetError, plain
-from resnext_det.evaluation.run_folder import Record, read_training
+from resnext_det.evaluation.results_file import Scalars, read_training
 from resnext_det.files import written_beside
 from resnext_det.looking.curves import (
     Line,
@@ -48,7 +48,7 @@ class Run:
 
     folder: Path
     name: str
-    records: list[Record]
+    records: list[Scalars]
 
     @property
     def metrics(self) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 from resnext_det import config_files
 from resnext_det.data.checks import CUSTOM
 from resnext_det.errors import ConfigError
-from resnext_det.evaluation.run_folder import INFERENCE
+from resnext_det.evaluation.results_file import INFERENCE
 
 logger = logging.getLogger(__name__)
 

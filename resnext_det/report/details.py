@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from resnext_det.evaluation.details import ERROR_KINDS
+from resnext_det.evaluation.error_analysis import ERROR_KINDS
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +162,7 @@ class ReportDetails:
 
 
 def read_details(file: Path | None) -> ReportDetails | None:
-    """Read what `details.Details.document` wrote.
+    """Read what `ErrorAnalysis.document` wrote.
 
     Args:
         file: of an evaluation; None where it wrote none.

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from resnext_det.console import progress_bar
 from resnext_det.data.record_forms import leads_out
 from resnext_det.errors import DatasetError
+from resnext_det.evaluation.annotations import GroundTruth, read_ground_truth
 from resnext_det.evaluation.detections import Detections, check_detections, read_detections
-from resnext_det.evaluation.run_folder import Evaluation
-from resnext_det.evaluation.truth import Truth, read_truth
+from resnext_det.evaluation.results_file import DatasetMetrics
 from resnext_det.report.matching import MATCHED_FROM, Labelled, compare
 from resnext_det.report.pictures import Entry, make_entry, picture_file
 
@@ -84,7 +84,7 @@ class _Scored:
     confused: int
 
 
-def make_gallery(evaluation: Evaluation, limit: int) -> Gallery:
+def make_gallery(evaluation: DatasetMetrics, limit: int) -> Gallery:
     """Choose pictures of an evaluation, and place their boxes.
 
     Images with neither a true box nor a prediction show nothing and are left out. Of the others,
@@ -136,9 +136,9 @@ def make_gallery(evaluation: Evaluation, limit: int) -> Gallery:
     )
 
 
-def _read(evaluation: Evaluation) -> tuple[Truth, Detections]:
+def _read(evaluation: DatasetMetrics) -> tuple[GroundTruth, Detections]:
     try:
-        truth = read_truth(evaluation.annotations, checked=True)
+        truth = read_ground_truth(evaluation.annotations, checked=True)
     except DatasetError as error:
         raise DatasetError(
             f"{error} Put the annotations back, or evaluate again with those you have."
@@ -151,7 +151,9 @@ def _read(evaluation: Evaluation) -> tuple[Truth, Detections]:
     return truth, detections
 
 
-def _sampler(folder: Path, truth: Truth, detections: Detections) -> Callable[[int], _Sample | None]:
+def _sampler(
+    folder: Path, truth: GroundTruth, detections: Detections
+) -> Callable[[int], _Sample | None]:
     """Return a function that gives the image at a position, None where its picture is missing."""
     kept = detections.scores >= LOWEST
     ids, categories = detections.image_ids[kept], detections.category_ids[kept]

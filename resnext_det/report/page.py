@@ -12,10 +12,10 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from resnext_det.errors import ResNeXtError
-from resnext_det.evaluation.proposals import LIMITS
-from resnext_det.evaluation.run_folder import (
-    Evaluation,
-    Record,
+from resnext_det.evaluation.figures import LIMITS
+from resnext_det.evaluation.results_file import (
+    DatasetMetrics,
+    Scalars,
     read_metrics,
     read_training,
 )
@@ -80,7 +80,7 @@ class Section:
         gallery: its pictures.
     """
 
-    evaluation: Evaluation
+    evaluation: DatasetMetrics
     details: ReportDetails | None
     comparison: Comparison | None
     gallery: Gallery
@@ -164,7 +164,7 @@ def _render(run: Path) -> str:
     )
 
 
-def _section(evaluation: Evaluation, most: int) -> Section:
+def _section(evaluation: DatasetMetrics, most: int) -> Section:
     return Section(
         evaluation,
         read_details(evaluation.details),
@@ -188,7 +188,7 @@ def _environment() -> Environment:
     return environment
 
 
-def _charts(training: Sequence[Record], steps: Sequence[int]) -> list[Chart]:
+def _charts(training: Sequence[Scalars], steps: Sequence[int]) -> list[Chart]:
     charts = []
     loss = loss_curves(training, steps)
     if loss is not None:

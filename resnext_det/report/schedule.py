@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from resnext_det.evaluation.run_folder import Record
+from resnext_det.evaluation.results_file import Scalars
 from resnext_det.report.config import ConfigSummary, grouped
 
 _LOG_BYTES = 1_000_000  # the plan stands at the beginning of log.txt
@@ -16,7 +16,7 @@ _IMAGES = re.compile(r"^Images to train on +([\d,]{1,15})$", re.MULTILINE)
 
 
 def schedule_facts(
-    run: Path, config: ConfigSummary | None, training: Sequence[Record]
+    run: Path, config: ConfigSummary | None, training: Sequence[Scalars]
 ) -> list[tuple[str, str]]:
     """Return names and values that tell what a training did.
 
@@ -73,14 +73,14 @@ def _iterations(done: int, config: ConfigSummary | None) -> str:
     return f"{grouped(done)} of {config.iterations}"
 
 
-def _rate(training: Sequence[Record], config: ConfigSummary) -> str:
+def _rate(training: Sequence[Scalars], config: ConfigSummary) -> str:
     rates = _finite(training, "lr")
     if not rates or f"{max(rates):g}" == config.rate:
         return config.rate
     return f"at most {max(rates):.4g} ({config.rate} in the config)"
 
 
-def _images_per_update(training: Sequence[Record]) -> int | None:
+def _images_per_update(training: Sequence[Scalars]) -> int | None:
     """Return the images of an update: the trainer notes images per second beside the seconds."""
     products = [
         record["time"] * record["images_per_second"]
@@ -90,7 +90,7 @@ def _images_per_update(training: Sequence[Record]) -> int | None:
     return round(statistics.median(products)) if products else None
 
 
-def _finite(training: Sequence[Record], key: str) -> list[float]:
+def _finite(training: Sequence[Scalars], key: str) -> list[float]:
     return [record[key] for record in training if math.isfinite(record.get(key, math.nan))]
 
 

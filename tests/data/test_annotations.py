@@ -23,7 +23,7 @@ from resnext_det.data.mapper import NamingDatasetMapper
 from resnext_det.data.record_forms import is_segmentation
 from resnext_det.data.stream import Share, build_stream, training_records
 from resnext_det.errors import ConfigError, DatasetError
-from resnext_det.evaluation.truth import read_truth
+from resnext_det.evaluation.annotations import read_ground_truth
 
 TOY = "faster_rcnn_X_26_8x4d_FPN_toy"
 Document = dict[str, Any]
@@ -132,7 +132,7 @@ def test_every_encoding_of_json_is_read_alike(
     cfg = config(name, name)
     check_datasets(cfg, [name], ignore_health=True)
     assert DatasetCatalog.get(name) == plain
-    assert read_truth(file, checked=True).categories == {3: "dog", 7: "Käfer"}
+    assert read_ground_truth(file, checked=True).categories == {3: "dog", 7: "Käfer"}
     MetadataCatalog.remove("plain")
 
 
@@ -239,7 +239,7 @@ def test_what_is_ignored_can_be_trained_on_and_evaluated(
     stream = iter(build_stream(cfg, NamingDatasetMapper(cfg, True), Share(0, 1, 1, 2), 0))
     for _ in range(3):
         assert [len(each["instances"].gt_boxes) for each in next(stream)]
-    assert len(read_truth(folder / "data.json", checked=True).image_ids) == 4
+    assert len(read_ground_truth(folder / "data.json", checked=True).image_ids) == 4
 
 
 @pytest.mark.parametrize("kind", list(FATAL))

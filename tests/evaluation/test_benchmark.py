@@ -8,10 +8,10 @@ import pytest
 
 from resnext_det.errors import EvaluationError
 from resnext_det.evaluation import benchmark
+from resnext_det.evaluation.annotations import read_ground_truth
 from resnext_det.evaluation.benchmark import WHOLE, Size, made_up, measure, ratio, save
+from resnext_det.evaluation.coco import by_hotcoco
 from resnext_det.evaluation.detections import read_detections
-from resnext_det.evaluation.engines import by_hotcoco
-from resnext_det.evaluation.truth import read_truth
 
 SMALL = Size(30, 200, 1500, 8)
 
@@ -42,7 +42,7 @@ def test_a_ratio_is_of_one_round() -> None:
 def test_what_is_made_up_is_of_its_size_and_can_be_saved(tmp_path: Path) -> None:
     truth, detections = made_up(SMALL)
     files = save(truth, detections, tmp_path)
-    again, found = read_truth(files[0]), read_detections(files[1])
+    again, found = read_ground_truth(files[0]), read_detections(files[1])
     assert np.array_equal(found.table, detections.table)
     assert np.array_equal(again.objects.boxes, truth.objects.boxes)
     assert np.array_equal(again.objects.crowds, truth.objects.crowds)

@@ -12,6 +12,8 @@ import pytest
 from resnext_det.data.columns import Columns
 from resnext_det.data.toy import ToySpec, write_toy_coco
 from resnext_det.errors import DatasetError
+from resnext_det.evaluation.annotations import GroundTruth, read_ground_truth
+from resnext_det.evaluation.coco import by_hotcoco, by_pycocotools
 from resnext_det.evaluation.compare import (
     _resampled,
     compare,
@@ -19,21 +21,19 @@ from resnext_det.evaluation.compare import (
     difference_table,
 )
 from resnext_det.evaluation.detections import Detections
-from resnext_det.evaluation.engines import by_hotcoco, by_pycocotools
 from resnext_det.evaluation.evaluator import evaluate_detections, write_evaluated
-from resnext_det.evaluation.metrics_file import write_detections
-from resnext_det.evaluation.truth import Truth, read_truth
+from resnext_det.evaluation.results_file import write_detections
 
 
 @pytest.fixture(scope="module")
-def truth(tmp_path_factory: pytest.TempPathFactory) -> Truth:
+def truth(tmp_path_factory: pytest.TempPathFactory) -> GroundTruth:
     root = write_toy_coco(
         tmp_path_factory.mktemp("toy") / "coco", ToySpec(train_images=1, val_images=30)
     )
-    return read_truth(root / "annotations" / "instances_val2017.json")
+    return read_ground_truth(root / "annotations" / "instances_val2017.json")
 
 
-def detections(truth: Truth, noise: float, seed: int = 0) -> Detections:
+def detections(truth: GroundTruth, noise: float, seed: int = 0) -> Detections:
     """What a detector finds that places boxes so badly, in shares of their size."""
     generator = np.random.default_rng(seed)
     objects = truth.objects
@@ -43,7 +43,7 @@ def detections(truth: Truth, noise: float, seed: int = 0) -> Detections:
     return Detections(objects.image_ids, objects.category_ids, boxes, scores)
 
 
-def duplicated(truth: Truth, found: Detections, drawn: list[int]) -> tuple[float, ...]:
+def duplicated(truth: GroundTruth, found: Detections, drawn: list[int]) -> tuple[float, ...]:
     """The reference's 12 figures of images drawn with replacement, each copy a new image."""
     objects, ids = truth.objects, range(len(drawn))
     truths = [np.flatnonzero(objects.image_ids == image) for image in drawn]
@@ -70,7 +70,7 @@ def duplicated(truth: Truth, found: Detections, drawn: list[int]) -> tuple[float
     return by_pycocotools(again, shown).summary
 
 
-def test_every_draw_has_the_reference_s_figures(truth: Truth) -> None:
+def test_every_draw_has_the_reference_s_figures(truth: GroundTruth) -> None:
     found = detections(truth, 0.12).in_order(truth.image_ids)
     generator = np.random.default_rng(3)
     images = len(truth.image_ids)
@@ -82,13 +82,15 @@ def test_every_draw_has_the_reference_s_figures(truth: Truth) -> None:
         assert figures == pytest.approx(duplicated(truth, found, drawn), abs=1e-12)
 
 
-def one_object_each(images: int, found: Sequence[Sequence[bool]]) -> tuple[Truth, list[Detections]]:
+def one_object_each(
+    images: int, found: Sequence[Sequence[bool]]
+) -> tuple[GroundTruth, list[Detections]]:
     """Images of one object each, and detectors that find some of them and nothing else."""
     ids = np.arange(1, images + 1)
     boxes = np.tile([10.0, 10, 60, 60], (images, 1))
     ones = np.ones(images, np.int64)
     objects = Columns(ids, ones, boxes, boxes[:, 2] * boxes[:, 3], ones == 0)
-    truth = Truth(
+    truth = GroundTruth(
         Path("a.json"),
         "",
         ids,
@@ -134,7 +136,7 @@ def test_few_images_are_no_evidence(images: int, differing: int) -> None:
     assert "too few images" in difference_table((found,))
 
 
-def test_the_figures_are_those_of_both(truth: Truth) -> None:
+def test_the_figures_are_those_of_both(truth: GroundTruth) -> None:
     before, now = detections(truth, 0.2), detections(truth, 0.02)
     found = compare(truth, before, now, resamples=50)
     assert [each.figure for each in found][:3] == ["AP", "AP50", "AP75"]
@@ -148,7 +150,7 @@ def test_the_figures_are_those_of_both(truth: Truth) -> None:
     assert "may be chance" not in difference_table(found).splitlines()[2]
 
 
-def test_a_detector_is_no_better_than_itself(truth: Truth) -> None:
+def test_a_detector_is_no_better_than_itself(truth: GroundTruth) -> None:
     same = detections(truth, 0.1)
     for each in compare(truth, same, same, resamples=20):
         assert not each.certain
@@ -157,7 +159,7 @@ def test_a_detector_is_no_better_than_itself(truth: Truth) -> None:
     assert compare(truth, same, same, resamples=0)[0].lower is None
 
 
-def run_folder(folder: Path, truth: Truth, found: Detections) -> Path:
+def run_folder(folder: Path, truth: GroundTruth, found: Detections) -> Path:
     evaluated = evaluate_detections(truth, found)
     description = {"weights": "a.pth"}
     images = {"images": str(folder)}
@@ -165,7 +167,7 @@ def run_folder(folder: Path, truth: Truth, found: Detections) -> Path:
     return folder / "metrics.json"
 
 
-def test_an_earlier_run_is_a_baseline(truth: Truth, tmp_path: Path) -> None:
+def test_an_earlier_run_is_a_baseline(truth: GroundTruth, tmp_path: Path) -> None:
     before, now = detections(truth, 0.2), detections(truth, 0.1)
     metrics = run_folder(tmp_path, truth, before)
     expected = compare(truth, before, now, resamples=5)
@@ -173,31 +175,33 @@ def test_an_earlier_run_is_a_baseline(truth: Truth, tmp_path: Path) -> None:
     assert compare_with(tmp_path, truth, now, resamples=5) == expected
 
 
-def test_other_annotations_are_no_baseline(truth: Truth, tmp_path: Path) -> None:
+def test_other_annotations_are_no_baseline(truth: GroundTruth, tmp_path: Path) -> None:
     now = detections(truth, 0.1)
     metrics = run_folder(tmp_path, truth, now)
     file = tmp_path / "other.json"
     shutil.copy(truth.file, file)
-    assert compare_with(metrics, read_truth(file), now, resamples=0)  # a copy of the same
+    assert compare_with(metrics, read_ground_truth(file), now, resamples=0)  # a copy of the same
     document = json.loads(file.read_text())
     document["annotations"].pop()
     file.write_text(json.dumps(document))
     with pytest.raises(DatasetError, match=r"was made with other annotations than .*other\.json"):
-        compare_with(metrics, read_truth(file), now)
+        compare_with(metrics, read_ground_truth(file), now)
     with pytest.raises(DatasetError, match=r"neither a run.s folder nor the metrics\.json"):
         compare_with(file, truth, now)
     with pytest.raises(DatasetError, match="evaluate the run first"):
         compare_with(tmp_path / "nowhere" / "metrics.json", truth, now)
 
 
-def test_detections_that_were_written_over_are_no_baseline(truth: Truth, tmp_path: Path) -> None:
+def test_detections_that_were_written_over_are_no_baseline(
+    truth: GroundTruth, tmp_path: Path
+) -> None:
     metrics = run_folder(tmp_path, truth, detections(truth, 0.2))
     write_detections(tmp_path / "detections_toy.json", detections(truth, 0.1))
     with pytest.raises(DatasetError, match=r"detections_toy\.json has changed since"):
         compare_with(metrics, truth, detections(truth, 0.1), resamples=0)
 
 
-def test_a_size_that_most_draws_lack_has_no_interval(truth: Truth) -> None:
+def test_a_size_that_most_draws_lack_has_no_interval(truth: GroundTruth) -> None:
     objects = truth.objects
     areas = np.full(len(objects.areas), 50.0**2)
     areas[0] = 200.0**2

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from resnext_det.errors import DatasetError
+from resnext_det.evaluation.annotations import GroundTruth, read_ground_truth
 from resnext_det.evaluation.detections import Detections, check_detections, read_detections
-from resnext_det.evaluation.metrics_file import write_detections
-from resnext_det.evaluation.truth import Truth, read_truth
+from resnext_det.evaluation.results_file import write_detections
 
 
 def result(image: Any = 5, category: Any = 3, bbox: Any = (1, 2, 3, 4), score: Any = 0.5) -> Any:
@@ -19,14 +19,14 @@ def result(image: Any = 5, category: Any = 3, bbox: Any = (1, 2, 3, 4), score: A
 
 
 @pytest.fixture()
-def truth(tmp_path: Path) -> Truth:
+def truth(tmp_path: Path) -> GroundTruth:
     document = {
         "images": [{"id": 5}, {"id": 2}],
         "categories": [{"id": 3, "name": "dog"}],
         "annotations": [],
     }
     (tmp_path / "truth.json").write_text(json.dumps(document))
-    return read_truth(tmp_path / "truth.json")
+    return read_ground_truth(tmp_path / "truth.json")
 
 
 def test_what_is_written_is_read_again_to_the_last_bit(tmp_path: Path) -> None:
@@ -102,14 +102,14 @@ def test_what_is_no_list_of_detections_is_refused(tmp_path: Path, text: str, mes
         read_detections(tmp_path / "b.json")
 
 
-def test_detections_stand_in_the_order_of_the_images(truth: Truth) -> None:
+def test_detections_stand_in_the_order_of_the_images(truth: GroundTruth) -> None:
     rows = [result(2, score=0.1), result(5, score=0.2), result(2, score=0.3), result(5, score=0.4)]
     ordered = Detections.of(rows).in_order(truth.image_ids)
     assert ordered.image_ids.tolist() == [5, 5, 2, 2]
     assert ordered.scores.tolist() == [0.2, 0.4, 0.1, 0.3]
 
 
-def test_other_images_and_classes_are_refused(truth: Truth) -> None:
+def test_other_images_and_classes_are_refused(truth: GroundTruth) -> None:
     check_detections(Detections.of([result()]), truth, "mine.json")
     with pytest.raises(DatasetError, match=r"mine\.json: 2 of 3 .* 1 images that .*: 7\. Take"):
         check_detections(Detections.of([result(), result(7), result(7)]), truth, "mine.json")
@@ -117,7 +117,7 @@ def test_other_images_and_classes_are_refused(truth: Truth) -> None:
         check_detections(Detections.of([result(), result(category=0)]), truth, "mine.json")
 
 
-def test_proposals_need_no_class(tmp_path: Path, truth: Truth) -> None:
+def test_proposals_need_no_class(tmp_path: Path, truth: GroundTruth) -> None:
     rows = [result(category="none"), {k: v for k, v in result().items() if k != "category_id"}]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     proposals = read_detections(tmp_path / "a.json", classes=False)

@@ -11,10 +11,10 @@ import pytest
 from pycocotools.cocoeval import COCOeval
 
 from resnext_det.errors import ConfigError, DatasetError, EvaluationError
+from resnext_det.evaluation.annotations import read_ground_truth
+from resnext_det.evaluation.coco import ENGINES, FIGURES, Accumulated, by_pycocotools
 from resnext_det.evaluation.detections import Detections
-from resnext_det.evaluation.engines import ENGINES, FIGURES, Accumulated, by_pycocotools
 from resnext_det.evaluation.evaluator import Engine, evaluate_boxes, evaluate_detections
-from resnext_det.evaluation.truth import read_truth
 
 
 def made_up(annotations: Path, seed: int) -> list[dict[str, Any]]:
@@ -96,7 +96,7 @@ def test_the_engine_that_is_asked_for_computes_the_figures(
     datasets: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     annotations = datasets / "toy_coco" / "annotations" / "instances_val2017.json"
-    truth, found = read_truth(annotations), Detections.of(made_up(annotations, 0))
+    truth, found = read_ground_truth(annotations), Detections.of(made_up(annotations, 0))
     right = evaluate_detections(truth, found).figures
     assert evaluate_detections(truth, found, Engine("pycocotools")).figures == right
 

@@ -24,11 +24,11 @@ from resnext_det import load_config
 from resnext_det.data.toy import ToySpec, write_toy_coco
 from resnext_det.engine.trainer import Trainer
 from resnext_det.errors import DatasetError
+from resnext_det.evaluation.annotations import read_ground_truth
+from resnext_det.evaluation.coco import Protocol
 from resnext_det.evaluation.detections import KINDS, Detections, read_detections
-from resnext_det.evaluation.engines import Protocol
 from resnext_det.evaluation.evaluator import DetectionEvaluator, Engine, evaluate_detections
-from resnext_det.evaluation.run_folder import read_metrics
-from resnext_det.evaluation.truth import read_truth
+from resnext_det.evaluation.results_file import read_metrics
 
 NAME = "kinds_test"
 SIGMAS = [0.05, 0.08, 0.1]
@@ -159,7 +159,7 @@ def test_results_without_boxes_are_coco_s_as_well(
     found = Detections.of([{key: each[key] for key in keys} for each in results])
     (kind,) = found.kinds
     protocol = Protocol.of(kind, tuple(SIGMAS))
-    truth, engine = read_truth(annotations), Engine(cross_check=True)
+    truth, engine = read_ground_truth(annotations), Engine(cross_check=True)
     figures = evaluate_detections(truth, found, engine, protocol=protocol).figures
     assert figures.figures["AP"] == pytest.approx(stock[kind]["AP"])
 
@@ -312,7 +312,9 @@ def test_annotations_that_cannot_be_evaluated_are_refused_and_boxes_are_evaluate
     assert f"{kind} is not evaluated" in caplog.text
     detections = read_detections(tmp_path / f"detections_{NAME}.json")
     with pytest.raises(DatasetError, match=message):
-        evaluate_detections(read_truth(file), detections, protocol=Protocol.of(kind, tuple(SIGMAS)))
+        evaluate_detections(
+            read_ground_truth(file), detections, protocol=Protocol.of(kind, tuple(SIGMAS))
+        )
 
 
 @pytest.mark.parametrize(
@@ -333,7 +335,7 @@ def test_masks_that_are_no_masks_are_refused(mask: Any) -> None:
 
 
 def test_masks_of_resized_images_are_refused(annotations: Path) -> None:
-    truth = read_truth(annotations)
+    truth = read_ground_truth(annotations)
     mask = pycocotools.mask.encode(np.eye(5, 4, dtype=np.uint8, order="F"))
     mask["counts"] = mask["counts"].decode()
     result = {"image_id": int(truth.image_ids[0]), "category_id": 1, "score": 0.5}

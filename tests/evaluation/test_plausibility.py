@@ -12,23 +12,23 @@ import pytest
 from numpy.typing import NDArray
 
 from resnext_det.data.toy import ToySpec, write_toy_coco
+from resnext_det.evaluation.annotations import GroundTruth, read_ground_truth
 from resnext_det.evaluation.detections import Detections
 from resnext_det.evaluation.evaluator import evaluate_detections
 from resnext_det.evaluation.plausibility import suspicions
-from resnext_det.evaluation.truth import Truth, read_truth
 
 Numbers = NDArray[np.float64]
 
 
 @pytest.fixture(scope="module")
-def truth(tmp_path_factory: pytest.TempPathFactory) -> Truth:
+def truth(tmp_path_factory: pytest.TempPathFactory) -> GroundTruth:
     root = write_toy_coco(
         tmp_path_factory.mktemp("toy") / "coco", ToySpec(train_images=1, val_images=30)
     )
-    return read_truth(root / "annotations" / "instances_val2017.json")
+    return read_ground_truth(root / "annotations" / "instances_val2017.json")
 
 
-def detections(truth: Truth, noise: float, lost: float = 0.0, false: int = 0) -> Detections:
+def detections(truth: GroundTruth, noise: float, lost: float = 0.0, false: int = 0) -> Detections:
     """Objects misplaced by shares of their sides, some not found, and boxes of nothing."""
     generator = np.random.default_rng(1)
     objects = truth.objects.where(generator.random(len(truth.objects.areas)) >= lost)
@@ -49,28 +49,28 @@ def detections(truth: Truth, noise: float, lost: float = 0.0, false: int = 0) ->
     )
 
 
-def of_sizes(truth: Truth, found: Detections) -> Numbers:
+def of_sizes(truth: GroundTruth, found: Detections) -> Numbers:
     rows = [truth.image_ids.tolist().index(image) for image in found.image_ids.tolist()]
     return truth.sizes[rows]
 
 
-def corners(truth: Truth, found: Detections) -> Numbers:
+def corners(truth: GroundTruth, found: Detections) -> Numbers:
     return np.hstack([found.boxes[:, :2], found.boxes[:, :2] + found.boxes[:, 2:]])
 
 
-def shares(truth: Truth, found: Detections) -> Numbers:
+def shares(truth: GroundTruth, found: Detections) -> Numbers:
     return found.boxes / np.tile(of_sizes(truth, found), 2)
 
 
-def resized(truth: Truth, found: Detections) -> Numbers:
+def resized(truth: GroundTruth, found: Detections) -> Numbers:
     return found.boxes * (800 / of_sizes(truth, found).min(axis=1, keepdims=True))
 
 
-def smaller(truth: Truth, found: Detections) -> Numbers:
+def smaller(truth: GroundTruth, found: Detections) -> Numbers:
     return found.boxes * 0.5
 
 
-def moved(truth: Truth, found: Detections) -> Numbers:
+def moved(truth: GroundTruth, found: Detections) -> Numbers:
     return found.boxes + np.array([300.0, 0, 0, 0])
 
 
@@ -86,7 +86,10 @@ def moved(truth: Truth, found: Detections) -> Numbers:
     ],
 )
 def test_another_form_is_named(
-    truth: Truth, written: Callable[[Truth, Detections], Numbers], message: str, noise: float
+    truth: GroundTruth,
+    written: Callable[[GroundTruth, Detections], Numbers],
+    message: str,
+    noise: float,
 ) -> None:
     found = detections(truth, noise, lost=0.2, false=100)
     wrong = dataclasses.replace(found, boxes=written(truth, found))
@@ -94,7 +97,9 @@ def test_another_form_is_named(
     assert re.search(message, said)
 
 
-def test_boxes_that_repeat_are_counted(truth: Truth, caplog: pytest.LogCaptureFixture) -> None:
+def test_boxes_that_repeat_are_counted(
+    truth: GroundTruth, caplog: pytest.LogCaptureFixture
+) -> None:
     found = detections(truth, 0.1)
     twice = Detections.of_table(np.concatenate([found.table, found.table]))
     evaluate_detections(truth, twice, source="mine.json")
@@ -105,12 +110,12 @@ def test_boxes_that_repeat_are_counted(truth: Truth, caplog: pytest.LogCaptureFi
 @pytest.mark.parametrize("false", [0, 3000])
 @pytest.mark.parametrize("noise", [0.0, 0.05, 0.2])
 def test_plausible_detections_are_not_suspected(
-    truth: Truth, noise: float, lost: float, false: int
+    truth: GroundTruth, noise: float, lost: float, false: int
 ) -> None:
     assert suspicions(truth, detections(truth, noise, lost, false)) == []
 
 
-def test_few_detections_and_none_are_not_suspected(truth: Truth) -> None:
+def test_few_detections_and_none_are_not_suspected(truth: GroundTruth) -> None:
     found = detections(truth, 0.1)
     for count in range(4):
         assert suspicions(truth, found.where(np.arange(len(found)) < count)) == []
@@ -119,7 +124,7 @@ def test_few_detections_and_none_are_not_suspected(truth: Truth) -> None:
 @pytest.mark.real
 def test_real_annotations_are_plausible(real_photographs: Path) -> None:
     for file in (real_photographs / "annotations").glob("instances*.json"):
-        truth = read_truth(file)
+        truth = read_ground_truth(file)
         for noise in (0.0, 0.1):
             assert suspicions(truth, detections(truth, noise)) == []
             found = detections(truth, noise)

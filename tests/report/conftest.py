@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from resnext_det.data.toy import ToySpec, write_toy_coco
+from resnext_det.evaluation.annotations import read_ground_truth
 from resnext_det.evaluation.compare import compare, comparison_document
 from resnext_det.evaluation.detections import Detections
 from resnext_det.evaluation.evaluator import Engine, evaluate_detections, write_evaluated
-from resnext_det.evaluation.truth import read_truth
 
 CLASSES = (
     *("class 1", "class 2", "class 10", "apple", "Banana", "cherry", "dog", "zebra"),
@@ -39,7 +39,7 @@ def evaluated_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         entry["category_id"] = 3 * int(generator.integers(len(CLASSES))) + 1
         entry["iscrowd"] = int(n % 9 == 4)
     path.write_text(json.dumps(document))
-    truth = read_truth(path)
+    truth = read_ground_truth(path)
     folder = root / "run"
     old, new = (Detections.of(_erring(document, generator, share)) for share in (0.5, 0.3))
     description = {"weights": "weights.pth"}

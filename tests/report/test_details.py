@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from resnext_det.evaluation.details import ERROR_KINDS
+from resnext_det.evaluation.error_analysis import ERROR_KINDS
 from resnext_det.report.details import Confusion, ReportDetails, read_details
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from resnext_det.evaluation.run_folder import read_metrics
+from resnext_det.evaluation.results_file import read_metrics
 from resnext_det.report.gallery import make_gallery
 
 

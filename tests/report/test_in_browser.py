@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from resnext_det.evaluation.annotations import read_ground_truth
 from resnext_det.evaluation.detections import read_detections
-from resnext_det.evaluation.run_folder import Evaluation, read_metrics
-from resnext_det.evaluation.truth import read_truth
+from resnext_det.evaluation.results_file import DatasetMetrics, read_metrics
 from resnext_det.report.gallery import LOWEST
 from resnext_det.report.matching import Labelled, Outcome, compare
 from resnext_det.report.page import write_report
@@ -36,7 +36,7 @@ class Opened:
     """A page that is open, and what went wrong in it or was asked for."""
 
     page: Page
-    evaluation: Evaluation
+    evaluation: DatasetMetrics
     complaints: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
 
@@ -168,7 +168,7 @@ def test_the_curves_of_a_class_can_be_chosen(opened: Opened, run: Path) -> None:
 def boxes(run: Path) -> dict[str, tuple[list[Labelled], list[Labelled]]]:
     """Return true boxes and predictions by file name, read anew."""
     evaluation = read_metrics(run).evaluations[0]
-    truth = read_truth(evaluation.annotations)
+    truth = read_ground_truth(evaluation.annotations)
     detections = read_detections(evaluation.detections)
     found: dict[str, tuple[list[Labelled], list[Labelled]]] = {}
     for image_id, name in zip(truth.image_ids.tolist(), truth.file_names):

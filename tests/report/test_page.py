@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resnext_det.evaluation.run_folder import read_metrics
+from resnext_det.evaluation.results_file import read_metrics
 from resnext_det.report.gallery import make_gallery
 from resnext_det.report.page import write_report
 

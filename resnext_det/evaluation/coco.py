@@ -16,8 +16,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from resnext_det.errors import DatasetError, EvaluationError, quoted
+from resnext_det.evaluation.annotations import GroundTruth
 from resnext_det.evaluation.detections import Detections
-from resnext_det.evaluation.truth import Truth
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class Accumulated:
 
 
 def hotcoco_evaluation(
-    truth: Truth, detections: Detections, protocol: Protocol = Protocol()
+    truth: GroundTruth, detections: Detections, protocol: Protocol = Protocol()
 ) -> hotcoco.COCOeval:
     """Match detections with the truth and accumulate, by hotcoco.
 
@@ -118,7 +118,7 @@ def hotcoco_evaluation(
     return evaluation
 
 
-def _hotcoco_annotations(truth: Truth, kind: str) -> hotcoco.COCO:
+def _hotcoco_annotations(truth: GroundTruth, kind: str) -> hotcoco.COCO:
     if kind == "keypoints":
         return hotcoco.COCO(_document(truth, kind))
     objects = truth.objects
@@ -134,14 +134,14 @@ def _hotcoco_annotations(truth: Truth, kind: str) -> hotcoco.COCO:
     )
 
 
-def _images(truth: Truth) -> list[dict[str, int]]:
+def _images(truth: GroundTruth) -> list[dict[str, int]]:
     return [
         {"id": number, "width": int(width), "height": int(height)}
         for number, (width, height) in zip(truth.image_ids.tolist(), truth.sizes.tolist())
     ]
 
 
-def _document(truth: Truth, kind: str) -> dict[str, Any]:
+def _document(truth: GroundTruth, kind: str) -> dict[str, Any]:
     """Return the annotations as a file has them, with ids from 1 on.
 
     To pycocotools, an object with the id 0 counts as never found.
@@ -184,7 +184,7 @@ def _results(detections: Detections, kind: str) -> Any:
     ]
 
 
-def _check_kind(truth: Truth, detections: Detections, protocol: Protocol) -> None:
+def _check_kind(truth: GroundTruth, detections: Detections, protocol: Protocol) -> None:
     """Refuse masks of another size than their images', and keypoints of another number."""
     if protocol.kind == "segm" and detections.segmentations is not None:
         sizes = dict(zip(truth.image_ids.tolist(), truth.sizes[:, ::-1].astype(int).tolist()))
@@ -228,14 +228,14 @@ def accumulated(evaluation: hotcoco.COCOeval, protocol: Protocol = Protocol()) -
 
 
 def by_hotcoco(
-    truth: Truth, detections: Detections, protocol: Protocol = Protocol()
+    truth: GroundTruth, detections: Detections, protocol: Protocol = Protocol()
 ) -> Accumulated:
     """Return what hotcoco accumulates; the arguments are those of `hotcoco_evaluation`."""
     return accumulated(hotcoco_evaluation(truth, detections, protocol), protocol)
 
 
 def by_pycocotools(
-    truth: Truth, detections: Detections, protocol: Protocol = Protocol()
+    truth: GroundTruth, detections: Detections, protocol: Protocol = Protocol()
 ) -> Accumulated:
     """Return what pycocotools accumulates; the arguments are those of `hotcoco_evaluation`.
 
@@ -271,12 +271,12 @@ def _pycocotools_results(annotations: COCO, detections: Detections, kind: str) -
     return results
 
 
-_Compute = Callable[[Truth, Detections, Protocol], Accumulated]
+_Compute = Callable[[GroundTruth, Detections, Protocol], Accumulated]
 ENGINES: dict[str, _Compute] = {"hotcoco": by_hotcoco, "pycocotools": by_pycocotools}
 
 
 def compute(
-    truth: Truth,
+    truth: GroundTruth,
     detections: Detections,
     protocol: Protocol = Protocol(),
     *,

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Truth:
+class GroundTruth:
     """The annotations that detections are held against.
 
     Attributes:
@@ -124,7 +124,7 @@ class Truth:
         return kind == "bbox" or any(columns[kind])
 
 
-def read_truth(file: Path, *, checked: bool = False) -> Truth:
+def read_ground_truth(file: Path, *, checked: bool = False) -> GroundTruth:
     """Read what detections are held against.
 
     The ids of the annotations are not read, so that none can be wrong. pycocotools finds its
@@ -182,7 +182,7 @@ def read_truth(file: Path, *, checked: bool = False) -> Truth:
         )
     sides = [[image.get("width"), image.get("height")] for image in document["images"]]
     sizes = np.array([[x if is_side(x) else 0 for x in each] for each in sides], np.float64)
-    return Truth(
+    return GroundTruth(
         file=file,
         sha256=file_digest(file),
         image_ids=image_ids,

@@ -12,8 +12,12 @@ import pytest
 
 from resnext_det.errors import ConfigError, DatasetError
 from resnext_det.evaluation.evaluator import DetectionEvaluator
-from resnext_det.evaluation.metrics_file import write_metrics
-from resnext_det.evaluation.run_folder import find_stock_run, read_metrics, read_training
+from resnext_det.evaluation.results_file import (
+    find_stock_run,
+    read_metrics,
+    read_training,
+    write_metrics,
+)
 
 
 def test_a_resumed_and_torn_training_is_read(tmp_path: Path) -> None:

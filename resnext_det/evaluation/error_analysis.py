@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tabulate import tabulate
 
+from resnext_det.evaluation.annotations import GroundTruth
+from resnext_det.evaluation.coco import Accumulated, Protocol, hotcoco_evaluation
 from resnext_det.evaluation.detections import Detections
-from resnext_det.evaluation.engines import Accumulated, Protocol, hotcoco_evaluation
-from resnext_det.evaluation.truth import Truth
 
 CONFUSED_FROM = 0.5
 """Detections below this score do not stand in the table of confused classes: there are 100 of
@@ -51,7 +51,7 @@ class ErrorKind:
 
 
 @dataclass(frozen=True)
-class Details:
+class ErrorAnalysis:
     """Where a detector errs: curves, confused classes, TIDE's errors.
 
     Attributes:
@@ -70,7 +70,7 @@ class Details:
     confusion: NDArray[np.int64]
     errors: tuple[ErrorKind, ...]
 
-    def document(self, truth: Truth) -> dict[str, Any]:
+    def document(self, truth: GroundTruth) -> dict[str, Any]:
         """Return what is saved as JSON, numbers rounded to what a picture can show."""
         curves = {
             name: {key: np.round(values, 2).tolist() for key, values in ranges.items()}
@@ -89,13 +89,13 @@ class Details:
         }
 
 
-def details_of(
+def analyse_errors(
     evaluation: hotcoco.COCOeval,
     found: Accumulated,
-    truth: Truth,
+    truth: GroundTruth,
     detections: Detections,
     protocol: Protocol = Protocol(),
-) -> Details:
+) -> ErrorAnalysis:
     """Return where a detector errs.
 
     Args:
@@ -117,11 +117,13 @@ def details_of(
         for kind in ERROR_KINDS
     )
     recalls = np.linspace(0, 1, precision.shape[1])
-    return Details(recalls, curves, _confusion(evaluation, truth, detections, protocol), kinds)
+    return ErrorAnalysis(
+        recalls, curves, _confusion(evaluation, truth, detections, protocol), kinds
+    )
 
 
 def _confusion(
-    evaluation: hotcoco.COCOeval, truth: Truth, detections: Detections, protocol: Protocol
+    evaluation: hotcoco.COCOeval, truth: GroundTruth, detections: Detections, protocol: Protocol
 ) -> NDArray[np.int64]:
     """Count true classes by detected ones, without what COCO ignores: detections in a crowd."""
     counted = evaluation.image_diagnostics(iou_thr=OVERLAP)["dt_status"]
@@ -137,7 +139,7 @@ def _curves(precision: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
     return {key: 100 * precision[part].mean(axis=(0, 2)) for key, part in _RANGES.items()}
 
 
-def error_table(details: Details) -> str:
+def error_table(details: ErrorAnalysis) -> str:
     """Return the kinds of errors as text for a terminal, the costliest first."""
     rows = [
         [ERROR_KINDS[error.kind][0], ERROR_KINDS[error.kind][1], error.count, f"{error.cost:.2f}"]

@@ -1,17 +1,27 @@
-"""What a run leaves in its folder, as the report reads it: metrics and training lines."""
+"""A run's folder: the figures that an evaluation writes, and the scalars that a training logs."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from resnext_det.config_files import read_config
+from resnext_det.environment import commit, hardware, versions
 from resnext_det.errors import ConfigError, DatasetError, plain, quoted
-from resnext_det.files import open_regular
+from resnext_det.evaluation.detections import Detections
+from resnext_det.evaluation.figures import ClassFigures, Figures
+from resnext_det.files import open_regular, write_json
+
+logger = logging.getLogger(__name__)
 
 INFERENCE = "inference"
 """Subfolder of a run in which an evaluation writes, as Detectron2's do."""
@@ -21,41 +31,11 @@ _STOCK_RESULTS = "coco_instances_results.json"
 _LONGEST_LINE = 1 << 20
 
 # Of one iteration: "total_loss", "lr", "bbox/AP" and so on.
-Record = dict[str, float]
+Scalars = dict[str, float]
 
 
 @dataclass(frozen=True)
-class ClassResult:
-    """How one class fared: figures in percent or None, and its objects in the annotations.
-
-    Evaluations by earlier versions have AP and AP50 alone; the others are None then.
-    """
-
-    name: str
-    AP: float | None
-    AP50: float | None
-    instances: int
-    APs: float | None = None
-    APm: float | None = None
-    APl: float | None = None
-    AR: float | None = None
-
-
-@dataclass(frozen=True)
-class KindResult:
-    """The figures of masks or keypoints, beside those of boxes.
-
-    Attributes:
-        figures: COCO's by name, in percent; None where there is nothing to measure.
-        per_class: one entry for every class.
-    """
-
-    figures: dict[str, float | None]
-    per_class: list[ClassResult]
-
-
-@dataclass(frozen=True)
-class Evaluation:
+class DatasetMetrics:
     """The evaluation on one data set.
 
     Attributes:
@@ -83,21 +63,21 @@ class Evaluation:
     detections_sha256: str
     image_count: int
     figures: dict[str, float | None]
-    per_class: list[ClassResult]
+    per_class: tuple[ClassFigures, ...]
     details: Path | None = None
     engine: str = ""
     baseline: Any = None
-    segm: KindResult | None = None
-    keypoints: KindResult | None = None
+    segm: Figures | None = None
+    keypoints: Figures | None = None
 
     @property
-    def ranked(self) -> list[ClassResult]:
+    def ranked(self) -> list[ClassFigures]:
         """Return the classes from the highest AP to the lowest, those without one at the end."""
         return sorted(self.per_class, key=lambda one: -1.0 if one.AP is None else one.AP)[::-1]
 
 
 @dataclass(frozen=True)
-class ProposalEvaluation:
+class ProposalMetrics:
     """The evaluation of an RPN's proposals on one data set.
 
     Attributes:
@@ -132,8 +112,8 @@ class Metrics:
     config: str | None
     versions: dict[str, str]
     hardware: str
-    evaluations: list[Evaluation]
-    proposals: tuple[ProposalEvaluation, ...] = ()
+    evaluations: list[DatasetMetrics]
+    proposals: tuple[ProposalMetrics, ...] = ()
     commit: str | None = None
 
 
@@ -305,9 +285,9 @@ def _unless_none(value: object) -> str | None:
     return None if value is None else str(value)
 
 
-def _evaluation(folder: Path, name: str, entry: Mapping[str, Any]) -> Evaluation:
+def _evaluation(folder: Path, name: str, entry: Mapping[str, Any]) -> DatasetMetrics:
     details = entry.get("details")
-    return Evaluation(
+    return DatasetMetrics(
         name=name,
         annotations=Path(entry["annotations"]),
         annotations_sha256=str(entry.get("annotations_sha256", "")),
@@ -316,30 +296,28 @@ def _evaluation(folder: Path, name: str, entry: Mapping[str, Any]) -> Evaluation
         detections_sha256=str(entry.get("detections_sha256", "")),
         image_count=int(entry["image_count"]),
         figures=_percents(entry["figures"]),
-        per_class=[_class_result(result) for result in entry["per_class"]],
+        per_class=tuple(map(_class_figures, entry["per_class"])),
         details=None if details is None else folder / details,
         engine=_engine(entry.get("engine")),
         baseline=entry.get("baseline"),
-        segm=_kind_result(entry.get("segm")),
-        keypoints=_kind_result(entry.get("keypoints")),
+        segm=_figures(entry["segm"]) if "segm" in entry else None,
+        keypoints=_figures(entry["keypoints"]) if "keypoints" in entry else None,
     )
 
 
-def _kind_result(entry: Mapping[str, Any] | None) -> KindResult | None:
-    if entry is None:
-        return None
-    per_class = [_class_result(result) for result in entry["per_class"]]
-    return KindResult(_percents(entry["figures"]), per_class)
+def _figures(entry: Mapping[str, Any]) -> Figures:
+    return Figures(_percents(entry["figures"]), tuple(map(_class_figures, entry["per_class"])))
 
 
-def _class_result(entry: Mapping[str, Any]) -> ClassResult:
-    figures = {key: _percent(entry.get(key)) for key in ("APs", "APm", "APl", "AR")}
+def _class_figures(entry: Mapping[str, Any]) -> ClassFigures:
+    """Read the figures of a class; earlier versions wrote AP and AP50 alone."""
     AP, AP50 = _percent(entry["AP"]), _percent(entry["AP50"])
-    return ClassResult(str(entry["name"]), AP, AP50, int(entry["instances"]), **figures)
+    others = {key: _percent(entry.get(key)) for key in ("APs", "APm", "APl", "AR")}
+    return ClassFigures(str(entry["name"]), AP, AP50, instances=int(entry["instances"]), **others)
 
 
-def _proposals(name: str, entry: Mapping[str, Any]) -> ProposalEvaluation:
-    return ProposalEvaluation(
+def _proposals(name: str, entry: Mapping[str, Any]) -> ProposalMetrics:
+    return ProposalMetrics(
         name,
         Path(entry["annotations"]),
         int(entry["image_count"]),
@@ -365,7 +343,7 @@ def _percent(value: float | None) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
 
 
-def read_training(run: Path) -> list[Record]:
+def read_training(run: Path) -> list[Scalars]:
     """Read metrics.jsonl, the lines that training wrote (metrics.json, by Detectron2's trainer).
 
     A resumed run repeats iterations, so the last value of an iteration counts; a run that was
@@ -389,7 +367,7 @@ def read_training(run: Path) -> list[Record]:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
         raise DatasetError(f"{path} cannot be read: {error}") from error
-    records: dict[int, Record] = {}
+    records: dict[int, Scalars] = {}
     for line in lines:
         try:
             entry = json.loads(line)
@@ -404,3 +382,71 @@ def read_training(run: Path) -> list[Record]:
             continue
         records.setdefault(entry["iteration"], {}).update(numbers)
     return [records[iteration] for iteration in sorted(records)]
+
+
+def file_name_of(dataset: str) -> str:
+    """Return the name of a data set as it may stand in a file's: for each name another one."""
+    plain = re.sub(r"[^\w.-]", "_", dataset)
+    if plain == dataset:
+        return plain
+    return f"{plain}_{hashlib.sha256(dataset.encode()).hexdigest()[:8]}"
+
+
+def write_detections(
+    target: Path, detections: Detections, image_keys: Mapping[int, int | str] | None = None
+) -> None:
+    """Write detections in COCO's results format; `image_keys` as in `Detections.results`."""
+    write_json(target, detections.results(image_keys), indent=None)
+
+
+def write_metrics(
+    folder: Path, dataset: str, description: Mapping[str, str], entry: Mapping[str, Any]
+) -> None:
+    """Write what was reached on one data set, beside what the same weights reached on others.
+
+    Args:
+        folder: for the file, RUN/inference.
+        dataset: its name.
+        description: what stands beside the figures, such as {"weights": "model_final.pth"}.
+        entry: of the data set.
+
+    Raises:
+        ConfigError: Detectron2's trainer writes its log to a file of that name there.
+    """
+    check_no_training_log(folder)
+    target = folder / METRICS
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / f".{METRICS}.lock"):  # two evaluations would lose one another's
+        document = {
+            **description,
+            "versions": versions(),
+            "hardware": hardware(),
+            "commit": commit(),
+            "datasets": {**_other_datasets(target, description), dataset: entry},
+        }
+        write_json(target, document)
+    logger.info("wrote %s", target)
+
+
+def check_no_training_log(folder: Path) -> None:
+    """Refuse to write figures over the training log of Detectron2's trainer.
+
+    Raises:
+        ConfigError: metrics.json in the folder is one.
+    """
+    if is_training_log(folder / METRICS):
+        raise ConfigError(
+            f"{quoted(folder / METRICS)} is the training log of Detectron2's trainer, and an "
+            "evaluation writes figures to a file of that name. Give the evaluator another folder, "
+            f"such as {quoted(folder / INFERENCE)}."
+        )
+
+
+def _other_datasets(target: Path, description: Mapping[str, str]) -> dict[str, Any]:
+    """Return what the same weights reached on other data sets, from an earlier evaluation."""
+    try:
+        earlier = json.loads(target.read_text(encoding="utf-8"))
+        same = all(earlier[key] == value for key, value in description.items())
+        return dict(earlier["datasets"]) if same else {}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}

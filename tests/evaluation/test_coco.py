@@ -14,8 +14,8 @@ from hypothesis import strategies as some
 from pycocotools.cocoeval import COCOeval
 
 from resnext_det.errors import EvaluationError
-from resnext_det.evaluation.detections import Detections
-from resnext_det.evaluation.engines import (
+from resnext_det.evaluation.annotations import read_ground_truth
+from resnext_det.evaluation.coco import (
     Accumulated,
     Protocol,
     by_hotcoco,
@@ -23,14 +23,14 @@ from resnext_det.evaluation.engines import (
     check_agreement,
     compute,
 )
-from resnext_det.evaluation.truth import read_truth
+from resnext_det.evaluation.detections import Detections
 
 Document = dict[str, Any]
 StockEvaluation = Callable[..., COCOeval]
 
 
 def agree(annotations: Path, detections: list[Document], stock: StockEvaluation) -> None:
-    truth, found = read_truth(annotations), Detections.of(detections)
+    truth, found = read_ground_truth(annotations), Detections.of(detections)
     ours, reference = by_hotcoco(truth, found), by_pycocotools(truth, found)
     check_agreement(ours, reference)
     if not detections:  # stock pycocotools cannot read an empty list
@@ -156,7 +156,7 @@ def test_proposals_are_evaluated_without_classes_by_both(tmp_path: Path) -> None
     generator = np.random.default_rng(3)
     truth = document(generator)
     (tmp_path / "truth.json").write_text(json.dumps(truth))
-    annotations = read_truth(tmp_path / "truth.json")
+    annotations = read_ground_truth(tmp_path / "truth.json")
     detections = Detections.of(
         [{**each, "category_id": 1} for each in made_up(generator, truth, 60)]
     )

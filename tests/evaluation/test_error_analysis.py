@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from resnext_det.evaluation.details import Details, error_table
+from resnext_det.evaluation.annotations import GroundTruth, read_ground_truth
 from resnext_det.evaluation.detections import Detections
+from resnext_det.evaluation.error_analysis import ErrorAnalysis, error_table
 from resnext_det.evaluation.evaluator import evaluate_detections
-from resnext_det.evaluation.truth import Truth, read_truth
 
 CAT, DOG = 1, 2
 # One cat and one dog are found, another cat and another dog are not.
@@ -30,7 +30,7 @@ DETECTIONS = {
 }
 
 
-def truth_of(tmp_path: Path) -> Truth:
+def truth_of(tmp_path: Path) -> GroundTruth:
     document = {
         "images": [{"id": 1}, {"id": 2}],
         "categories": [
@@ -44,10 +44,10 @@ def truth_of(tmp_path: Path) -> Truth:
         ],
     }
     (tmp_path / "truth.json").write_text(json.dumps(document))
-    return read_truth(tmp_path / "truth.json")
+    return read_ground_truth(tmp_path / "truth.json")
 
 
-def details(tmp_path: Path, *names: str) -> Details:
+def details(tmp_path: Path, *names: str) -> ErrorAnalysis:
     found = [
         {"image_id": 1, "category_id": kind, "bbox": box, "score": score}
         for kind, box, score in (DETECTIONS[name] for name in names)
@@ -102,7 +102,7 @@ def test_a_detection_in_a_crowd_is_no_mistake(tmp_path: Path) -> None:
         {"image_id": 1, "category_id": kind, "bbox": [10, 10, 30, 30], "score": 0.9}
         for kind in (CAT, DOG)
     ]
-    found = evaluate_detections(read_truth(file), Detections.of(rows)).details.confusion
+    found = evaluate_detections(read_ground_truth(file), Detections.of(rows)).details.confusion
     background = 3
     assert found[background].tolist() == [0, 1, 0, 0]  # the crowd is of cats
 
@@ -141,7 +141,7 @@ def test_without_any_object_there_are_no_curves(tmp_path: Path) -> None:
     truth_of(tmp_path)
     file = tmp_path / "truth.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"annotations": []}))
-    found = evaluate_detections(read_truth(file), Detections.of([]))
+    found = evaluate_detections(read_ground_truth(file), Detections.of([]))
     assert found.details.curves == {}
     assert found.figures.figures["AP"] is None
     assert found.figures.per_class[0].AP is None

@@ -11,10 +11,10 @@ import pytest
 from pycocotools.cocoeval import COCOeval
 
 from resnext_det.errors import DatasetError
+from resnext_det.evaluation.annotations import read_ground_truth
 from resnext_det.evaluation.detections import Detections, read_detections
 from resnext_det.evaluation.evaluator import Engine, evaluate_boxes, evaluate_detections
-from resnext_det.evaluation.metrics_file import write_detections
-from resnext_det.evaluation.truth import read_truth
+from resnext_det.evaluation.results_file import write_detections
 
 Document = dict[str, Any]
 
@@ -48,7 +48,7 @@ def saved(tmp_path: Path, document: object) -> Path:
 
 def test_what_is_read(tmp_path: Path) -> None:
     file = saved(tmp_path, sound())
-    truth = read_truth(file)
+    truth = read_ground_truth(file)
     assert truth.image_ids.tolist() == [5, 2]
     assert truth.file_names == ("b.jpg", "a.jpg")
     assert truth.categories == {3: "dog", 9: "cat"}
@@ -93,7 +93,7 @@ def test_a_cross_check_says_why_pycocotools_by_itself_differs(
         for each in document["annotations"]
     ]
     evaluated = evaluate_detections(
-        read_truth(file), Detections.of(found), Engine(cross_check=True)
+        read_ground_truth(file), Detections.of(found), Engine(cross_check=True)
     )
     assert evaluated.figures.figures["AP"] == pytest.approx(100)
     assert "pycocotools by itself gives other figures" in caplog.text
@@ -110,7 +110,7 @@ def test_text_ids_are_ids(tmp_path: Path) -> None:
         annotation(2, "0.jpg", 3, [5, 5, 40, 50]),
         annotation(3, "else.jpg", 3, [5, 5, 40, 50]),
     ]
-    truth = read_truth(saved(tmp_path, document))
+    truth = read_ground_truth(saved(tmp_path, document))
     assert truth.image_keys == ("0.jpg", "1.jpg")
     assert truth.objects.image_ids.tolist() == [1, 0]
     rows = [
@@ -137,7 +137,7 @@ def test_what_is_not_listed_is_left_out_and_said(
         annotation(4, 5, 77, [0, 0, 1, 1]),
     ]
     with caplog.at_level(logging.WARNING):
-        truth = read_truth(saved(tmp_path, document))
+        truth = read_ground_truth(saved(tmp_path, document))
     assert len(truth.objects.areas) == 2
     assert "2 annotations are left out" in caplog.text
 
@@ -151,7 +151,7 @@ def test_flags_may_be_truth_values_and_boxes_turned_round_are_told(
         annotation(n, 5, 9, [0, 0, 9, -9], iscrowd=flag) for n, flag in enumerate(flags)
     ]
     with caplog.at_level(logging.WARNING):
-        crowds = read_truth(saved(tmp_path, document)).objects.crowds
+        crowds = read_ground_truth(saved(tmp_path, document)).objects.crowds
     assert crowds.tolist() == [True, False, False, False]
     assert "4 boxes of negative width or height" in caplog.text
 
@@ -162,7 +162,7 @@ def test_a_missing_area_is_that_of_the_box(
     document = sound()
     del document["annotations"][0]["area"]
     with caplog.at_level(logging.WARNING):
-        assert read_truth(saved(tmp_path, document)).objects.areas.tolist() == [100, 60.5]
+        assert read_ground_truth(saved(tmp_path, document)).objects.areas.tolist() == [100, 60.5]
     assert "1 annotations have no area" in caplog.text
 
 
@@ -187,7 +187,7 @@ def test_what_is_malformed_is_shown(tmp_path: Path, part: str, entry: object) ->
     document = sound()
     document[part].append(entry)
     with pytest.raises(DatasetError, match=rf"1 of the 3 {part} have not COCO's form, such as"):
-        read_truth(saved(tmp_path, document))
+        read_ground_truth(saved(tmp_path, document))
 
 
 @pytest.mark.parametrize(
@@ -203,9 +203,9 @@ def test_what_is_no_annotation_file_is_refused(
     tmp_path: Path, content: object, message: str
 ) -> None:
     with pytest.raises(DatasetError, match=message):
-        read_truth(saved(tmp_path, content))
+        read_ground_truth(saved(tmp_path, content))
     (tmp_path / "half.json").write_text(json.dumps(sound())[:50])
     with pytest.raises(DatasetError, match="is not JSON"):
-        read_truth(tmp_path / "half.json")
+        read_ground_truth(tmp_path / "half.json")
     with pytest.raises(DatasetError, match=r"none\.json are not there\.$"):
-        read_truth(tmp_path / "none.json")
+        read_ground_truth(tmp_path / "none.json")

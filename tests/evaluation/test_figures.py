@@ -12,9 +12,9 @@ from detectron2.evaluation.coco_evaluation import _evaluate_box_proposals
 from detectron2.structures import Boxes, Instances
 from pycocotools.coco import COCO
 
+from resnext_det.evaluation.annotations import read_ground_truth
 from resnext_det.evaluation.detections import Detections
-from resnext_det.evaluation.proposals import proposal_figures, proposal_table
-from resnext_det.evaluation.truth import read_truth
+from resnext_det.evaluation.figures import proposal_figures, proposal_table
 
 
 def made_up(document: dict[str, list[dict[str, object]]], each: int) -> Detections:
@@ -49,7 +49,7 @@ def by_detectron2(annotations: Path, proposals: Detections, limit: int, area: st
 def test_it_is_nearly_what_detectron2_computes(datasets: Path) -> None:
     file = datasets / "toy_coco" / "annotations" / "instances_train2017.json"
     proposals = made_up(json.loads(file.read_text()), each=60)
-    figures = proposal_figures(read_truth(file), proposals, cross_check=True)
+    figures = proposal_figures(read_ground_truth(file), proposals, cross_check=True)
     assert np.bincount(np.unique(proposals.image_ids, return_inverse=True)[1]).max() > 100
     for size, area in ("", "all"), ("s", "small"), ("m", "medium"):
         for limit in (100, 300, 1000):
@@ -70,7 +70,7 @@ def test_a_perfect_proposal_is_recalled_whatever_its_class_and_rank(tmp_path: Pa
     (tmp_path / "a.json").write_text(json.dumps(document))
     table = np.array([[1, 500 + n, 500, 20, 20, 1, 0] for n in range(150)], np.float64)
     table = np.vstack([table, [1, 0, 0, 50, 50, 0.5, 0]])
-    figures = proposal_figures(read_truth(tmp_path / "a.json"), Detections.of_table(table))
+    figures = proposal_figures(read_ground_truth(tmp_path / "a.json"), Detections.of_table(table))
     assert (figures["AR@100"], figures["AR@300"], figures["ARm@1000"]) == (0, 100, 100)
     assert figures["ARs@100"] is None
     assert proposal_table(figures).splitlines()[-1].split() == [
