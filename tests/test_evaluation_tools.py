@@ -152,3 +152,13 @@ def test_expected_results_decide_the_exit_code_and_a_trainings_config_stays(
         assert tool("train_net.py", words, datasets).returncode == code
     assert (whole / "config.yaml").read_text() == cfg.dump()
     assert str(weights) in (whole / "inference" / "config.yaml").read_text()
+
+
+def test_engines_are_timed_on_the_same_detections(tool: Tool, tmp_path: Path) -> None:
+    words = ["--images", 30, "--detections", 1500, "--rounds", 2]
+    done = tool("benchmark_evaluation.py", [*words, "--output", tmp_path / "times.json"])
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "times.json").read_text())
+    assert {"hotcoco", "pycocotools", "from files to all tables"} <= set(found["seconds"])
+    assert all(len(times) == 2 and min(times) > 0 for times in found["seconds"].values())
+    assert 0 < found["figures"][0] < 1
