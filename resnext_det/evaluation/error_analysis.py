@@ -99,7 +99,7 @@ def analyse_errors(
     """Return where a detector errs.
 
     Args:
-        evaluation: of `engines.hotcoco_evaluation`.
+        evaluation: of `coco.hotcoco_evaluation`.
         found: what it accumulated.
         truth: the annotations.
         detections: that were evaluated.

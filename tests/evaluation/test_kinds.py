@@ -142,7 +142,7 @@ def test_all_figures_are_those_of_stock_detectron2(
     assert done.returncode == 0, done.stderr
     entries = [
         next(iter(json.loads((folder / "metrics.json").read_text())["datasets"].values()))
-        for folder in (tmp_path, tmp_path / "again")
+        for folder in (tmp_path, tmp_path / "again" / "inference")
     ]
     for key in ("figures", "per_class", "segm", "keypoints"):
         assert entries[0][key] == entries[1][key]
