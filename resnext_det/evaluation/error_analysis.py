@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +52,36 @@ class ErrorKind:
 
 
 @dataclass(frozen=True)
+class ScoreCurve:
+    """Precision, recall and F1 over the score threshold, at an IoU of 0.5.
+
+    Detections with a score of the threshold or more count. Those that COCO ignores, such as in a
+    crowd, do not.
+
+    Attributes:
+        precision: (101,) in percent, for thresholds of 0, 0.01, ..., 1; 0 without detections.
+        recall: (101,) in percent.
+        best: the threshold with the highest F1, which is the score of a detection; None if no
+            threshold gives a correct detection.
+        best_f1: F1 at that threshold, in percent.
+    """
+
+    precision: NDArray[np.float64]
+    recall: NDArray[np.float64]
+    best: float | None
+    best_f1: float
+
+    def document(self) -> dict[str, Any]:
+        """Return what is saved as JSON."""
+        return {
+            "precision": np.round(self.precision, 2).tolist(),
+            "recall": np.round(self.recall, 2).tolist(),
+            "best": self.best,
+            "best_f1": round(self.best_f1, 2),
+        }
+
+
+@dataclass(frozen=True)
 class ErrorAnalysis:
     """Where a detector errs: curves, confused classes, TIDE's errors.
 
@@ -63,12 +94,14 @@ class ErrorAnalysis:
             background; at an IoU of 0.5, detections with a score of 0.5 or more, but for those
             in a crowd of their class.
         errors: TIDE's kinds, for AP50.
+        by_score: by class name, all classes pooled under ""; a class without objects has none.
     """
 
     recalls: NDArray[np.float64]
     curves: dict[str, dict[str, NDArray[np.float64]]]
     confusion: NDArray[np.int64]
     errors: tuple[ErrorKind, ...]
+    by_score: dict[str, ScoreCurve]
 
     def document(self, truth: GroundTruth) -> dict[str, Any]:
         """Return what is saved as JSON, numbers rounded to what a picture can show."""
@@ -86,6 +119,7 @@ class ErrorAnalysis:
                 "counts": self.confusion.tolist(),
             },
             "errors": [vars(error) for error in self.errors],
+            "by_score": {name: curve.document() for name, curve in self.by_score.items()},
         }
 
 
@@ -117,16 +151,58 @@ def analyse_errors(
         for kind in ERROR_KINDS
     )
     recalls = np.linspace(0, 1, precision.shape[1])
+    status = evaluation.image_diagnostics(iou_thr=OVERLAP)
     return ErrorAnalysis(
-        recalls, curves, _confusion(evaluation, truth, detections, protocol), kinds
+        recalls,
+        curves,
+        _confusion(status, truth, detections, protocol),
+        kinds,
+        _by_score(status, truth, detections),
+    )
+
+
+def _by_score(
+    status: Mapping[str, Any], truth: GroundTruth, detections: Detections
+) -> dict[str, ScoreCurve]:
+    """Return the curves of all classes and of each, from hotcoco's image diagnostics."""
+    found: Mapping[int, str] = status["dt_status"]  # by number from 1, without what is ignored
+    positions = np.fromiter(found, np.int64, len(found)) - 1
+    right = np.array([each == "tp" for each in found.values()], bool)
+    classes, scores = detections.category_ids[positions], detections.scores[positions]
+    objects: Mapping[int, str] = status["gt_status"]
+    wanted = truth.objects.category_ids[np.fromiter(objects, np.int64, len(objects)) - 1]
+    curves = {"": _score_curve(scores, right, len(wanted))} if len(wanted) else {}
+    for number, name in truth.categories.items():
+        count = int((wanted == number).sum())
+        if count:
+            own = classes == number
+            curves[name] = _score_curve(scores[own], right[own], count)
+    return curves
+
+
+def _score_curve(scores: NDArray[np.float64], right: NDArray[np.bool_], objects: int) -> ScoreCurve:
+    """Return the curve of detections of which some are right, for a number of objects over 0."""
+    order = np.argsort(-scores, kind="stable")
+    descending = scores[order].astype(np.float64)
+    hits = np.concatenate([[0], np.cumsum(right[order])])  # among the first n
+    # A threshold takes all detections of its score or none.
+    ends = np.searchsorted(-descending, -np.unique(descending), side="right")
+    f1 = 200 * hits[ends] / (ends + objects)
+    best = int(np.argmax(f1)) if len(f1) and f1.max() > 0 else None
+    counts = np.searchsorted(-descending, -np.arange(101) / 100, side="right")
+    return ScoreCurve(
+        100 * hits[counts] / np.maximum(counts, 1),
+        100 * hits[counts] / objects,
+        None if best is None else float(descending[ends[best] - 1]),
+        0.0 if best is None else float(f1[best]),
     )
 
 
 def _confusion(
-    evaluation: hotcoco.COCOeval, truth: GroundTruth, detections: Detections, protocol: Protocol
+    status: Mapping[str, Any], truth: GroundTruth, detections: Detections, protocol: Protocol
 ) -> NDArray[np.int64]:
     """Count true classes by detected ones, without what COCO ignores: detections in a crowd."""
-    counted = evaluation.image_diagnostics(iou_thr=OVERLAP)["dt_status"]
+    counted = status["dt_status"]
     numbers = np.arange(1, len(detections) + 1)  # as hotcoco numbers them
     kept = np.isin(numbers, np.fromiter(counted, np.int64, len(counted)))
     shown = detections.where(kept & (detections.scores >= CONFUSED_FROM))

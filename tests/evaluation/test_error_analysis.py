@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from resnext_det.evaluation.annotations import GroundTruth, read_ground_truth
 from resnext_det.evaluation.detections import Detections
@@ -146,3 +150,74 @@ def test_without_any_object_there_are_no_curves(tmp_path: Path) -> None:
     assert found.figures.figures["AP"] is None
     assert found.figures.per_class[0].AP is None
     assert "-" in found.figures.table()
+
+
+def counted_at(
+    threshold: float, scored: list[tuple[float, bool]], objects: int
+) -> tuple[float, float, float]:
+    """Return precision, recall and F1 in percent."""
+    kept = [right for score, right in scored if score >= threshold]
+    found = 100 * sum(kept)
+    return found / max(len(kept), 1), found / objects, 2 * found / (len(kept) + objects)
+
+
+def test_precision_recall_and_f1_over_the_score_agree_with_pycocotools(tmp_path: Path) -> None:
+    generator = np.random.default_rng(3)
+    annotations: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
+    for image in range(1, 13):
+        for _ in range(6):
+            box = [*generator.uniform(0, 150, 2).tolist(), *generator.uniform(8, 60, 2).tolist()]
+            kind, crowd = int(generator.choice([CAT, DOG])), int(generator.random() < 0.15)
+            number = len(annotations) + 1
+            place = {"image_id": image, "category_id": kind}
+            more = {"id": number, "area": box[2] * box[3], "iscrowd": crowd}
+            annotations.append({**place, **more, "bbox": box})
+            for _ in range(3):
+                moved = [*(np.array(box[:2]) + generator.normal(0, 6, 2)).tolist(), *box[2:]]
+                score = round(float(generator.random()), 1 + int(generator.integers(2)))  # ties
+                rows.append({**place, "bbox": moved, "score": score})
+    file = tmp_path / "truth.json"
+    images = [{"id": n, "width": 200, "height": 200} for n in range(1, 13)]
+    categories = [{"id": n, "name": name} for n, name in ((CAT, "cat"), (DOG, "dog"), (5, "owl"))]
+    document = {"images": images, "categories": categories, "annotations": annotations}
+    file.write_text(json.dumps(document))
+    found = evaluate_detections(read_ground_truth(file), Detections.of(rows)).details.by_score
+    assert set(found) == {"", "cat", "dog"}  # there is no owl
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        reference = COCO(str(file))
+        evaluation = COCOeval(reference, reference.loadRes(rows), "bbox")
+        evaluation.params.iouThrs = np.array([0.5])
+        evaluation.params.areaRng = [[0, 1e10]]
+        evaluation.evaluate()
+    for name, kinds in (("", (CAT, DOG)), ("cat", (CAT,)), ("dog", (DOG,))):
+        scored: list[tuple[float, bool]] = []
+        objects = 0
+        for each in evaluation.evalImgs:
+            if each is None or each["category_id"] not in kinds:
+                continue
+            objects += int((np.array(each["gtIgnore"]) == 0).sum())
+            ignored = each["dtIgnore"][0]
+            scored += [
+                (score, match > 0)
+                for score, match, ignore in zip(each["dtScores"], each["dtMatches"][0], ignored)
+                if not ignore
+            ]
+
+        curve = found[name]
+        for number, threshold in enumerate(np.arange(101) / 100):
+            precision, recall, _ = counted_at(float(threshold), scored, objects)
+            assert curve.precision[number] == pytest.approx(precision)
+            assert curve.recall[number] == pytest.approx(recall)
+        assert curve.best is not None
+        f1 = {score: counted_at(score, scored, objects)[2] for score, _ in scored}
+        assert curve.best_f1 == pytest.approx(max(f1.values()))
+        assert curve.best_f1 == pytest.approx(f1[curve.best])
+
+
+@pytest.mark.parametrize("rows", [[], ["Bkg"]])
+def test_without_a_correct_detection_no_threshold_is_best(tmp_path: Path, rows: list[str]) -> None:
+    curve = details(tmp_path, *rows).by_score[""]
+    assert (curve.best, curve.best_f1) == (None, 0.0)
+    assert curve.precision.max() == curve.recall.max() == 0
