@@ -45,6 +45,7 @@ _require_detectron2()
 # Imported for what they register.
 from resnext_det import data as data  # noqa: E402
 from resnext_det import model_zoo as model_zoo  # noqa: E402
+from resnext_det.backbones import build_resnext_backbone  # noqa: E402
 from resnext_det.config import add_resnext_config, load_config  # noqa: E402
 from resnext_det.data import registered as registered  # noqa: E402
 from resnext_det.modeling import pyramids as pyramids  # noqa: E402
@@ -52,7 +53,7 @@ from resnext_det.modeling.pyramids import (  # noqa: E402
     build_resnext_fpn_backbone,
     build_retinanet_resnext_fpn_backbone,
 )
-from resnext_det.modeling.resnext import ResNeXt, build_resnext_backbone  # noqa: E402
+from resnext_det.modeling.resnext import ResNeXt  # noqa: E402
 from resnext_det.modeling.roi_heads import ResNeXtRes5ROIHeads  # noqa: E402
 from resnext_det.modeling.template import Template  # noqa: E402
 from resnext_det.pretrained import scheme as scheme  # noqa: E402

@@ -13,11 +13,11 @@ from detectron2.data import DatasetCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from resnext_det import add_resnext_config, load_config
+from resnext_det.backbones import build_detector
 from resnext_det.config_rules import RULES, value_of
 from resnext_det.config_use import idle_settings, idle_warning, refuse_impossible
 from resnext_det.engine.trainer import Trainer
 from resnext_det.errors import ConfigError
-from resnext_det.modeling.detectors import build_detector
 
 TOY = "faster_rcnn_X_26_8x4d_FPN_toy"
 NEWER = {"FLOAT32_PRECISION"}  # of Detectron2s after the one that is installed here

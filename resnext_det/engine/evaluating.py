@@ -10,6 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
+from resnext_det.backbones import build_detector
 from resnext_det.config import complete
 from resnext_det.config_use import refuse_impossible
 from resnext_det.data.custom import class_names
@@ -20,7 +21,6 @@ from resnext_det.engine.trainer import Trainer
 from resnext_det.errors import ConfigError, quoted
 from resnext_det.evaluation.coco import COCO_KEYPOINTS, FIGURES, KEYPOINT_FIGURES
 from resnext_det.evaluation.figures import PROPOSAL_FIGURES
-from resnext_det.modeling.detectors import build_detector
 from resnext_det.pretrained.loading import load_weights
 
 logger = logging.getLogger(__name__)

@@ -17,11 +17,11 @@ from detectron2.utils.file_io import PathManager
 from numpy.typing import NDArray
 from PIL import Image
 
+from resnext_det.backbones import build_detector
 from resnext_det.checkpoint_file import read_run
 from resnext_det.engine.recorded_config import check_same_function
 from resnext_det.errors import ConfigError, DatasetError, quoted
 from resnext_det.images import as_array, check_pixel_format
-from resnext_det.modeling.detectors import build_detector
 from resnext_det.pretrained.loading import load_weights
 
 Record = dict[str, Any]

@@ -23,6 +23,7 @@ from detectron2.utils.file_io import PathManager
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
+from resnext_det.backbones import build_detector
 from resnext_det.checkpoint_file import RUN, read_run, write_checkpoint
 from resnext_det.config import complete
 from resnext_det.config_use import idle_warning, refuse_impossible
@@ -52,7 +53,6 @@ from resnext_det.engine.writers import History, Writers, build_writers, writing_
 from resnext_det.evaluation.evaluator import DetectionEvaluator, Engine
 from resnext_det.evaluation.results_file import INFERENCE
 from resnext_det.files import free_bytes
-from resnext_det.modeling.detectors import build_detector
 from resnext_det.pretrained.loading import load_weights
 
 logger = logging.getLogger(__name__)

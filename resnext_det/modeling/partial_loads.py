@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from resnext_det.errors import WeightsError, named, plain
 from resnext_det.modeling.forms import in_form_of
+from resnext_det.pretrained.sources import is_backbone
 
 logger = logging.getLogger(__name__)
 
@@ -81,9 +82,6 @@ def _refuse_part(module: nn.Module, state: Mapping[str, Tensor], prefix: str, *_
 
 def _refuse_other_names(_module: nn.Module, keys: Any) -> None:
     """Look, after a load, at the names that found no place in the model; torch calls this."""
-    # Imported here: modeling knows no files, and how a backbone's looks is known over there.
-    from resnext_det.pretrained.sources import is_backbone
-
     if is_backbone(dict.fromkeys(keys.unexpected_keys, _NOTHING)):
         raise WeightsError(
             "none of the weights that are loaded arrived: they are a backbone's, under names such "

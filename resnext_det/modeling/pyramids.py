@@ -10,10 +10,10 @@ from detectron2.modeling.backbone import BACKBONE_REGISTRY, FPN
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import nn
 
+from resnext_det.backbones import build_resnext_backbone
 from resnext_det.errors import ConfigError
-from resnext_det.modeling.arguments import check_types
-from resnext_det.modeling.resnext import ResNeXt, build_resnext_backbone
-from resnext_det.modeling.stages import check_norm
+from resnext_det.modeling.resnext import ResNeXt
+from resnext_det.modeling.stages import check_norm, check_types
 
 
 def build_resnext_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:

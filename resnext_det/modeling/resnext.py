@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from detectron2.config import CfgNode
-from detectron2.layers import ShapeSpec
-from detectron2.modeling.backbone import BACKBONE_REGISTRY
 from detectron2.modeling.backbone.resnet import BasicStem, ResNet
 
-from resnext_det.config import complete
 from resnext_det.errors import ConfigError
-from resnext_det.modeling.arguments import check_types
 from resnext_det.modeling.blocks import Norm, block_class
 from resnext_det.modeling.checkpointing import CheckpointedStage
 from resnext_det.modeling.partial_loads import refuse_partial_loads
@@ -20,6 +15,7 @@ from resnext_det.modeling.stages import (
     check_checkpoint_stages,
     check_deformable,
     check_norm,
+    check_types,
     check_zero_init,
     make_stage,
 )
@@ -165,87 +161,3 @@ def _check(
             f"MODEL.RESNETS.OUT_FEATURES is {list(out_features)}; it must name one or more of "
             f"{', '.join(allowed)}."
         )
-
-
-def template_of(cfg: CfgNode) -> Template:
-    """Return the template that a Detectron2 config describes.
-
-    Args:
-        cfg: any Detectron2 config; MODEL.RESNETS.NUM_GROUPS and WIDTH_PER_GROUP are read.
-
-    Raises:
-        ConfigError: either is not a positive number.
-    """
-    groups, width = cfg.MODEL.RESNETS.NUM_GROUPS, cfg.MODEL.RESNETS.WIDTH_PER_GROUP
-    check_types(num_groups=groups, width_per_group=width)
-    try:
-        return Template.of(groups, width)
-    except ConfigError as error:
-        raise ConfigError(
-            f"MODEL.RESNETS.NUM_GROUPS is {groups} and WIDTH_PER_GROUP is {width}: {error}"
-        ) from error
-
-
-def build_resnext_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNeXt:
-    """Build a ResNeXt from a Detectron2 config.
-
-    Reads MODEL.RESNETS and MODEL.BACKBONE.FREEZE_AT, as Detectron2's own ResNet does, so that any
-    Detectron2 config becomes a ResNeXt config by its MODEL.BACKBONE.NAME and STRIDE_IN_1X1.
-
-    Args:
-        cfg: a Detectron2 config, with or without the keys of `add_resnext_config`.
-        input_shape: the input image; only its channels are read.
-
-    Returns:
-        The backbone, with MODEL.RESNETS.OUT_FEATURES as its outputs.
-
-    Raises:
-        ConfigError: a setting that no ResNeXt has; the message says what is allowed.
-        WeightsError: MODEL.WEIGHTS is a resnext:// name, of weights that do not fit the config.
-    """
-    # Only here does a program that is not of this package show its whole config.
-    from resnext_det.pretrained.fit import check_named_weights
-
-    check_named_weights(cfg)
-    resnets, settings = cfg.MODEL.RESNETS, complete(cfg).MODEL.RESNEXT
-    template = template_of(cfg)
-    refuse_stride_in_1x1(cfg, template)
-    return ResNeXt(
-        resnets.DEPTH,
-        template,
-        in_channels=input_shape.channels if input_shape.channels is not None else 3,
-        stem_out_channels=resnets.STEM_OUT_CHANNELS,
-        res2_out_channels=resnets.RES2_OUT_CHANNELS,
-        norm=resnets.NORM,
-        stride_in_1x1=resnets.STRIDE_IN_1X1,
-        res5_dilation=resnets.RES5_DILATION,
-        deform_on_per_stage=resnets.DEFORM_ON_PER_STAGE,
-        deform_modulated=resnets.DEFORM_MODULATED,
-        deform_num_groups=resnets.DEFORM_NUM_GROUPS,
-        out_features=resnets.OUT_FEATURES,
-        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
-        form=settings.FORM,
-        zero_init_residual=settings.ZERO_INIT_RESIDUAL,
-        checkpoint_stages=settings.CHECKPOINT_STAGES,
-    )
-
-
-def refuse_stride_in_1x1(cfg: CfgNode, template: Template) -> None:
-    """Refuse the stride on the 1x1: such weights load without a word and cost accuracy.
-
-    Raises:
-        ConfigError: MODEL.RESNETS.STRIDE_IN_1X1 is set above cardinality 1, and not allowed.
-    """
-    if not cfg.MODEL.RESNETS.STRIDE_IN_1X1 or template.cardinality == 1:
-        return
-    if complete(cfg).MODEL.RESNEXT.ALLOW_STRIDE_IN_1X1:
-        return
-    raise ConfigError(
-        f"MODEL.RESNETS.STRIDE_IN_1X1 is True (Detectron2's default) for a ResNeXt {template}. "
-        "Every published ResNeXt has the stride in the 3x3 convolution, so its weights would load "
-        "and detect worse. Set MODEL.RESNETS.STRIDE_IN_1X1 False; to train such a network from "
-        "scratch, set MODEL.RESNEXT.ALLOW_STRIDE_IN_1X1 True."
-    )
-
-
-BACKBONE_REGISTRY.register(build_resnext_backbone)

@@ -9,16 +9,17 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, Res5ROIHeads
 from torch import nn
 
+from resnext_det.backbones import refuse_stride_in_1x1
 from resnext_det.config import complete
 from resnext_det.errors import ConfigError
 from resnext_det.modeling.partial_loads import refuse_partial_loads
-from resnext_det.modeling.resnext import refuse_stride_in_1x1, template_of
 from resnext_det.modeling.stages import (
     check_checkpoint_stages,
     check_zero_init,
     freeze,
     make_stage,
 )
+from resnext_det.modeling.template import Template
 
 
 class ResNeXtRes5ROIHeads(Res5ROIHeads):
@@ -53,7 +54,7 @@ class ResNeXtRes5ROIHeads(Res5ROIHeads):
     @classmethod
     def _build_res5_block(cls, cfg: CfgNode) -> tuple[nn.Sequential, int]:
         resnets, settings = cfg.MODEL.RESNETS, complete(cfg).MODEL.RESNEXT
-        template = template_of(cfg)
+        template = Template.from_cfg(cfg)
         refuse_stride_in_1x1(cfg, template)
         check_checkpoint_stages(settings.CHECKPOINT_STAGES)
         check_zero_init(settings.ZERO_INIT_RESIDUAL, frozen=cfg.MODEL.BACKBONE.FREEZE_AT >= 5)

@@ -11,13 +11,33 @@ from detectron2.layers import CNNBlockBase, get_norm
 from detectron2.modeling.backbone.resnet import DeformBottleneckBlock, ResNet
 from torch import nn
 
-from resnext_det.errors import ConfigError
+from resnext_det.errors import ConfigError, quoted
 from resnext_det.modeling.blocks import Norm, block_class, last_norm
 from resnext_det.modeling.checkpointing import CheckpointedStage
 from resnext_det.modeling.forms import load_any_form
 from resnext_det.modeling.template import Template, blocks_per_stage
 
 STAGES = ("res2", "res3", "res4", "res5")
+
+# The config key of each argument, to be named in errors.
+_KEYS = {
+    "depth": "MODEL.RESNETS.DEPTH",
+    "template": "the template",
+    "in_channels": "the number of input channels",
+    "stem_out_channels": "MODEL.RESNETS.STEM_OUT_CHANNELS",
+    "res2_out_channels": "MODEL.RESNETS.RES2_OUT_CHANNELS",
+    "norm": "MODEL.RESNETS.NORM",
+    "res5_dilation": "MODEL.RESNETS.RES5_DILATION",
+    "deform_on_per_stage": "MODEL.RESNETS.DEFORM_ON_PER_STAGE",
+    "out_features": "MODEL.RESNETS.OUT_FEATURES",
+    "freeze_at": "MODEL.BACKBONE.FREEZE_AT",
+    "form": "MODEL.RESNEXT.FORM",
+    "in_features": "MODEL.FPN.IN_FEATURES",
+    "out_channels": "MODEL.FPN.OUT_CHANNELS",
+}
+_POSITIVE = ("in_channels", "stem_out_channels", "res2_out_channels", "out_channels")
+_WHOLE = (*_POSITIVE, "depth", "res5_dilation", "freeze_at")
+_LISTS = ("deform_on_per_stage", "out_features", "in_features")
 
 
 def make_stage(
@@ -144,6 +164,38 @@ def check_norm(norm: Norm, channels: Sequence[int], key: str = "MODEL.RESNETS.NO
                 "Detectron2's GN has 32 groups, which must divide every number of channels: choose "
                 "another norm, or widths that are multiples of 32 (of ResNeXt templates, 32x4d)."
             ) from error
+
+
+def check_types(**arguments: object) -> None:
+    """Refuse arguments of the wrong type; their ranges are checked where they are used.
+
+    Args:
+        arguments: by the names that `ResNeXt` gives them.
+
+    Raises:
+        ConfigError: the config key, the value, and what it must be.
+    """
+    for name, value in arguments.items():
+        wanted = _wrong(name, value)
+        if wanted:
+            raise ConfigError(f"{_KEYS[name]} is {quoted(value)}; it must be {wanted}.")
+
+
+def _wrong(name: str, value: object) -> str | None:
+    """Return what an argument must be, where it is not that."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if name in _POSITIVE:
+        return None if whole and int(str(value)) > 0 else "a whole number of 1 or more"
+    if name in _WHOLE:
+        return None if whole else "a whole number"
+    if name in _LISTS:
+        listed = isinstance(value, Sequence) and not isinstance(value, str)
+        return None if listed or (value is None and name == "out_features") else "a list"
+    if name == "template":
+        return None if isinstance(value, str | Template) else 'written as "32x4d"'
+    if name == "form":
+        return None if isinstance(value, str) else "a name, such as grouped"
+    return None if value is None or isinstance(value, str) or callable(value) else "a name"
 
 
 def check_deformable(deform_on_per_stage: Sequence[bool]) -> None:

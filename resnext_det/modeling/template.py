@@ -7,7 +7,9 @@ import math
 import re
 from dataclasses import dataclass, field
 
-from resnext_det.errors import ConfigError
+from detectron2.config import CfgNode
+
+from resnext_det.errors import ConfigError, quoted
 
 BLOCKS_PER_STAGE: dict[int, tuple[int, int, int, int]] = {
     26: (2, 2, 2, 2),
@@ -89,6 +91,30 @@ class Template:
     def of(cls, cardinality: int, width: int) -> Template:
         """Return the template with this cardinality C and this width d of a path in res2."""
         return cls(f"{cardinality}x{width}d")
+
+    @classmethod
+    def from_cfg(cls, cfg: CfgNode) -> Template:
+        """Return the template that a Detectron2 config describes.
+
+        Args:
+            cfg: any Detectron2 config; MODEL.RESNETS.NUM_GROUPS and WIDTH_PER_GROUP are read.
+
+        Raises:
+            ConfigError: either is not a positive number.
+        """
+        groups, width = cfg.MODEL.RESNETS.NUM_GROUPS, cfg.MODEL.RESNETS.WIDTH_PER_GROUP
+        for key, value in (("NUM_GROUPS", groups), ("WIDTH_PER_GROUP", width)):
+            if type(value) is not int or value < 1:
+                raise ConfigError(
+                    f"MODEL.RESNETS.{key} is {quoted(value)}; it must be a whole number of 1 or "
+                    "more."
+                )
+        try:
+            return cls.of(groups, width)
+        except ConfigError as error:
+            raise ConfigError(
+                f"MODEL.RESNETS.NUM_GROUPS is {groups} and WIDTH_PER_GROUP is {width}: {error}"
+            ) from error
 
     @classmethod
     def from_channels(cls, cardinality: int, channels: int) -> Template:

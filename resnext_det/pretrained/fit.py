@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from detectron2.config import CfgNode
 
 from resnext_det.errors import WeightsError
-from resnext_det.modeling.resnext import template_of
 from resnext_det.modeling.template import Template
 from resnext_det.pretrained.catalog import ENTRIES, Entry
 from resnext_det.pretrained.convert import BackboneWeights
@@ -105,7 +104,7 @@ def check_config(needs: Needs, cfg: CfgNode) -> None:
 
 
 def _refuse_other_network(needs: Needs, cfg: CfgNode) -> None:
-    wanted = cfg.MODEL.RESNETS.DEPTH, template_of(cfg)
+    wanted = cfg.MODEL.RESNETS.DEPTH, Template.from_cfg(cfg)
     if (needs.depth, needs.template) == wanted:
         return
     raise WeightsError(

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck
 from torchvision.models.resnet import ResNet as TorchvisionResNet
 
+from resnext_det.backbones import build_resnext_backbone
 from resnext_det.errors import ConfigError
-from resnext_det.modeling.resnext import ResNeXt, build_resnext_backbone, template_of
+from resnext_det.modeling.resnext import ResNeXt
 from resnext_det.modeling.template import Template
 from resnext_det.pretrained.layouts import to_detectron2
 
@@ -383,8 +384,8 @@ def test_takes_images_of_any_number_of_channels(channels: int) -> None:
 
 
 def test_reads_the_template_of_a_config() -> None:
-    assert template_of(config("8x14d")) == Template("8x14d")
-    assert template_of(get_cfg()) == Template("1x64d"), "Detectron2's default is ResNet"
+    assert Template.from_cfg(config("8x14d")) == Template("8x14d")
+    assert Template.from_cfg(get_cfg()) == Template("1x64d"), "Detectron2's default is ResNet"
     network = build_resnext_backbone(config("2x40d", DEPTH=26, OUT_FEATURES=["res2"]), IMAGE)
     assert (network.depth, str(network.template)) == (26, "2x40d")
     assert network.res2[0].conv2.weight.shape == (80, 40, 3, 3)

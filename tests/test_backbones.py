@@ -4,8 +4,8 @@ import pytest
 from detectron2.modeling import GeneralizedRCNN, ProposalNetwork
 
 from resnext_det import load_config
+from resnext_det.backbones import build_detector
 from resnext_det.errors import ConfigError
-from resnext_det.modeling.detectors import build_detector
 
 TOY = "faster_rcnn_X_26_8x4d_FPN_toy"
 
