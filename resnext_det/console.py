@@ -59,11 +59,19 @@ class _AboveBars:
         self._stream.flush()
 
 
+def terminal_handlers(log: logging.Logger) -> list[logging.StreamHandler[Any]]:
+    """Return a logger's handlers for the terminal; Detectron2's of log.txt have the same type."""
+    return [
+        handler
+        for handler in log.handlers
+        if type(handler) is logging.StreamHandler and handler.stream in (sys.stdout, sys.stderr)
+    ]
+
+
 def print_above_bars(log: logging.Logger) -> None:
     """Let a logger's lines on the terminal keep clear of progress bars."""
-    for handler in log.handlers:
-        if type(handler) is logging.StreamHandler and not isinstance(handler.stream, _AboveBars):
-            handler.setStream(_AboveBars(handler.stream))
+    for handler in terminal_handlers(log):
+        handler.setStream(_AboveBars(handler.stream))
 
 
 def ignore_others_warnings() -> None:

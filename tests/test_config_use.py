@@ -112,6 +112,7 @@ def test_a_training_ends_with_the_figures_of_augmented_images(
     datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "(64, 96)", "TEST.BEST.METRIC", "''"]
+    words += ["SOLVER.EMA.ENABLED", "True"]
     trainer = trained(words, datasets, tmp_path, monkeypatch)
     assert set(trainer._last_eval_results) == {"bbox", "bbox_TTA"}
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -121,6 +122,8 @@ def test_a_training_ends_with_the_figures_of_augmented_images(
         for folder in (tmp_path / "inference", tmp_path / "inference_TTA")
     )
     assert plain != augmented
+    average = json.loads((tmp_path / "inference_ema" / "metrics.json").read_text())
+    assert average["weights"] == f"{tmp_path}, iteration {trainer.max_iter}"
 
 
 IMPOSSIBLE = [

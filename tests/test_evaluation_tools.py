@@ -49,6 +49,11 @@ def whole(
     assert done.returncode == 0, done.stderr
     annotations = datasets / "toy_coco" / "annotations" / "instances_train2017.json"
     assert f"annotations {annotations}" in done.stdout
+    # What Detectron2 has to say of the machine and the config is in the log alone.
+    log = (folder / "log.txt").read_text()
+    for words in ("Environment:", "detectron2", "Running with full config:", "eval_only=True"):
+        assert words in log
+        assert words == "detectron2" or words not in done.stdout
     return folder
 
 

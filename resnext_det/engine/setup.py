@@ -14,7 +14,11 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
 from resnext_det.config_files import read_config
-from resnext_det.console import ignore_others_warnings, print_above_bars
+from resnext_det.console import (
+    ignore_others_warnings,
+    print_above_bars,
+    terminal_handlers,
+)
 from resnext_det.errors import ConfigError, InertMessages, quoted
 from resnext_det.evaluation.results_file import INFERENCE
 from resnext_det.files import check_writable, write_text
@@ -136,7 +140,5 @@ def _make_inert(*names: str) -> None:
 def quieten_detectron2() -> None:
     """Keep Detectron2's and fvcore's information off the terminal; warnings still come."""
     for name in ("detectron2", "fvcore"):
-        logger = logging.getLogger(name)
-        for handler in logger.handlers:
-            if type(handler) is logging.StreamHandler:
-                handler.setLevel(logging.WARNING)
+        for handler in terminal_handlers(logging.getLogger(name)):
+            handler.setLevel(logging.WARNING)
