@@ -38,10 +38,10 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--config-file", required=True, metavar="FILE", help="or a shipped name")
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS")
-    parser.add_argument("--resume", action="store_true", help="go on from OUTPUT_DIR's checkpoint")
     parser.add_argument(
-        "--overwrite", action="store_true", help="begin anew where OUTPUT_DIR holds a training"
+        "--resume", action="store_true", help="continue from OUTPUT_DIR's checkpoint"
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace a training in OUTPUT_DIR")
     parser.add_argument(
         "--cross-check", action="store_true", help="figures by hotcoco and pycocotools"
     )

@@ -45,7 +45,7 @@ class Evaluation(HookBase):
     """Evaluates every so often and at the end, keeps the best, and ends a training that is done.
 
     Comes after the checkpoints: a crash in an evaluation loses nothing. A training that was killed
-    in one evaluates again when it is resumed, before it goes on.
+    during an evaluation repeats it when it is resumed.
     """
 
     def __init__(

@@ -29,14 +29,14 @@ logger = logging.getLogger(__name__)
 def check_folder(
     cfg: CfgNode, *, resume: bool, overwrite: bool, weights_given: bool = False
 ) -> None:
-    """Refuse to write a training over another one, or to leave open what is gone on from.
+    """Refuse to overwrite a training, or to resume one from other weights than it began with.
 
     Called once, before there are several processes.
 
     Args:
         cfg: the run's config; OUTPUT_DIR and MODEL.WEIGHTS are read.
-        resume: the training goes on from the folder's last checkpoint.
-        overwrite: a training in the folder may be written over.
+        resume: continue from the folder's last checkpoint.
+        overwrite: a training in the folder may be overwritten.
         weights_given: the command line itself names MODEL.WEIGHTS.
 
     Raises:
@@ -47,11 +47,11 @@ def check_folder(
     begun = (folder / "last_checkpoint").is_file()
     if begun and not resume and not overwrite:
         raise ConfigError(
-            f"OUTPUT_DIR {folder} holds a training. Add --resume to go on with it, --overwrite to "
-            "begin anew in its place, or name another folder: OUTPUT_DIR FOLDER."
+            f"OUTPUT_DIR {folder} holds a training. Add --resume to continue it, --overwrite to "
+            "replace it, or name another folder: OUTPUT_DIR FOLDER."
         )
     if resume and not begun:
-        logger.warning("--resume: %s holds no training to go on with; a new one begins.", folder)
+        logger.warning("--resume: %s holds no training to continue; a new one begins.", folder)
     if resume and begun and weights_given:
         _check_weights(cfg, folder)
 
@@ -70,10 +70,10 @@ def _check_weights(cfg: CfgNode, folder: Path) -> None:
         return
     if began_with != cfg.MODEL.WEIGHTS:
         raise ConfigError(
-            f"--resume goes on from the last checkpoint of {folder}, a training that began with "
+            f"--resume continues from the last checkpoint of {folder}, a training that began with "
             f"MODEL.WEIGHTS {quoted(began_with)}; {quoted(cfg.MODEL.WEIGHTS)} would not be read. "
-            "Leave MODEL.WEIGHTS out to go on; to train from those weights, leave --resume out and "
-            "name another OUTPUT_DIR."
+            "Leave MODEL.WEIGHTS out to continue; to train from those weights, leave --resume out "
+            "and name another OUTPUT_DIR."
         )
     logger.info("--resume: the last checkpoint is loaded, and MODEL.WEIGHTS is not read again")
 

@@ -294,7 +294,7 @@ def _verdict(difference: Difference) -> str:
 
 
 def comparison_document(metrics: Path, differences: tuple[Difference, ...]) -> dict[str, Any]:
-    """Return what stands in metrics.json of a comparison.
+    """Return a comparison as metrics.json holds it.
 
     Args:
         metrics: the baseline's metrics.json.

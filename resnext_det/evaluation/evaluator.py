@@ -142,7 +142,7 @@ def write_evaluated(
         truth: the annotations.
         detections: a file that there is already, or what to write.
         evaluated: by kind, "bbox" among them: its figures stand at the data set itself.
-        entry: what else stands with the data set, such as the folder of the images.
+        entry: what else to record of the data set, such as the folder of the images.
     """
     if isinstance(detections, Detections):
         file = Path(f"detections_{file_name_of(dataset)}.json")
@@ -194,7 +194,7 @@ class DetectionEvaluator(DatasetEvaluator):
         Args:
             dataset: a registered data set with a COCO annotation file.
             output: the folder for what is written.
-            description: what stands beside the figures, such as the weights' name.
+            description: what to record beside the figures, such as the weights' name.
             engine: what computes the figures.
             sigmas: of keypoints, as TEST.KEYPOINT_OKS_SIGMAS; empty for COCO's.
 
@@ -360,7 +360,7 @@ def detection_evaluator(
     Args:
         dataset: a registered data set with a COCO annotation file.
         output: the folder for what is written.
-        weights: the name that stands beside the figures.
+        weights: their name, to record beside the figures.
         sigmas: of keypoints; empty for COCO's.
     """
     return DetectionEvaluator(dataset, Path(output), {"weights": weights}, sigmas=sigmas)

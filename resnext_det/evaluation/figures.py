@@ -88,12 +88,12 @@ class Figures:
         return {name: float("nan") if v is None else v for name, v in values.items()}
 
     def document(self) -> dict[str, Any]:
-        """Return what stands in metrics.json."""
+        """Return the figures as metrics.json holds them."""
         return {"figures": self.figures, "per_class": [asdict(row) for row in self.per_class]}
 
 
 def shown(value: float | None) -> str:
-    """Return a percentage for a table: two digits, or a dash where there is none."""
+    """Return a percentage for a table: two digits, or a dash for None."""
     return "-" if value is None else f"{value:.2f}"
 
 
@@ -132,7 +132,7 @@ def figures_of(found: Accumulated, truth: GroundTruth, protocol: Protocol = Prot
 
 
 def percent(value: float) -> float | None:
-    """Return a share in percent; None for the -1 that stands where there is nothing to find."""
+    """Return a share in percent; None for -1, COCO's value without any object to find."""
     return None if value < 0 else 100 * float(value)
 
 

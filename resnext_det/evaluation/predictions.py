@@ -163,7 +163,7 @@ class Predictions:
     def _keep_no_more(self, error: OSError) -> None:
         """Go on in memory: a full disk is no reason to end an evaluation, or a training."""
         logger.warning(
-            "predictions cannot be kept in %s (%s): if this evaluation is killed, it begins anew",
+            "predictions cannot be kept in %s (%s): a killed evaluation would start over",
             self._folder,
             error,
         )

@@ -50,7 +50,7 @@ class DatasetMetrics:
         per_class: one entry for every class.
         details: the file of curves, confused classes and errors; None where none was written.
         engine: what computed the figures, in words; "" where that is not known.
-        baseline: that it was compared with, as it stands there; see `report_baseline`.
+        baseline: the comparison with an earlier evaluation, as written; see `report.baseline`.
         segm: figures of masks; None if none were evaluated.
         keypoints: figures of keypoints; None if none were evaluated.
     """
@@ -347,7 +347,7 @@ def read_training(run: Path) -> list[Scalars]:
     """Read metrics.jsonl, the lines that training wrote (metrics.json, by Detectron2's trainer).
 
     A resumed run repeats iterations, so the last value of an iteration counts; a run that was
-    killed leaves half a line, so lines that are no JSON are passed over.
+    killed leaves half a line, so lines that are not JSON are skipped.
 
     Args:
         run: the run's folder.
@@ -407,7 +407,7 @@ def write_metrics(
     Args:
         folder: for the file, RUN/inference.
         dataset: its name.
-        description: what stands beside the figures, such as {"weights": "model_final.pth"}.
+        description: what to record beside the figures, such as {"weights": "model_final.pth"}.
         entry: of the data set.
 
     Raises:

@@ -27,7 +27,7 @@ def config(folder: Path, weights: str = "a.pth") -> CfgNode:
 
 def test_a_training_is_not_written_over(tmp_path: Path) -> None:
     cfg = begun(tmp_path)
-    with pytest.raises(ConfigError, match="--resume to go on with it, --overwrite to"):
+    with pytest.raises(ConfigError, match="--resume to continue it, --overwrite to"):
         check_folder(cfg, resume=False, overwrite=False)
     check_folder(cfg, resume=True, overwrite=False)
     check_folder(cfg, resume=False, overwrite=True)
@@ -40,7 +40,7 @@ def test_a_resume_without_a_training_begins_one_and_says_so(
     """So that a job which is queued again may always have the same command."""
     with caplog.at_level(logging.WARNING):
         check_folder(config(tmp_path / "new"), resume=True, overwrite=False)
-    assert "holds no training to go on with; a new one begins" in caplog.text
+    assert "holds no training to continue; a new one begins" in caplog.text
 
 
 def test_other_weights_are_not_resumed_in_silence(
