@@ -35,6 +35,7 @@ from resnext_det.data.checks import (
     configured_classes,
 )
 from resnext_det.data.image_files import missing_files
+from resnext_det.data.keypoints import keypoints_of
 from resnext_det.data.record_forms import is_name, leads_out
 from resnext_det.errors import ConfigError, DatasetError, quoted
 from resnext_det.files import file_digest, write_json
@@ -321,9 +322,26 @@ def _use(cfg: CfgNode, located: list[CustomData]) -> CfgNode:
     made.DATASETS.TRAIN = tuple(data.name for data in located if data.split == "train")
     made.DATASETS.TEST = tuple(data.name for data in located if data.split == "test")
     made.merge_from_list([key, str(len(categories[0]))])
+    if cfg.MODEL.KEYPOINT_ON:
+        made.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = _keypoints(located)
     if cfg.is_frozen():
         made.freeze()
     return made
+
+
+def _keypoints(located: list[CustomData]) -> int:
+    """Return the number of keypoints of data sets, which must name the same ones."""
+    found = {}
+    for data in located:
+        document = read_annotations(data.file, data.name)
+        found[data.file] = keypoints_of(document["categories"], data.file)
+    if None in found.values() or len(set(found.values())) > 1:
+        raise DatasetError(
+            "MODEL.KEYPOINT_ON is True, and the categories of "
+            f"{' and '.join(map(quoted, found))} do not name the same keypoints: list them under "
+            '"keypoints" of each category that has some, or set MODEL.KEYPOINT_ON False.'
+        )
+    return max(len(each.names) for each in found.values() if each is not None)
 
 
 def _check_model(cfg: CfgNode) -> str:
@@ -333,11 +351,6 @@ def _check_model(cfg: CfgNode) -> str:
         raise ConfigError(
             f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}: data of your own is for "
             "GeneralizedRCNN (such as Faster R-CNN) and RetinaNet."
-        )
-    if cfg.MODEL.KEYPOINT_ON:
-        raise ConfigError(
-            "data of your own is for boxes and masks: set MODEL.KEYPOINT_ON False, or register the "
-            "data set in a program, with keypoint_names and keypoint_flip_map."
         )
     return configured[0]
 

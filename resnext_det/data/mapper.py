@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper
+from detectron2.data import DatasetMapper, MetadataCatalog
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 
+from resnext_det.data.keypoints import note_keypoints
 from resnext_det.errors import DatasetError, quoted
 from resnext_det.images import check_pixel_format, read_image, read_labels
 
@@ -24,10 +25,28 @@ _ADVICE = {
 }
 
 
+def _check_keypoints(cfg: CfgNode) -> None:
+    for name in cfg.DATASETS.TRAIN:
+        names = MetadataCatalog.get(name).get("keypoint_names")
+        if names is None:
+            raise DatasetError(
+                f"MODEL.KEYPOINT_ON is True, and data set {quoted(name)} names no keypoints: add "
+                '"keypoints" to the categories of its file, or keypoint_names and '
+                "keypoint_flip_map to its metadata; or set MODEL.KEYPOINT_ON False."
+            )
+        if len(names) != cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS:
+            raise DatasetError(
+                f"data set {quoted(name)} has {len(names)} keypoints, and "
+                "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is "
+                f"{cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS}: set it to {len(names)}."
+            )
+
+
 class NamingDatasetMapper(DatasetMapper):
     """Detectron2's mapper with this package's reading of images, and errors that name the file.
 
-    Masks, keypoints, proposals and semantic segmentation are Detectron2's.
+    Masks, keypoints, proposals and semantic segmentation are Detectron2's; an object without
+    keypoints counts as one whose keypoints are all unlabelled, as in COCO.
     """
 
     @classmethod
@@ -36,8 +55,17 @@ class NamingDatasetMapper(DatasetMapper):
 
         Raises:
             ConfigError: INPUT.FORMAT is unknown, or does not fit MODEL.PIXEL_MEAN.
+            DatasetError: a data set names no keypoints, or another number than the model has.
         """
         check_pixel_format(cfg.INPUT.FORMAT, len(cfg.MODEL.PIXEL_MEAN))
+        if cfg.MODEL.KEYPOINT_ON and not is_train:
+            # Detectron2 looks up how keypoints flip, in DATASETS.TRAIN, which may be empty.
+            cfg = cfg.clone()
+            cfg.defrost()
+            cfg.MODEL.KEYPOINT_ON = False
+        elif cfg.MODEL.KEYPOINT_ON:
+            note_keypoints([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
+            _check_keypoints(cfg)
         arguments: dict[str, Any] = super().from_config(cfg, is_train)
         return arguments
 
@@ -71,10 +99,19 @@ class NamingDatasetMapper(DatasetMapper):
         if not self.is_train:
             record.pop("annotations", None)
         elif "annotations" in record:
+            if self.use_keypoint:
+                self._complete_keypoints(record["annotations"])
             self._transform_annotations(  # type: ignore[no-untyped-call]
                 record, transforms, image.shape[:2]
             )
         return record
+
+    def _complete_keypoints(self, annotations: list[Record]) -> None:
+        assert self.keypoint_hflip_indices is not None
+        length = 3 * len(self.keypoint_hflip_indices)
+        for annotation in annotations:
+            if len(annotation.get("keypoints", ())) != length:
+                annotation["keypoints"] = [0] * length
 
     def _augmented(
         self, record: Record, pixels: Any, labels: Any

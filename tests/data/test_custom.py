@@ -121,16 +121,9 @@ def test_retinanet_has_a_key_of_its_own(train: Path) -> None:
     assert made.is_frozen()
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("MODEL.META_ARCHITECTURE", "PanopticFPN"),
-        ("MODEL.KEYPOINT_ON", True),
-    ],
-)
-def test_other_models_are_refused(key: str, value: object, train: Path) -> None:
-    cfg = load_config(TOY, [key, str(value)])
-    with pytest.raises(ConfigError, match=key):
+def test_other_models_are_refused(train: Path) -> None:
+    cfg = load_config(TOY, ["MODEL.META_ARCHITECTURE", "PanopticFPN"])
+    with pytest.raises(ConfigError, match=r"MODEL\.META_ARCHITECTURE"):
         use(cfg, train_json=train)
 
 

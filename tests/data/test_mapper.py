@@ -74,7 +74,7 @@ def plain(value: Any) -> Any:
         "INPUT.CROP.ENABLED True",
         "MODEL.MASK_ON True",
         "MODEL.MASK_ON True INPUT.MASK_FORMAT bitmask",
-        "MODEL.KEYPOINT_ON True",
+        "MODEL.KEYPOINT_ON True MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS 3",
         "MODEL.LOAD_PROPOSALS True",
         "INPUT.FORMAT HSV",
     ],
