@@ -11,6 +11,9 @@ from detectron2.data import MetadataCatalog
 
 from resnext_det.config import complete, default_of
 from resnext_det.config_rules import COSINE, FIXED_GAMMA, MULTI_STEP, RULES, refuse, value_of
+from resnext_det.errors import quoted
+from resnext_det.files import open_regular
+from resnext_det.pretrained.pickles import ArrayUnpickler
 
 _NORMS = (*("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD", "SEM_SEG_HEAD", "RETINANET"),)
 
@@ -60,12 +63,27 @@ def _proposal_files(cfg: CfgNode, use: str) -> str | None:
         return None
     missing = [file for file in files if "://" not in file and not Path(file).is_file()]
     if len(files) == len(names) and not missing:
-        return None
+        return next((said for file in files if (said := _more_than_boxes(Path(file)))), None)
     return (
         f"MODEL.LOAD_PROPOSALS is True, and DATASETS.PROPOSAL_FILES_{use} names {len(files)} files "
         f"({len(missing)} of them missing) for {len(names)} data sets in DATASETS.{use}: name an "
         "existing file for each, or set MODEL.LOAD_PROPOSALS False."
     )
+
+
+def _more_than_boxes(file: Path) -> str | None:
+    """Read a file of proposals as data: Detectron2 unpickles it, which runs any code in it."""
+    if not file.is_file():
+        return None  # an address, which Detectron2 downloads from its own server
+    try:
+        with open_regular(file) as stream:
+            ArrayUnpickler(stream).load()
+    except Exception as error:  # a damaged pickle raises anything
+        return (
+            f"the proposals {quoted(file)} are not a pickle of arrays alone ({quoted(error)}): "
+            "reading them might run a program. Write them again with Detectron2."
+        )
+    return None
 
 
 def _pictures(cfg: CfgNode) -> str | None:

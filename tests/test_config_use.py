@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog
@@ -189,3 +192,26 @@ def test_parts_that_do_not_fit_are_one_error_of_this_package(words: list[str]) -
     for build in (build_detector, Trainer.build_model):
         with pytest.raises(ConfigError, match="no detector can be built from this config"):
             build(cfg)
+
+
+class Hostile:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (str(self.mark),)
+
+
+def test_proposals_that_are_a_program_are_refused(tmp_path: Path) -> None:
+    """Detectron2 would run it; proposals as it writes them pass."""
+    file, mark = tmp_path / "proposals.pkl", tmp_path / "executed"
+    words = ["MODEL.LOAD_PROPOSALS", "True", "DATASETS.TEST", "()"]
+    cfg = load_config(TOY, [*words, "DATASETS.PROPOSAL_FILES_TRAIN", f"('{file}',)"])
+    boxes = [np.zeros((3, 4), np.float32)]
+    good = {"ids": [1], "boxes": boxes, "objectness_logits": [np.zeros(3)], "bbox_mode": 0}
+    file.write_bytes(pickle.dumps(good))
+    refuse_impossible(cfg)
+    file.write_bytes(pickle.dumps({**good, "ids": Hostile(mark)}))
+    with pytest.raises(ConfigError, match=r"proposals\.pkl are not a pickle of arrays alone"):
+        refuse_impossible(cfg)
+    assert not mark.exists()
