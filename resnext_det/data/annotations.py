@@ -193,7 +193,7 @@ def load_records(file: Path, images: str, name: str) -> list[Record]:
             left_out,
             len(document["annotations"]),
         )
-    logger.info("%d images from %s", len(records), quoted(file))
+    logger.debug("%d images from %s", len(records), quoted(file))
     return [records[number] for number in sorted(records)]
 
 
