@@ -56,9 +56,9 @@ from resnext_det.modeling.pyramids import (  # noqa: E402
 from resnext_det.modeling.resnext import ResNeXt  # noqa: E402
 from resnext_det.modeling.roi_heads import ResNeXtRes5ROIHeads  # noqa: E402
 from resnext_det.modeling.template import Template  # noqa: E402
-from resnext_det.pretrained import scheme as scheme  # noqa: E402
+from resnext_det.pretrained import fetching as fetching  # noqa: E402
 
-scheme.register()
+fetching.register()
 
 __all__ = [
     "ResNeXt",

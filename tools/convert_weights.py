@@ -20,13 +20,13 @@ from tabulate import tabulate
 from resnext_det.errors import ResNeXtError, WeightsError, named, reported
 from resnext_det.modeling.blocks import BLOCKS
 from resnext_det.pretrained.catalog import Entry, of_file
-from resnext_det.pretrained.convert import (
+from resnext_det.pretrained.converting import (
     convert_detector,
     holds_backbone,
     read_backbone,
     write_detectron2,
 )
-from resnext_det.pretrained.verify import PROGRAMS, image_of, verify
+from resnext_det.pretrained.verifying import PROGRAMS, image_of, verify
 
 
 def main() -> None:

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from resnext_det.errors import WeightsError
 from resnext_det.pretrained.catalog import Entry, entry, of_file
-from resnext_det.pretrained.convert import BackboneWeights, backbone_of
-from resnext_det.pretrained.network import network_of
+from resnext_det.pretrained.converting import BackboneWeights, backbone_of
+from resnext_det.pretrained.fetching import ResNeXtHandler, cache_folder, published_file
+from resnext_det.pretrained.layouts import recognise
 from resnext_det.pretrained.pixels import Pixels
-from resnext_det.pretrained.readers import read_checkpoint
-from resnext_det.pretrained.scheme import ResNeXtHandler, cache_folder, published_file
-from resnext_det.pretrained.sources import recognise
+from resnext_det.pretrained.reading import read_checkpoint
+from resnext_det.pretrained.verifying import network_of
 
 # Detectron2's names, those that its converter of torchvision's files writes, and mmpretrain's.
 _CLASSIFIERS = ("linear.", "stem.fc.", "head.fc.")

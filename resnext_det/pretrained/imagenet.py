@@ -24,7 +24,7 @@ from resnext_det.files import file_digest
 from resnext_det.pretrained.catalog import Entry
 from resnext_det.pretrained.classifier import Classifier
 from resnext_det.pretrained.imagenet_images import Preprocessing
-from resnext_det.pretrained.network import network_input
+from resnext_det.pretrained.verifying import network_input
 
 IMAGES = 50_000
 """Of ImageNet-1K's validation set, on which published figures are measured."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from resnext_det import ResNeXt
-from resnext_det.pretrained.convert import read_backbone
+from resnext_det.pretrained.converting import read_backbone
 from resnext_det.pretrained.pixels import IMAGENET, OURS, Pixels
 
 Network = TypeVar("Network", bound=nn.Module)

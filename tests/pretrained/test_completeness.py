@@ -13,8 +13,8 @@ from torch import Tensor
 from resnext_det import ResNeXt
 from resnext_det.errors import WeightsError
 from resnext_det.modeling.template import BLOCKS_PER_STAGE, Template
-from resnext_det.pretrained.completeness import check_backbone, describe, doubts
-from resnext_det.pretrained.convert import read_backbone, write_detectron2
+from resnext_det.pretrained.checks import check_backbone, describe, doubts
+from resnext_det.pretrained.converting import read_backbone, write_detectron2
 from tests.helpers.written_sources import caffe2, save, small_network
 
 FILE = Path("weights.pth")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from resnext_det import ResNeXt, load_config
 from resnext_det.errors import WeightsError
 from resnext_det.modeling.forms import convert_form, form_of
-from resnext_det.pretrained.convert import (
+from resnext_det.pretrained.converting import (
     convert_detector,
     holds_backbone,
     read_backbone,
@@ -23,7 +23,7 @@ from resnext_det.pretrained.convert import (
 )
 from resnext_det.pretrained.layouts import to_torchvision
 from resnext_det.pretrained.loading import load_weights
-from resnext_det.pretrained.readers import read_tensors
+from resnext_det.pretrained.reading import read_tensors
 
 FORMS = ["aggregated", "concatenated", "grouped"]
 SIZES = {"stem_out_channels": 8, "res2_out_channels": 16}

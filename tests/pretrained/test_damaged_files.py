@@ -17,9 +17,9 @@ from torch import Tensor
 
 from resnext_det import ResNeXt
 from resnext_det.errors import WeightsError
-from resnext_det.pretrained.convert import read_backbone
+from resnext_det.pretrained.converting import read_backbone
 from resnext_det.pretrained.layouts import to_torchvision
-from resnext_det.pretrained.readers import read_tensors
+from resnext_det.pretrained.reading import read_tensors
 
 
 @functools.cache

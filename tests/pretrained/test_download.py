@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-import resnext_det.pretrained.download
+import resnext_det.pretrained.fetching
 from resnext_det.errors import WeightsError
 from resnext_det.pretrained.catalog import Checksum
-from resnext_det.pretrained.download import Patience, Redirects, check, download
+from resnext_det.pretrained.fetching import Patience, Redirects, check, download
 
 Web = Any  # the class is in conftest.py, which tests cannot import
 
@@ -86,7 +86,7 @@ def test_attempts_are_bounded_and_further_and_further_apart(
     url = web.serve("/a", web.sends(b"later", status=500))
     pauses: list[float] = []
     monkeypatch.setattr(
-        resnext_det.pretrained.download, "time", SimpleNamespace(sleep=pauses.append)
+        resnext_det.pretrained.fetching, "time", SimpleNamespace(sleep=pauses.append)
     )
     with pytest.raises(WeightsError, match="in 4 attempts: the server answered 500"):
         download(url, tmp_path / "a", None, Patience(attempts=4, pause=0.1))

@@ -12,8 +12,8 @@ from torchvision.models.resnet import Bottleneck, ResNet
 import resnext_det.pretrained.catalog as catalog
 from resnext_det.errors import WeightsError
 from resnext_det.pretrained.catalog import Entry
-from resnext_det.pretrained.convert import read_backbone, write_detectron2
-from resnext_det.pretrained.fit import Needs, check_named_weights
+from resnext_det.pretrained.converting import read_backbone, write_detectron2
+from resnext_det.pretrained.loading import Needs, check_named_weights
 from resnext_det.pretrained.pixels import IMAGENET, Pixels
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from resnext_det.errors import WeightsError
-from resnext_det.pretrained.readers import read_tensors
+from resnext_det.pretrained.reading import read_tensors
 
 TENSORS = {"conv1.weight": torch.arange(6.0).reshape(2, 3), "bn1.bias": torch.ones(2)}
 Save = Callable[[Any, Path], None]

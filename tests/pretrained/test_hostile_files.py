@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from resnext_det.errors import WeightsError
-from resnext_det.pretrained.readers import read_tensors
+from resnext_det.pretrained.reading import read_tensors
 
 TENSORS = {"conv1.weight": torch.arange(6.0).reshape(2, 3), "bn1.bias": torch.ones(2)}
 ARRAYS = {name: tensor.numpy() for name, tensor in TENSORS.items()}
@@ -205,7 +205,7 @@ READ_ALL = """
 import resource, sys
 from pathlib import Path
 from resnext_det.errors import WeightsError
-from resnext_det.pretrained.readers import read_tensors
+from resnext_det.pretrained.reading import read_tensors
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024

@@ -30,7 +30,7 @@ from resnext_det.errors import ConfigError, DatasetError, WeightsError
 from resnext_det.pretrained import catalog
 from resnext_det.pretrained.catalog import Accuracy, Checksum, Entry, entry
 from resnext_det.pretrained.classifier import Classifier, load_classifier, locate
-from resnext_det.pretrained.convert import read_backbone, write_detectron2
+from resnext_det.pretrained.converting import read_backbone, write_detectron2
 from resnext_det.pretrained.imagenet import (
     Evaluation,
     Score,
@@ -45,8 +45,8 @@ from resnext_det.pretrained.imagenet_images import (
     validation_images,
 )
 from resnext_det.pretrained.layouts import to_detectron2
-from resnext_det.pretrained.network import network_input, network_of
 from resnext_det.pretrained.pixels import CAFFE2, IMAGENET, Pixels
+from resnext_det.pretrained.verifying import network_input, network_of
 
 TOOL = Path(__file__).parents[2] / "tools" / "eval_imagenet.py"
 CLASSES = 10

@@ -13,7 +13,7 @@ from torchvision.models.resnet import Bottleneck, ResNet
 
 from resnext_det import ResNeXt, load_config
 from resnext_det.errors import WeightsError
-from resnext_det.pretrained.convert import read_backbone, write_detectron2
+from resnext_det.pretrained.converting import read_backbone, write_detectron2
 from resnext_det.pretrained.loading import check_same_model, load_weights
 
 SMALL = ["MODEL.RESNETS.DEPTH", "26", "MODEL.FPN.OUT_CHANNELS", "16", "MODEL.DEVICE", "cpu"]

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from resnext_det import load_config
 from resnext_det.errors import WeightsError
-from resnext_det.pretrained.convert import read_backbone, write_detectron2
+from resnext_det.pretrained.converting import read_backbone, write_detectron2
+from resnext_det.pretrained.layouts import is_backbone, recognise
 from resnext_det.pretrained.loading import load_weights
-from resnext_det.pretrained.refusals import reason
-from resnext_det.pretrained.sources import is_backbone, recognise
+from resnext_det.pretrained.other_networks import reason
 from tests.helpers.written_sources import mmdetection, mmpretrain, save, small_network
 
 STEM = "another stem than one 7x7 convolution"

@@ -25,13 +25,12 @@ from torch import Tensor
 
 from resnext_det import ResNeXt
 from resnext_det.errors import ConfigError, WeightsError
-from resnext_det.pretrained import scheme
+from resnext_det.pretrained import fetching
 from resnext_det.pretrained.catalog import Checksum, Entry, entry
-from resnext_det.pretrained.convert import read_backbone, write_detectron2
-from resnext_det.pretrained.download import Patience
+from resnext_det.pretrained.converting import read_backbone, write_detectron2
+from resnext_det.pretrained.fetching import Patience, ResNeXtHandler
 from resnext_det.pretrained.layouts import to_torchvision
-from resnext_det.pretrained.readers import read_checkpoint, read_tensors
-from resnext_det.pretrained.scheme import ResNeXtHandler
+from resnext_det.pretrained.reading import read_checkpoint, read_tensors
 
 Web = Any  # the class is in conftest.py, which tests cannot import
 
@@ -109,7 +108,7 @@ def test_a_name_becomes_what_a_direct_conversion_gives(
     assert read_checkpoint(got).record["licence"] == asked.entries[NAME].licence
     assert placed(tmp_path).read_bytes() == checkpoint
     digits = hashlib.sha256(checkpoint).hexdigest()[:8]
-    assert left(tmp_path) == [f"{NAME}-{digits}-format{scheme.FORMAT}.pth", "weights-0123.pth"]
+    assert left(tmp_path) == [f"{NAME}-{digits}-format{fetching.FORMAT}.pth", "weights-0123.pth"]
     assert web.requests == ["/weights-0123.pth"]
 
 
@@ -139,7 +138,7 @@ def test_stock_detectron2_loads_every_tensor(
         with caplog.at_level(logging.WARNING):
             DetectionCheckpointer(detector).load(f"{PREFIX}{NAME}")
     finally:
-        scheme.register()
+        fetching.register()
     source = tmp_path / "source.pth"
     source.write_bytes(checkpoint)
     expected = dict(read_backbone(source).tensors)
@@ -149,8 +148,8 @@ def test_stock_detectron2_loads_every_tensor(
 
 
 def test_the_path_manager_knows_the_scheme_once() -> None:
-    scheme.register()
-    scheme.register()
+    fetching.register()
+    fetching.register()
     with pytest.raises(ConfigError, match=r"resnext50_32x4d\.tv_in1k"):
         PathManager.get_local_path(f"{PREFIX}resnext50_32x4d.tv_in2k")
     with pytest.raises(ConfigError, match="stem of three convolutions"):
@@ -161,7 +160,7 @@ def test_the_path_manager_knows_the_scheme_once() -> None:
 def processes() -> multiprocessing.context.ForkServerContext:
     """Processes that start with the package imported, and share nothing else with this one."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["resnext_det.pretrained.scheme"])
+    context.set_forkserver_preload(["resnext_det.pretrained.fetching"])
     return context
 
 
@@ -226,7 +225,7 @@ def test_a_disk_that_is_full_when_converting_costs_no_file(
     def full(*_: object, **more: object) -> None:
         raise WeightsError("cannot write: No space left on device")
 
-    monkeypatch.setattr(scheme, "write_detectron2", full)
+    monkeypatch.setattr(fetching, "write_detectron2", full)
     with pytest.raises(WeightsError, match="No space left"):
         ask(handler(None))
     assert placed(tmp_path).read_bytes() == checkpoint
@@ -362,7 +361,7 @@ def test_a_new_way_of_converting_is_not_served_the_old_file(
     handler: Handler, web: Web, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = ask(handler())
-    monkeypatch.setattr(scheme, "FORMAT", scheme.FORMAT + 1)
+    monkeypatch.setattr(fetching, "FORMAT", fetching.FORMAT + 1)
     assert ask(handler()) != first
     assert web.requests == ["/weights-0123.pth"]
 
@@ -425,7 +424,7 @@ def test_the_scheme_can_be_opened_to_read(handler: Handler) -> None:
 
 def published(handler: ResNeXtHandler, tmp_path: Path) -> Path:
     """Ask for the file itself instead of what is made of it."""
-    return scheme.published_file(handler.entries[NAME], tmp_path / "cache", QUICK)
+    return fetching.published_file(handler.entries[NAME], tmp_path / "cache", QUICK)
 
 
 @pytest.mark.parametrize("content", ["known", None], ids=["checksum", "no-checksum"])
@@ -498,7 +497,7 @@ def test_where_files_are_kept(
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert scheme.cache_folder() == Path(expected)
+    assert fetching.cache_folder() == Path(expected)
 
 
 def test_the_cache_is_where_the_environment_says(

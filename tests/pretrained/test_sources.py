@@ -15,7 +15,7 @@ from torch import Tensor
 from resnext_det import ResNeXt, load_config
 from resnext_det.engine.pretraining import save_atomically
 from resnext_det.errors import WeightsError
-from resnext_det.pretrained.convert import BackboneWeights, read_backbone, write_detectron2
+from resnext_det.pretrained.converting import BackboneWeights, read_backbone, write_detectron2
 from resnext_det.pretrained.layouts import to_detectron2, to_torchvision
 from resnext_det.pretrained.loading import load_weights
 from resnext_det.pretrained.pixels import OURS, Pixels

@@ -21,10 +21,10 @@ from torchvision.models.resnet import Bottleneck, ResNet
 
 from resnext_det.modeling.template import BLOCKS_PER_STAGE, Template
 from resnext_det.pretrained.catalog import ENTRIES
-from resnext_det.pretrained.completeness import describe
+from resnext_det.pretrained.checks import describe
+from resnext_det.pretrained.layouts import is_backbone, recognise
+from resnext_det.pretrained.other_networks import reason
 from resnext_det.pretrained.pixels import CAFFE2, IMAGENET, OURS, Pixels
-from resnext_det.pretrained.refusals import reason
-from resnext_det.pretrained.sources import is_backbone, recognise
 from tests.helpers.written_sources import (
     WRITERS,
     assert_same,

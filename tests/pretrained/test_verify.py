@@ -23,19 +23,19 @@ from torchvision.transforms.functional import normalize, to_tensor
 from resnext_det import ResNeXt
 from resnext_det.errors import ConfigError, DatasetError, WeightsError
 from resnext_det.modeling.forms import form_of
-from resnext_det.pretrained import catalog, convert
+from resnext_det.pretrained import catalog, converting
 from resnext_det.pretrained.catalog import entry
-from resnext_det.pretrained.convert import read_backbone, write_detectron2
+from resnext_det.pretrained.converting import read_backbone, write_detectron2
 from resnext_det.pretrained.layouts import to_torchvision
-from resnext_det.pretrained.network import network_of
 from resnext_det.pretrained.pixels import OURS
-from resnext_det.pretrained.readers import read_tensors
-from resnext_det.pretrained.verify import (
+from resnext_det.pretrained.reading import read_tensors
+from resnext_det.pretrained.verifying import (
     TOLERANCE,
     StageDifference,
     Verification,
     default_image,
     image_of,
+    network_of,
     verify,
 )
 
@@ -370,7 +370,7 @@ def test_the_command_prints_every_stage(
 def test_a_wrong_conversion_leaves_no_file(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr(convert, "fold", lambda stem, pixels: (stem, OURS))  # RGB stays RGB
+    monkeypatch.setattr(converting, "fold", lambda stem, pixels: (stem, OURS))  # RGB stays RGB
     output = tmp_path / "out.pth"
     with pytest.raises(SystemExit, match="2"):
         run(monkeypatch, source, output, "--verify")
