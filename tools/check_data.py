@@ -15,7 +15,7 @@ from pathlib import Path
 
 from resnext_det.data.annotations import read_annotations
 from resnext_det.data.health import examine
-from resnext_det.errors import DatasetError, reported
+from resnext_det.errors import DatasetError, quoted, reported
 
 
 def main() -> None:
@@ -28,10 +28,10 @@ def main() -> None:
     arguments = parser.parse_args()
     with reported():
         if arguments.images and not arguments.images.is_dir():
-            raise DatasetError(f"--images: {arguments.images} is no folder.")
+            raise DatasetError(f"--images: {quoted(arguments.images)} is not a folder.")
         document = read_annotations(arguments.json, arguments.json.stem)
         health = examine(document, arguments.images, file=arguments.json)
-    print(f"{arguments.json}: {health.text()}")
+    print(f"{quoted(arguments.json)}: {health.text()}")
     sys.exit(1 if health.errors else 0)
 
 

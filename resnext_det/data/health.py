@@ -26,6 +26,7 @@ from resnext_det.data.record_forms import (
     check_categories,
     check_images,
     check_segmentations,
+    is_keypoints,
     is_object,
     is_segmentation,
     is_side,
@@ -76,6 +77,8 @@ class Health:
         images: listed.
         empty_images: of these, without annotations.
         annotations: listed.
+        masks: annotations with a mask that Detectron2 can train on.
+        keypoints: annotations with at least one labelled keypoint.
         categories: the name and the annotations of each, most annotated first.
         findings: errors first.
     """
@@ -83,6 +86,8 @@ class Health:
     images: int
     empty_images: int
     annotations: int
+    masks: int
+    keypoints: int
     categories: tuple[tuple[str, int], ...]
     findings: tuple[Finding, ...]
 
@@ -106,8 +111,9 @@ class Health:
             (most, of_most), (least, of_least) = self.categories[0], self.categories[-1]
             most, least = (plain(name, _MOST_SHOWN) for name in (most, least))
             counts += f", from {most} ({of_most:,}) to {least} ({of_least:,})"
+        kinds = f"annotations with a mask: {self.masks:,}; with keypoints: {self.keypoints:,}"
         lines = [f"{finding.severity}: {finding}" for finding in self.findings]
-        return "\n".join([counts, *(lines or ["nothing is wrong"])])
+        return "\n".join([counts, kinds, *(lines or ["nothing is wrong"])])
 
 
 def examine(
@@ -158,6 +164,8 @@ def examine(
         len(document["images"]),
         report["summary"]["images_without_annotations"],
         len(document["annotations"]),
+        sum(_has_mask(each) for each in annotations),
+        sum(_has_keypoints(each) for each in annotations),
         tuple((str(name), int(count)) for name, count in report["summary"]["category_counts"]),
         tuple(sorted(findings, key=lambda finding: finding.severity)),
     )
@@ -192,6 +200,18 @@ def _is_usable(annotation: Record) -> bool:
         and not annotation.get("ignore")
         and drawn
     )
+
+
+def _has_mask(annotation: Record) -> bool:
+    mask: Any = annotation.get("segmentation")
+    return (
+        bool(mask) and is_segmentation(mask) and (isinstance(mask, dict) or bool(polygons_of(mask)))
+    )
+
+
+def _has_keypoints(annotation: Record) -> bool:
+    points = annotation.get("keypoints")
+    return isinstance(points, list) and is_keypoints(points) and any(points[2::3])
 
 
 def _sizes(images: list[Record], image_ids: NDArray[np.int64]) -> NDArray[np.float64]:

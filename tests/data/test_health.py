@@ -277,7 +277,7 @@ def test_counts_and_text() -> None:
     assert health.categories[-1] == ("class 1", 1)
     assert [finding.count for finding in health.errors] == [5]
     assert health.warnings == ()
-    counts, finding = health.text().splitlines()
+    counts, _, finding = health.text().splitlines()
     assert "3 images, 1 of them without annotations; 6 annotations; 3 categories" in counts
     assert "from class 2 (3) to class 1 (1)" in counts
     assert finding.count("iscrowd 7") == 3
@@ -498,7 +498,9 @@ def test_the_tool(
     file.write_text("{")
     assert check_data(monkeypatch, "--json", file) == 2
     assert check_data(monkeypatch, "--json", file, "--images", file.parent / "no") == 2
-    assert "no is no folder" in capsys.readouterr().err
+    assert "no is not a folder" in capsys.readouterr().err
+    assert check_data(monkeypatch, "--json", file, "--images", "\x1b[2J") == 2
+    assert "\x1b" not in capsys.readouterr().err
 
 
 def test_annotations_may_be_left_out_of_a_file(tmp_path: Path) -> None:
@@ -506,3 +508,14 @@ def test_annotations_may_be_left_out_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "image_info.json"
     file.write_text(json.dumps({"images": [], "categories": []}))
     assert read_annotations(file, "test")["annotations"] == []
+
+
+def test_counts_usable_masks_and_labelled_keypoints() -> None:
+    document = sound()
+    given = document["annotations"]
+    given[0].update(segmentation=[[20, 10, 35, 10, 35, 22]], keypoints=[25, 15, 2, 0, 0, 0])
+    given[1].update(segmentation=rle([80, 100], [0, 10, 7990]), keypoints=[0, 0, 0, 0, 0, 0])
+    given[2].update(segmentation=[[20, 10, 35, 10]], keypoints=["no number", 1, 2])
+    given[3].update(segmentation=[], keypoints=[])
+    assert "annotations with a mask: 2; with keypoints: 1" in examine(document).text().splitlines()
+    assert "annotations with a mask: 0; with keypoints: 0" in examine(sound()).text().splitlines()
