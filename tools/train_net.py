@@ -22,7 +22,8 @@ from resnext_det.data import custom
 from resnext_det.data.annotations import forget
 from resnext_det.data.checks import check_datasets
 from resnext_det.engine.evaluating import check_expectations, evaluate, last_checkpoint
-from resnext_det.engine.launch import Job, add_arguments, run_everywhere
+from resnext_det.engine.job import Job, add_arguments
+from resnext_det.engine.launch import run_everywhere
 from resnext_det.engine.schedule import scale
 from resnext_det.engine.setup import check_folder, set_up
 from resnext_det.engine.trainer import Trainer

@@ -1,4 +1,4 @@
-"""Low-level errors of a training that have a known cause, in plain words."""
+"""Plain-language explanations of low-level training errors."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from resnext_det.errors import ResNeXtError
+
 _LONGEST_DETAIL = 300
 
 
 @dataclass(frozen=True)
 class _Known:
-    """An error that is known by its text.
+    """An error recognized by its text.
 
     Attributes:
-        pattern: a regular expression, found in "TypeName: message".
-        sentence: what it means and what to do, without the full stop.
-        lost_contact: it says that another process is gone, not why.
+        pattern: regular expression searched for in "TypeName: message".
+        sentence: meaning and remedy, without the full stop.
+        lost_contact: a symptom of another process's failure, not its cause.
     """
 
     pattern: str
@@ -24,8 +26,8 @@ class _Known:
     lost_contact: bool = False
 
 
-# The texts are those of PyTorch 2.14 and the gloo and NCCL in it. NCCL's and CUDA's were not seen
-# here, where there is no GPU: they are as PyTorch's sources and documentation have them.
+# Texts from PyTorch 2.14 and its gloo and NCCL. Those of NCCL and CUDA are taken from PyTorch's
+# sources and documentation and have not been observed on a GPU.
 _KNOWN = (
     _Known(
         r"DataLoader worker \(pid.*is killed by signal: (Terminated|Interrupt|Hangup)",
@@ -84,29 +86,32 @@ _KNOWN = (
 
 
 def explain(error: BaseException) -> str | None:
-    """Say in one sentence what a low-level error means and what to do; None if it is not known.
+    """Return what an error means and what to do about it, or None if it needs its traceback.
 
     Args:
-        error: as it was raised; what caused it is looked at, too.
+        error: its chain of causes is searched, too.
 
     Returns:
-        The sentence, followed by the first line of the error itself.
+        The message of this package's own errors; for a known low-level error, a sentence and the
+        error's own first line.
     """
+    if isinstance(error, ResNeXtError):
+        return str(error)
     found = [(known, cause) for cause in _causes(error) if (known := _look_up(cause))]
     if not found:
         return None
-    # The table goes from what says most to what says least.
+    # The table runs from the most specific explanation to the least.
     known, cause = min(found, key=lambda pair: _KNOWN.index(pair[0]))
     return f"{known.sentence}. It said: {_detail(known, cause)}"
 
 
 def says_lost_contact(error: BaseException) -> bool:
-    """Tell whether an error is only the echo of another process's end."""
+    """Return whether an error is merely a symptom of another process's failure."""
     return any((known := _look_up(cause)) and known.lost_contact for cause in _causes(error))
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Return an error and those it was raised from, in turn."""
+    """Return an error followed by its chain of causes."""
     seen: list[BaseException] = []
     current: BaseException | None = error
     while current is not None and current not in seen:
@@ -121,7 +126,7 @@ def _look_up(error: BaseException) -> _Known | None:
 
 
 def _detail(known: _Known, error: BaseException) -> str:
-    """Return the line of a message that is known, or its first, not too long."""
+    """Return the line of the message that matched, else its first, truncated."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     line = next((line for line in lines if re.search(known.pattern, line)), lines[0])
     return line if len(line) <= _LONGEST_DETAIL else f"{line[:_LONGEST_DETAIL]} ..."

@@ -1,12 +1,11 @@
-"""Runs a job on one process or many: torch.distributed's elastic launcher with Detectron2's flags.
+"""Run a function in every process of a job with torch's elastic launcher.
 
-A process that fails says why once, on behalf of its machine; the exit code is its own. SIGTERM and
-Ctrl-C reach every process.
+The first failure on each machine is reported once and determines the exit code. SIGTERM and Ctrl-C
+are forwarded to all processes.
 """
 
 from __future__ import annotations
 
-import argparse
 import atexit
 import contextlib
 import json
@@ -20,7 +19,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
 from datetime import timedelta
 from types import FrameType
 from typing import Any, NoReturn
@@ -36,139 +34,38 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from resnext_det.data.workers import end_with_parent
 from resnext_det.engine.explanations import explain, says_lost_contact
+from resnext_det.engine.job import Job
 from resnext_det.engine.stopping import SAME_SIGNAL, SIGNALS, STOPPED
-from resnext_det.errors import ConfigError, ResNeXtError, TrainingError, reported
+from resnext_det.errors import TrainingError, reported
 
-# Set by torchrun, and by the elastic launcher, for each process that they start.
-_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-# Loggers of what is reported here, once and in one line.
+# These loggers repeat, at length, failures that are reported here in one line.
 _NOISY = ("torch.distributed.elastic", "torch.multiprocessing.spawn")
 
 # Seconds.
-_TIMEOUT = 600.0  # the machines of one job start within minutes of one another
-_LONGEST_TIMEOUT = 7 * 24 * 3600.0
 _RETRY = 0.2
-_ECHO = 5.0  # a process that lost another one lets the cause be reported first
-
-
-@dataclass(frozen=True)
-class Job:
-    """The processes of a job.
-
-    Attributes:
-        processes: on each machine; with GPUs, one for each of them.
-        machines: how many.
-        machine_rank: this machine's rank, from 0.
-        dist_url: where the processes meet: "auto" (on one machine), or tcp://HOST:PORT of
-            machine 0.
-        timeout: seconds to wait for the others at the start.
-        local_rank: this process's rank on its machine if torchrun started it; None if the
-            processes have yet to be started.
-    """
-
-    processes: int = 1
-    machines: int = 1
-    machine_rank: int = 0
-    dist_url: str = "auto"
-    timeout: float = _TIMEOUT
-    local_rank: int | None = None
-
-    @property
-    def world_size(self) -> int:
-        """The number of processes on all machines."""
-        return self.processes * self.machines
-
-    @property
-    def meeting_point(self) -> tuple[str, int]:
-        """Host and port of a tcp:// dist_url."""
-        parts = urlsplit(self.dist_url)
-        return parts.hostname or "", parts.port or 0
-
-    @classmethod
-    def of(cls, arguments: argparse.Namespace) -> Job:
-        """Read the flags of `add_arguments` and the environment that torchrun sets.
-
-        Args:
-            arguments: the parsed command line.
-
-        Raises:
-            ConfigError: numbers out of range, more processes than GPUs, a dist_url that is
-                malformed, missing or in use, or flags that contradict torchrun.
-        """
-        timeout = arguments.dist_timeout
-        if not 0 < timeout <= _LONGEST_TIMEOUT:
-            raise ConfigError(
-                f"--dist-timeout is {timeout:g}: give seconds, more than 0 and at most "
-                f"{_LONGEST_TIMEOUT:.0f} (a week)."
-            )
-        if os.environ.keys() >= set(_TORCHRUN):
-            return replace(_under_torchrun(os.environ, arguments), timeout=timeout)
-        job = cls(
-            processes=_at_least_one("--num-gpus", arguments.num_gpus),
-            machines=_at_least_one("--num-machines", arguments.num_machines),
-            machine_rank=arguments.machine_rank or 0,
-            dist_url=_address(arguments.dist_url or "auto", os.environ),
-            timeout=timeout,
-        )
-        _check_machines(job)
-        check_gpus(job.processes, torch.cuda.device_count())
-        if job.world_size > 1 and job.machine_rank == 0 and job.dist_url != "auto":
-            _check_port(job)
-        return job
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that `Job.of` reads."""
-    group = parser.add_argument_group("processes")
-    group.add_argument(
-        "--num-gpus",
-        type=int,
-        metavar="N",
-        help="processes on this machine, each with its own GPU, or on the CPU if there is no GPU "
-        "(default: 1)",
-    )
-    group.add_argument(
-        "--num-machines", type=int, metavar="N", help="start the command on each (default: 1)"
-    )
-    group.add_argument(
-        "--machine-rank", type=int, metavar="R", help="rank of this machine (default: 0)"
-    )
-    group.add_argument(
-        "--dist-url",
-        metavar="URL",
-        help="where the processes meet: tcp://HOST:PORT of machine 0, env:// for $MASTER_ADDR and "
-        "$MASTER_PORT, or auto on one machine (default: auto)",
-    )
-    group.add_argument(
-        "--dist-timeout",
-        type=float,
-        default=_TIMEOUT,
-        metavar="SECONDS",
-        help="how long to wait for the other machines at the start (default: %(default)g)",
-    )
+_ECHO = 5.0  # grace period for the process that caused a lost connection to report first
 
 
 def run_everywhere(
     function: Callable[..., None], job: Job, arguments: tuple[Any, ...] = ()
 ) -> None:
-    """Call `function(*arguments)` in every process of a job, and return when all are done.
+    """Call `function(*arguments)` in every process of a job and wait for all of them.
 
-    A job of one process runs in this one. Otherwise the elastic launcher starts the processes of
-    this machine, or torchrun has started them. Without GPUs they are CPU processes over gloo.
-    `--dist-timeout` is for the start alone: later waits have Detectron2's half an hour, or
+    A single-process job runs in the current process. Otherwise the elastic launcher starts this
+    machine's processes, unless torchrun already has. Processes without a GPU use gloo.
+    `--dist-timeout` applies to startup; collectives use Detectron2's 30 minutes, or
     `--dist-timeout` if that is longer.
 
     Args:
-        function: at the top level of a module.
-        job: how many processes, and where they meet.
-        arguments: for the function; pickled.
+        function: a module-level function.
+        job: the processes and their rendezvous address.
+        arguments: must be picklable.
 
     Raises:
-        SystemExit: the job did not end well. 2 after an error of this package or one that
-            `explain` knows, printed as one line; 1 after any other, with its traceback;
-            128 + N if signal N ended it (137: killed, mostly for its memory); otherwise the
-            code that a process gave to sys.exit, such as `STOPPED`.
+        SystemExit: the job failed or was stopped. 2: an error that `explain` knows, printed as one
+            line; 1: any other error, printed with its traceback; 128 + N: ended by signal N (137 is
+            usually the out-of-memory killer); otherwise the code a process passed to sys.exit,
+            such as `STOPPED`.
     """
     if job.local_rank is not None:
         code = _work(function, arguments, job)
@@ -186,8 +83,6 @@ def run_everywhere(
 def _explained() -> Iterator[None]:
     try:
         yield
-    except ResNeXtError:
-        raise
     except Exception as error:
         if sentence := explain(error):
             raise TrainingError(sentence) from error
@@ -195,9 +90,10 @@ def _explained() -> Iterator[None]:
 
 
 def _launch(function: Callable[..., None], arguments: tuple[Any, ...], job: Job) -> int:
-    """Start this machine's processes, and return the exit code of the job."""
-    with forwarded_signals() as signals, _silent(*_NOISY), reported(), _explained():
-        # Static: --machine-rank says which machine is which, not the order of arrival.
+    """Start this machine's processes and return the exit code of the job."""
+    _silence(*_NOISY)
+    with forwarded_signals() as signals, reported(), _explained():
+        # Static rendezvous assigns ranks by --machine-rank, not by order of arrival.
         endpoint = "localhost:0" if job.dist_url == "auto" else urlsplit(job.dist_url).netloc
         config = LaunchConfig(
             min_nodes=job.machines,
@@ -210,11 +106,11 @@ def _launch(function: Callable[..., None], arguments: tuple[Any, ...], job: Job)
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
         )
-        # The launcher's own handlers end every process within 30 s, saved or not. PyTorch
-        # before 2.9 cannot be told otherwise.
+        # The launcher's own handlers kill every process after 30 s, even one that is still saving.
+        # Before PyTorch 2.9 they cannot be disabled.
         if hasattr(config, "signals_to_handle"):
             config.signals_to_handle = "SIGHUP,SIGQUIT"
-        # Machine 0 serves the store for as long as the job runs.
+        # On machine 0 this hosts the store, which must live as long as the job.
         store = meet(job) if job.machines > 1 else None
         try:
             codes = elastic_launch(config, _work)(function, arguments, job)
@@ -228,10 +124,9 @@ def _launch(function: Callable[..., None], arguments: tuple[Any, ...], job: Job)
 
 
 def _failed(code: int, signals: list[int]) -> int:
-    """Return the exit code of a job whose process failed first with `code`.
+    """Return the job's exit code, given that of the first process to fail.
 
-    Raises:
-        TrainingError: the process was killed, and so could not say why itself.
+    A process that was killed could not report it, so it is reported here.
     """
     if code >= 0:
         return code
@@ -254,11 +149,11 @@ def _reason(number: int) -> str:
 
 
 def _work(function: Callable[..., None], arguments: tuple[Any, ...], job: Job) -> int:
-    """Be one process of a job, and return its exit code once all have come to their end."""
+    """Run one process of a job; return its exit code once all processes have finished."""
     end_with_parent(signal.SIGTERM)
-    # Each would take a thread per core, and the threads would wait for one another: two processes
-    # on two cores, an update of the toy detector on 2 images: 2.4 to 8.6 s with two threads each,
-    # 0.2 to 0.35 s with one. A number that the user has set is kept, and so is torchrun's.
+    # By default each process uses a thread per core and they oversubscribe the CPU: on two cores, a
+    # two-process update of the toy detector on 2 images takes 2.4 to 8.6 s, or 0.2 to 0.35 s with
+    # one thread each. A number set by the user or by torchrun is kept.
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // job.processes))
     with reported(), _explained():
@@ -271,7 +166,7 @@ def _work(function: Callable[..., None], arguments: tuple[Any, ...], job: Job) -
             if stop.code not in (None, 0, STOPPED):
                 raise
             code = STOPPED if stop.code == STOPPED else 0
-        # No process leaves before all are done: the others would take it for a failure.
+        # A process that left early would look like a failure to the others.
         comm.synchronize()
     except Exception as error:
         _report(error, store, job)
@@ -281,10 +176,10 @@ def _work(function: Callable[..., None], arguments: tuple[Any, ...], job: Job) -
 
 
 def _join(job: Job) -> Any:
-    """Join the process group as Detectron2's launch does, and return its store.
+    """Initialize the process group as Detectron2's launch does and return its store.
 
     Raises:
-        TrainingError: a process did not come within `job.timeout`.
+        TrainingError: a process did not join within `job.timeout`.
     """
     has_gpu = torch.cuda.is_available()
     if has_gpu:
@@ -292,8 +187,8 @@ def _join(job: Job) -> Any:
     start = timedelta(seconds=job.timeout)
     met = dist.rendezvous("env://", timeout=start)  # type: ignore[attr-defined]
     store, rank, size = next(met)
-    # torchrun's store outlives a restart (PyTorch 2.14), and gloo would wait for half an hour at
-    # the addresses of those that have ended.
+    # torchrun's store survives a restart (PyTorch 2.14). Without a prefix, gloo would spend half an
+    # hour connecting to the addresses of the previous attempt.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"attempt/{attempt}", store)  # type: ignore[attr-defined]
     store.set(f"process/{rank}", "here")
@@ -311,29 +206,29 @@ def _join(job: Job) -> Any:
 
 
 def _part() -> None:
-    """Leave the process group; its threads must have ended before the interpreter does."""
-    comm._LOCAL_PROCESS_GROUP = None  # a second reference to the group, of which Detectron2 is fond
+    """Destroy the process group, so that its threads end before the interpreter does."""
+    comm._LOCAL_PROCESS_GROUP = None  # Detectron2's second reference to the group
     comm.create_local_process_group.cache_clear()
     dist.destroy_process_group()
 
 
 def _report(error: Exception, store: Any, job: Job) -> NoReturn:
-    """Say why this process fails, unless another of this machine has spoken, and exit."""
+    """Report an error, unless another process on this machine already has, and exit."""
     if says_lost_contact(error):
         if not SIGNALS.received:
-            time.sleep(_ECHO)  # unless this one is the first to fail, SIGTERM ends it here
+            time.sleep(_ECHO)  # if another process failed first, SIGTERM arrives meanwhile
         if SIGNALS.received:
             _exit(128 + SIGNALS.received)
     try:
         is_first = store.add(f"failed/{job.machine_rank}", 1) == 1
-    except dist.DistError:  # the machine that serves the store is gone
+    except dist.DistError:  # the store's host is gone
         is_first = True
-    sentence = str(error) if isinstance(error, ResNeXtError) else explain(error)
+    sentence = explain(error)
     if is_first and not sentence:
         traceback.print_exception(error)
     elif is_first:
         with contextlib.suppress(SystemExit), reported():
-            raise TrainingError(str(sentence))
+            raise TrainingError(sentence) from error
     _exit(2 if sentence else 1)
 
 
@@ -343,9 +238,9 @@ def _exit(code: int) -> NoReturn:
 
 
 def _leave_destructors(code: int) -> None:
-    """Have a started process exit with a code before C++ destroys its global objects.
+    """Make a spawned process exit with `code` before C++ global destructors run.
 
-    Threads of libraries that are still running then can abort it: short jobs were seen to end with
+    Library threads that are still running by then can abort it: short jobs sometimes ended with
     signal 6 after all their work was done.
     """
     if multiprocessing.parent_process() is not None:
@@ -353,16 +248,16 @@ def _leave_destructors(code: int) -> None:
 
 
 def meet(job: Job) -> Any:
-    """Wait until every machine of a job has come, and return the store they met in.
+    """Wait for every machine of a job and return their shared store.
 
     Raises:
-        TrainingError: a machine did not come within `job.timeout`, two have the same rank, or they
-            do not agree on the number of machines or processes.
+        TrainingError: a machine did not join within `job.timeout`, two have the same rank, or they
+            disagree on the number of machines or processes.
     """
     host, port = job.meeting_point
     key = f"machine/{job.machine_rank}"
     own = {"machines": job.machines, "processes": job.processes, "host": socket.gethostname()}
-    told = json.dumps({**own, "token": secrets.token_hex(8)})
+    ours = json.dumps({**own, "token": secrets.token_hex(8)})
     try:
         store = dist.TCPStore(  # type: ignore[attr-defined]
             host,
@@ -373,8 +268,8 @@ def meet(job: Job) -> Any:
             wait_for_workers=False,
             multi_tenant=True,
         )
-        held = store.compare_set(key, "", told).decode()
-        if held != told:
+        held = store.compare_set(key, "", ours).decode()
+        if held != ours:
             raise TrainingError(
                 f"two machines were started with --machine-rank {job.machine_rank}, the other is "
                 f"{json.loads(held)['host']!r}: number them from 0 to {job.machines - 1}. If that "
@@ -384,7 +279,7 @@ def meet(job: Job) -> Any:
             _wait_for_all(store, "machine", job.machines, job)
         except (KeyboardInterrupt, SystemExit):
             with contextlib.suppress(dist.DistError):
-                store.delete_key(key)  # it may be started again
+                store.delete_key(key)  # so that this machine can be restarted
             raise
         for rank in range(job.machines):
             _check_agreement_of_machines(job, rank, json.loads(store.get(f"machine/{rank}")))
@@ -401,9 +296,9 @@ def meet(job: Job) -> Any:
 
 
 def _wait_for_all(store: Any, what: str, number: int, job: Job) -> None:
-    """Wait until every machine or process has said that it is there.
+    """Wait until every machine or process has registered in the store.
 
-    It asks again and again: `store.wait` writes a C++ stack to the terminal if it is in vain.
+    Polls, since `store.wait` prints a C++ stack to the terminal on timeout.
     """
     keys = [f"{what}/{each}" for each in range(number)]
     deadline = time.monotonic() + job.timeout
@@ -438,10 +333,10 @@ def _check_agreement_of_machines(job: Job, rank: int, said: Mapping[str, Any]) -
 
 @contextlib.contextmanager
 def forwarded_signals() -> Iterator[list[int]]:
-    """Forward SIGTERM and SIGINT to the children as one SIGTERM; a second one kills them.
+    """Forward the first SIGTERM or SIGINT to the children as SIGTERM; kill them on the second.
 
     Yields:
-        The signals that came.
+        The signals received so far.
     """
     came: list[int] = []
     first = 0.0
@@ -469,147 +364,10 @@ def forwarded_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-@contextlib.contextmanager
-def _silent(*names: str) -> Iterator[None]:
-    """Keep loggers quiet, unless LOGLEVEL asks for what they say."""
+def _silence(*names: str) -> None:
+    """Keep loggers off the terminal, unless the user set LOGLEVEL."""
     if "LOGLEVEL" in os.environ:
-        yield
         return
-    handler = logging.NullHandler()
-    loggers = [logging.getLogger(name) for name in names]
-    before = [logger.propagate for logger in loggers]
-    for logger in loggers:
-        logger.addHandler(handler)
-        logger.propagate = False
-    try:
-        yield
-    finally:
-        for logger, propagates in zip(loggers, before):
-            logger.removeHandler(handler)
-            logger.propagate = propagates
-
-
-def _at_least_one(flag: str, given: int | None) -> int:
-    if given is not None and given < 1:
-        raise ConfigError(
-            f"{flag} is {given}: give 1 or more. A machine without GPUs trains on its CPU."
-        )
-    return given or 1
-
-
-def _check_machines(job: Job) -> None:
-    machines, rank = job.machines, job.machine_rank
-    if not 0 <= rank < machines:
-        raise ConfigError(
-            f"--machine-rank is {rank} with --num-machines {machines}: the machines are numbered "
-            f"from 0 to {machines - 1}."
-        )
-    if machines > 1 and job.dist_url == "auto":
-        raise ConfigError(
-            f"--num-machines {machines} needs a place where the machines meet: name machine 0 and "
-            "a free port of it, the same on every machine: --dist-url tcp://HOST:PORT."
-        )
-
-
-def check_gpus(processes: int, gpus: int) -> None:
-    """Refuse more processes than GPUs; without any, the processes run on the CPU.
-
-    Args:
-        processes: on this machine.
-        gpus: that PyTorch sees on it.
-
-    Raises:
-        ConfigError: there are GPUs, but fewer.
-    """
-    if 0 < gpus < processes:
-        raise ConfigError(
-            f"--num-gpus is {processes}, and PyTorch sees {gpus} here: ask for {gpus} or fewer, "
-            "or look at `nvidia-smi` and CUDA_VISIBLE_DEVICES."
-        )
-
-
-def _address(url: str, environment: Mapping[str, str]) -> str:
-    """Return "auto" or a tcp:// address, env:// looked up."""
-    if url == "auto":
-        return url
-    if url == "env://":
-        host, port = environment.get("MASTER_ADDR"), environment.get("MASTER_PORT")
-        if not host or not port:
-            raise ConfigError(
-                "--dist-url env:// reads MASTER_ADDR and MASTER_PORT, and they are not both set: "
-                "set them, or give --dist-url tcp://HOST:PORT."
-            )
-        return _address(f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}", {})
-    try:
-        parts = urlsplit(url)
-        # Anything else in the URL would be dropped in silence.
-        plain = parts.scheme == "tcp" and not (parts.path + parts.query + parts.fragment).strip("/")
-        if plain and parts.hostname and parts.port and "@" not in parts.netloc:
-            parts.hostname.encode("idna")
-            return f"tcp://{parts.netloc}"
-    except ValueError:
-        pass  # a port that is no number, an open bracket, or no name of a host
-    raise ConfigError(
-        f"--dist-url is {url!r}: give tcp://HOST:PORT with a port from 1 to 65535, env:// or auto."
-    )
-
-
-def _check_port(job: Job) -> None:
-    _, port = job.meeting_point
-    with socket.socket() as probe:
-        # As PyTorch's own server does: a connection that is merely closing is no obstacle.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError as error:
-            raise ConfigError(
-                f"--dist-url {job.dist_url}: port {port} cannot be used on this machine "
-                f"({error.strerror}). Another job may be using it: take another port, the same on "
-                "every machine."
-            ) from error
-
-
-def _under_torchrun(environment: Mapping[str, str], arguments: argparse.Namespace) -> Job:
-    numbers = {}
-    for name in _TORCHRUN[:4]:
-        try:
-            numbers[name] = int(environment[name])
-        except ValueError:
-            raise ConfigError(
-                f"the environment has {name}={environment[name]!r}, and torchrun sets a number: "
-                "unset it, or start with torchrun."
-            ) from None
-    processes, size, rank = (numbers[n] for n in ("LOCAL_WORLD_SIZE", "WORLD_SIZE", "RANK"))
-    local = numbers["LOCAL_RANK"]
-    if processes < 1 or size % processes or not 0 <= rank < size or local != rank % processes:
-        raise ConfigError(
-            f"torchrun started process {rank} of {size}, {local} of {processes} on this machine: "
-            "Detectron2 wants the same number of processes on every machine."
-        )
-    job = Job(
-        processes=processes,
-        machines=size // processes,
-        machine_rank=rank // processes,
-        dist_url=_address("env://", environment),
-        local_rank=local,
-    )
-    _check_agreement(job, arguments)
-    check_gpus(processes, torch.cuda.device_count())
-    return job
-
-
-def _check_agreement(job: Job, arguments: argparse.Namespace) -> None:
-    url = arguments.dist_url
-    if url is not None and url != "auto":
-        url = _address(url, os.environ)
-    for flag, given, started in (
-        ("--num-gpus", arguments.num_gpus, job.processes),
-        ("--num-machines", arguments.num_machines, job.machines),
-        ("--machine-rank", arguments.machine_rank, job.machine_rank),
-        ("--dist-url", None if url == "auto" else url, job.dist_url),
-    ):
-        if given is not None and given != started:
-            raise ConfigError(
-                f"{flag} is {given}, but torchrun has started this job with {started}: leave "
-                f"{flag} out, or start without torchrun."
-            )
+    for name in names:
+        logging.getLogger(name).addHandler(logging.NullHandler())
+        logging.getLogger(name).propagate = False

@@ -19,6 +19,7 @@ from resnext_det.console import (
     print_above_bars,
     terminal_handlers,
 )
+from resnext_det.engine.explanations import explain
 from resnext_det.errors import ConfigError, InertMessages, quoted
 from resnext_det.evaluation.results_file import INFERENCE
 from resnext_det.files import check_writable, write_text
@@ -142,3 +143,10 @@ def quieten_detectron2() -> None:
     for name in ("detectron2", "fvcore"):
         for handler in terminal_handlers(logging.getLogger(name)):
             handler.setLevel(logging.WARNING)
+            handler.addFilter(_needs_terminal)
+
+
+def _needs_terminal(record: logging.LogRecord) -> bool:
+    """Keep tracebacks of errors that the command explains in one line in log.txt only."""
+    error = record.exc_info[1] if record.exc_info else None
+    return error is None or explain(error) is None

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from resnext_det.engine.launch import Job, forwarded_signals, meet, run_everywhere
+from resnext_det.engine.job import Job
+from resnext_det.engine.launch import forwarded_signals, meet, run_everywhere
 from resnext_det.errors import ConfigError, TrainingError
 
 # A script, as the processes that it starts must be able to import what they run.
@@ -29,7 +30,8 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader
 
 from resnext_det.data.workers import with_lasting_workers
-from resnext_det.engine.launch import Job, run_everywhere
+from resnext_det.engine.job import Job
+from resnext_det.engine.launch import run_everywhere
 from resnext_det.engine.stopping import SIGNALS, is_started_by_another
 from resnext_det.errors import ConfigError
 
@@ -108,7 +110,7 @@ if __name__ == "__main__":
 PARSED = """
 import argparse
 from job import *
-from resnext_det.engine.launch import add_arguments
+from resnext_det.engine.job import add_arguments
 from resnext_det.errors import reported
 
 if __name__ == "__main__":

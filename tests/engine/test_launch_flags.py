@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from resnext_det.engine.launch import Job, add_arguments, check_gpus
+from resnext_det.engine.job import Job, add_arguments, check_gpus
 from resnext_det.errors import ConfigError
 
 TORCHRUN = {

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import logging
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 
 from resnext_det import load_config
-from resnext_det.engine.setup import check_folder
+from resnext_det.engine.setup import check_folder, quieten_detectron2
 from resnext_det.errors import ConfigError
 
 
@@ -80,3 +81,33 @@ def test_a_folder_whose_config_tells_no_weights_is_resumed_with_a_warning(
     check_folder(cfg, resume=True, overwrite=False, weights_given=True)
     assert not fetched
     assert "does not say which weights the training began with" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("error", "on_terminal"),
+    [
+        (RuntimeError("[gloo/transport/tcp/pair.cc:5] Connection closed by peer"), False),
+        (ConfigError("refused"), False),
+        (ZeroDivisionError("a bug"), True),
+    ],
+)
+def test_the_terminal_shows_tracebacks_of_unexplained_errors_only(
+    error: Exception, on_terminal: bool, tmp_path: Path
+) -> None:
+    terminal = io.StringIO()
+    handlers = [logging.StreamHandler(terminal), logging.FileHandler(tmp_path / "log.txt")]
+    detectron2 = logging.getLogger("detectron2")
+    for handler in handlers:
+        detectron2.addHandler(handler)
+    try:
+        quieten_detectron2()
+        try:
+            raise error
+        except Exception:
+            logging.getLogger("detectron2.engine.train_loop").exception("Exception during training")
+    finally:
+        for handler in handlers:
+            detectron2.removeHandler(handler)
+            handler.close()
+    assert ("Traceback" in terminal.getvalue()) == on_terminal
+    assert "Traceback" in (tmp_path / "log.txt").read_text()

@@ -16,7 +16,8 @@ from torch import nn
 from resnext_det import load_config
 from resnext_det.engine.inference import buffers_of_the_first, model_digest
 from resnext_det.errors import EvaluationError
-from resnext_det.engine.launch import Job, run_everywhere
+from resnext_det.engine.job import Job
+from resnext_det.engine.launch import run_everywhere
 
 
 def look():
@@ -61,7 +62,8 @@ from detectron2.modeling import build_model
 
 from resnext_det import load_config
 from resnext_det.engine.trainer import Trainer
-from resnext_det.engine.launch import Job, run_everywhere
+from resnext_det.engine.job import Job
+from resnext_det.engine.launch import run_everywhere
 
 
 def evaluate(folder):
