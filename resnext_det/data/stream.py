@@ -1,9 +1,9 @@
-"""The training data as a function of place: seed and iteration tell images and augmentation.
+"""Deterministic training data: seed and iteration determine images and augmentation.
 
-Detectron2's loader begins its order anew when a training is resumed, and its workers draw their
-augmentations from seeds that nobody keeps. Here every image of every update is known beforehand: a
-resumed training, or one with another number of workers, goes on with the very same pixels, and one
-process that accumulates gradients sees what several processes would have seen.
+Detectron2's loader restarts its order when training resumes, and its workers' augmentation seeds
+are not saved. Here each image of each update is a function of the seed alone: a resumed training,
+or one with a different number of workers, sees identical pixels, and one process accumulating
+gradients sees the same images as several processes.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ _LEARN_STUFF = ("PanopticFPN", "SemanticSegmentor")
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of every update a process computes.
+    """The part of each update that one process computes.
 
     Attributes:
-        process: of this one, from 0.
-        processes: of all.
-        micro_batches: that each process computes, one after the other.
-        images: of a micro-batch.
+        process: rank of this process.
+        processes: world size.
+        micro_batches: micro-batches per process and update.
+        images: images per micro-batch.
     """
 
     process: int
@@ -54,7 +54,7 @@ class Share:
 
     @property
     def streams(self) -> range:
-        """The micro-batches of this process, among those of all, in order."""
+        """The indices of this process's micro-batches within an update of all processes."""
         first = self.process * self.micro_batches
         return range(first, first + self.micro_batches)
 
@@ -64,8 +64,8 @@ class Draw:
     """One image of the stream.
 
     Attributes:
-        position: of the draw in the stream of all processes, from 0.
-        index: of the image in the data set.
+        position: position in the stream shared by all processes, from 0.
+        index: index of the image in the dataset.
     """
 
     position: int
@@ -73,13 +73,13 @@ class Draw:
 
 
 def seeds(*words: int) -> int:
-    """Return a seed of 64 bits that depends on all words, and on each of them alone."""
+    """Hash integers into a 64-bit seed."""
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
 
 
 @contextlib.contextmanager
 def seeded(*words: int) -> Iterator[None]:
-    """Make Python's, NumPy's and PyTorch's random numbers a function of some words, for a while."""
+    """Seed Python, NumPy and PyTorch from some integers; restore their states (CPU) on exit."""
     kept = random.getstate(), np.random.get_state(), torch.get_rng_state()
     seed_all(*words)
     try:
@@ -91,7 +91,7 @@ def seeded(*words: int) -> Iterator[None]:
 
 
 def seed_all(*words: int) -> None:
-    """Seed Python's, NumPy's and PyTorch's random numbers, those of all GPUs included."""
+    """Seed Python, NumPy and PyTorch, including all GPUs."""
     seed = seeds(*words)
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -99,16 +99,16 @@ def seed_all(*words: int) -> None:
 
 
 class MicroBatches(Sampler[list[Draw]]):
-    """The micro-batches of one process, without an end.
+    """An infinite batch sampler for the micro-batches of one process.
 
-    The images of all processes come from one order, as in Detectron2: draw number p belongs to
-    stream p modulo the number of streams. Each stream puts images of like orientation together.
+    All processes share one order of images, as in Detectron2: draw p belongs to stream p modulo the
+    number of streams. Each stream batches images of the same orientation.
 
     Args:
-        order: gives the endless order of images anew with each call.
-        share: of this process.
-        start: updates that are left out, since they were done before.
-        lying: for each image, whether it is wider than high; None groups nothing.
+        order: returns a fresh iterator over the infinite order of image indices.
+        share: what this process computes.
+        start: number of updates to skip, already done before a resume.
+        is_landscape: aspect-ratio group of each image, or None to disable grouping.
     """
 
     def __init__(
@@ -116,15 +116,15 @@ class MicroBatches(Sampler[list[Draw]]):
         order: Callable[[], Iterator[int]],
         share: Share,
         start: int = 0,
-        lying: Sequence[bool] | None = None,
+        is_landscape: Sequence[bool] | None = None,
     ) -> None:
         self._order = order
         self._share = share
         self._start = start
-        self._lying = lying
+        self._is_landscape = is_landscape
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        """Give the micro-batches of an update one after the other, then those of the next."""
+        """Yield the micro-batches, update by update."""
         for number, batch in enumerate(self._batches()):
             if number >= self._start * self._share.micro_batches:
                 yield batch
@@ -143,7 +143,7 @@ class MicroBatches(Sampler[list[Draw]]):
                     stream = draw.position % total - first
                     if not 0 <= stream < share.micro_batches:
                         continue
-                    key = stream, self._lying is not None and self._lying[draw.index]
+                    key = stream, self._is_landscape is not None and self._is_landscape[draw.index]
                     batch = waiting.setdefault(key, [])
                     batch.append(draw)
                     if len(batch) == share.images:
@@ -152,19 +152,19 @@ class MicroBatches(Sampler[list[Draw]]):
 
 
 class SeededDataset(Dataset[Record]):
-    """Images as the model takes them, their augmentation a function of seed and position.
+    """Mapped training images, augmented as a function of seed and position.
 
     Args:
-        records: of the data set, in Detectron2's format.
+        records: the dataset, in Detectron2's format.
         mapper: such as Detectron2's `DatasetMapper`.
-        seed: of the training.
-        skip: take another image where one cannot be read.
+        seed: the training's seed.
+        skip: replace an unreadable image with a random other one.
     """
 
     def __init__(
         self, records: Sequence[Record], mapper: Mapper, seed: int, *, skip: bool = False
     ) -> None:
-        # Detectron2 keeps them as bytes, so that the workers share the memory.
+        # Serialized to bytes, so that workers share the memory.
         self._records = DatasetFromList(list(records), copy=True)
         self._mapper = mapper
         self._seed = seed
@@ -177,10 +177,10 @@ class SeededDataset(Dataset[Record]):
         """Read and augment an image.
 
         Returns:
-            What the mapper gave; under "skipped" the errors of images this one stands for.
+            The mapper's output. "skipped" lists the errors of images that this one replaces.
 
         Raises:
-            DatasetError: the image cannot be read, and is not to be skipped.
+            DatasetError: the image cannot be read and `skip` is false.
         """
         errors: list[str] = []
         with seeded(self._seed, 0, draw.position):
@@ -204,17 +204,17 @@ class SeededDataset(Dataset[Record]):
 def build_stream(
     cfg: CfgNode, mapper: Mapper, share: Share, seed: int, start: int = 0
 ) -> DataLoader[Record]:
-    """Return the training data of a process: an endless loader of micro-batches.
+    """Return an infinite loader of one process's micro-batches.
 
     Args:
         cfg: DATASETS.TRAIN and DATALOADER are read.
-        mapper: makes what the model takes out of a record.
-        share: of this process.
-        seed: of the training, the same for all processes.
-        start: updates that were done before.
+        mapper: turns a record into model input.
+        share: what this process computes.
+        seed: the training's seed, the same on all processes.
+        start: number of updates already done.
 
     Raises:
-        ConfigError: a sampler that is not known here, or a wrong setting.
+        ConfigError: an unsupported sampler or invalid setting.
     """
     loader = complete(cfg).DATALOADER
     if loader.BAD_IMAGES not in ("stop", "skip"):
@@ -222,28 +222,29 @@ def build_stream(
             f"DATALOADER.BAD_IMAGES is {loader.BAD_IMAGES!r}; it must be stop or skip."
         )
     records = training_records(cfg)
-    forget()  # before there are workers, whose memory would be as large
+    forget()  # before workers fork and inherit the parsed annotations
     dataset = SeededDataset(records, mapper, seed, skip=loader.BAD_IMAGES == "skip")
-    lying = None
+    is_landscape = None
     if loader.ASPECT_RATIO_GROUPING:
-        lying = [record["width"] > record["height"] for record in records]
+        is_landscape = [record["width"] > record["height"] for record in records]
     order = _order(cfg, records, seed)
     return with_lasting_workers(
         DataLoader(
             dataset,
-            batch_sampler=MicroBatches(order, share, start, lying),
+            batch_sampler=MicroBatches(order, share, start, is_landscape),
             num_workers=loader.NUM_WORKERS,
             collate_fn=_as_it_is,
-            generator=torch.Generator(),  # else each loader would take a number from everybody's
+            generator=torch.Generator(),  # leaves the global generator untouched
         )
     )
 
 
 def training_records(cfg: CfgNode) -> list[Record]:
-    """Return the records of DATASETS.TRAIN, as Detectron2's own loader filters them.
+    """Return the records of DATASETS.TRAIN, filtered as in Detectron2's own loader.
 
     Raises:
-        DatasetError: they lack what MODEL.META_ARCHITECTURE learns.
+        ConfigError: INPUT.MASK_FORMAT does not support the masks.
+        DatasetError: records lack annotations that MODEL.META_ARCHITECTURE needs.
     """
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
     proposals = cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None
@@ -267,7 +268,7 @@ def training_records(cfg: CfgNode) -> list[Record]:
 
 
 def _with_masks(cfg: CfgNode, records: list[Record]) -> list[Record]:
-    """Leave out objects without a mask, at which Detectron2's mapper ends with a KeyError."""
+    """Drop objects without a mask; Detectron2's mapper raises KeyError on them."""
     masked, before, packed = [], 0, 0
     for record in records:
         given = record.get("annotations", [])
@@ -295,7 +296,7 @@ def _with_masks(cfg: CfgNode, records: list[Record]) -> list[Record]:
 
 
 def _order(cfg: CfgNode, records: list[Record], seed: int) -> Callable[[], Iterator[int]]:
-    """Return the order of Detectron2's own samplers, that of all processes together."""
+    """Return the image order of Detectron2's sampler, before it is split among processes."""
     loader, name = cfg.DATALOADER, cfg.DATALOADER.SAMPLER_TRAIN
     seed %= 2**32
     if name == "TrainingSampler":

@@ -1,4 +1,4 @@
-"""Data loader workers that live exactly as long as the process they work for."""
+"""Data loader workers that live exactly as long as their parent process."""
 
 from __future__ import annotations
 
@@ -18,30 +18,23 @@ _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
 
 def end_with_parent(number: int) -> None:
-    """Have the kernel signal this process when its parent ends; on Linux alone.
+    """Have the kernel send this process signal `number` when its parent dies (Linux only).
 
-    Without it a killed process leaves its children behind, which hold its sockets open: the other
-    processes of the job don't notice that it is gone.
-
-    Args:
-        number: of the signal.
+    Otherwise the children of a killed process keep its sockets open, and the other processes of the
+    job don't notice that it died.
     """
     if sys.platform != "linux":
         return
     parent = os.getppid()
     ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, number)
-    if os.getppid() != parent:  # it ended meanwhile
+    if os.getppid() != parent:  # it died before the call
         os.kill(os.getpid(), number)
 
 
 def obey_parent_alone(worker: int) -> None:
-    """Be the `worker_init_fn` of a loader: ignore signals that are sent to the whole group.
+    """Ignore signals to the process group; a `worker_init_fn`.
 
-    The process may need the worker's images to finish an iteration, and says itself when the
-    worker is to end.
-
-    Args:
-        worker: its number in the loader.
+    The parent may need the worker's images to finish an iteration, and shuts it down itself.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -49,10 +42,10 @@ def obey_parent_alone(worker: int) -> None:
 
 
 def with_lasting_workers(loader: Loader) -> Loader:
-    """Give a loader workers that outlive a signal to their group, and end with this process."""
+    """Make a loader's workers survive signals to the process group and die with this process."""
     loader.worker_init_fn = obey_parent_alone
-    # Python ends daemons with SIGTERM as it exits and waits for them: those of a loader that nobody
-    # closed would keep it for ever.
+    # At exit Python sends daemons SIGTERM, which these workers ignore, and joins them: an unclosed
+    # loader would hang the process.
     multiprocessing.util.Finalize(None, _kill_daemons, exitpriority=0)
     return loader
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from resnext_det.console import progress_bar
 from resnext_det.engine.stopping import SIGNALS
-from resnext_det.engine.train_loop import bare
+from resnext_det.engine.train_loop import unwrap
 from resnext_det.environment import commit, versions
 from resnext_det.errors import EvaluationError
 from resnext_det.evaluation.evaluator import DetectionEvaluator
@@ -201,7 +201,7 @@ def model_digest(cfg: CfgNode, model: nn.Module) -> str:
     Raises:
         EvaluationError: the processes have different weights.
     """
-    digests = comm.all_gather(state_digest(bare(model)))
+    digests = comm.all_gather(state_digest(unwrap(model)))
     if len(set(digests)) > 1:
         raise EvaluationError(
             "the processes have different weights, so no figure would be of one model: load the "

@@ -1,4 +1,4 @@
-"""How a training ends before its last iteration: by patience, or by a signal."""
+"""Early stopping on a signal, and the exceptions that end training early."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from detectron2.utils import comm
 
 logger = logging.getLogger(__name__)
 
-# The exit code of a training that was asked to stop and can go on later: EX_TEMPFAIL of sysexits.h.
+# Exit code of a training that was stopped and can be resumed: EX_TEMPFAIL of sysexits.h.
 STOPPED = 75
-# Seconds in which a second signal is the first one again: `timeout` and some schedulers signal a
-# process, and then its group.
+# Seconds within which a repeated signal counts as the first: `timeout` and some schedulers signal a
+# process and then its group.
 SAME_SIGNAL = 1.0
 
 Item = TypeVar("Item")
 
 
 class Stop(BaseException):
-    """Ends a training in good order. No `Exception`: Detectron2 writes a traceback for those."""
+    """Ends training cleanly. Not an `Exception`, for which Detectron2 logs a traceback."""
 
     def __init__(self, reason: str, code: int = 0) -> None:
         super().__init__(reason)
@@ -37,14 +37,14 @@ class Stop(BaseException):
 
 
 class Interrupted(BaseException):
-    """Raised in the middle of `Signals.obeyed_at_once` by a signal to this process."""
+    """Raised inside `Signals.obeyed_at_once` when this process receives a signal."""
 
 
 class Abandoned(BaseException):
-    """All processes have agreed to drop what they were computing.
+    """All processes agreed to drop their current work.
 
     Attributes:
-        number: of the signal.
+        number: signal number.
     """
 
     def __init__(self, number: int) -> None:
@@ -53,17 +53,16 @@ class Abandoned(BaseException):
 
 
 class Signals:
-    """SIGTERM and SIGINT to this process: noted, and obeyed at once if nothing is lost by it.
+    """Records SIGTERM and SIGINT, and interrupts work that can be dropped safely.
 
-    There is one for each process, `SIGNALS`, as for the signals themselves. An update may take
-    minutes and an evaluation longer, and a scheduler waits for half a minute. Both change nothing
-    that a checkpoint holds before they are done, so they can be dropped at any moment: the handler
-    raises `Interrupted` there. With several processes, each reaches `agreed` then: it must be the
-    first exchange among the processes after what was dropped.
+    Use the per-process instance `SIGNALS`. An update may take minutes and an evaluation longer, but
+    schedulers wait half a minute before killing. Neither changes checkpointed state until it
+    completes, so inside `obeyed_at_once` the handler raises `Interrupted`. With several processes,
+    `agreed` must be the first collective call after the dropped work.
     """
 
     def __init__(self) -> None:
-        """Listen to nothing yet."""
+        """Create an instance that handles no signals yet."""
         self.received = 0
         self._at_once = False
         self._listening = False
@@ -73,10 +72,10 @@ class Signals:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Take the two signals for a while; only a main thread can.
+        """Handle both signals; does nothing outside the main thread.
 
-        What is ignored stays so, as Ctrl-C is by what a shell starts in the background. A second
-        signal does what it did before; with several processes it is for the launcher to decide.
+        An ignored signal stays ignored, such as SIGINT in a shell's background jobs. A second
+        signal invokes the previous handler, or is left to the launcher if there is one.
         """
         self.received, self._process, self._listening = 0, os.getpid(), True
         if threading.current_thread() is threading.main_thread():
@@ -90,7 +89,7 @@ class Signals:
             self._listen_no_more()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a data loader's worker that was just forked
+        if os.getpid() != self._process:  # a freshly forked data loader worker
             return
         if self.received:
             if not is_started_by_another() and time.monotonic() - self._since > SAME_SIGNAL:
@@ -113,11 +112,7 @@ class Signals:
 
     @contextlib.contextmanager
     def obeyed_at_once(self) -> Iterator[None]:
-        """Let a signal end what is done meanwhile, one that came before included.
-
-        Raises:
-            Interrupted: there was a signal.
-        """
+        """Raise `Interrupted` in the body on a signal, including one already received."""
         before = self._at_once
         try:
             self._at_once = True
@@ -128,9 +123,9 @@ class Signals:
             self._at_once = before and not self.received
 
     def agreed(self) -> int:
-        """Return the signal that any of the processes got, 0 for none.
+        """Return the signal received by any process, or 0.
 
-        All must call it. Nothing is exchanged by processes that don't listen.
+        A collective call, skipped by processes that are not listening.
         """
         if not self._listening:
             return 0
@@ -142,11 +137,11 @@ class Signals:
         return int(flag)
 
     def interrupting(self, items: Iterable[Item]) -> Iterator[Item]:
-        """Yield items whose use may be dropped, such as the images of an evaluation.
+        """Yield items whose processing may be dropped, such as images of an evaluation.
 
         Raises:
-            Interrupted: this process got a signal.
-            Abandoned: another process did.
+            Interrupted: this process received a signal.
+            Abandoned: another process received one.
         """
         with self.obeyed_at_once():
             yield from items
@@ -158,34 +153,30 @@ SIGNALS = Signals()
 
 
 def is_started_by_another() -> bool:
-    """Tell whether this process has a parent that forwards signals to it.
+    """Return whether a launcher started this process and forwards signals to it.
 
-    Such a process takes repeated signals as one: its parent decides when to wait no longer.
+    Such a process ignores repeated signals; its launcher decides when to kill it.
     """
     return multiprocessing.parent_process() is not None or "TORCHELASTIC_RUN_ID" in os.environ
 
 
 class StopOnSignal(HookBase):
-    """On SIGTERM or SIGINT, saves the last finished iteration and ends the training.
+    """Saves the last finished iteration and stops training on SIGTERM or SIGINT.
 
-    The last of all hooks, so that the others see the iteration whole.
+    Must be the last hook, so that the others see a complete iteration.
     """
 
     def __init__(self, save: Callable[[], None]) -> None:
-        """Prepare.
-
-        Args:
-            save: writes a checkpoint of the iteration that `trainer.iter` says.
-        """
+        """Initialize the hook with `save`, which writes a checkpoint of `trainer.iter`."""
         self._save = save
 
     def after_step(self) -> None:
-        """Stop if one of the processes was told to, unless all is done."""
+        """Stop if any process received a signal, unless this was the last iteration."""
         if self.trainer.iter + 1 < self.trainer.max_iter and (number := SIGNALS.agreed()):
             self.stop(number)
 
     def stop(self, number: int) -> NoReturn:
-        """Save, and stop; `trainer.iter` is the last finished iteration.
+        """Save and stop after `trainer.iter`, the last finished iteration.
 
         Raises:
             Stop: always.

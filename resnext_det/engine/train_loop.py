@@ -1,4 +1,4 @@
-"""One update: gradients accumulated over micro-batches, in any precision, with numbers watched."""
+"""The training loop: gradient accumulation, mixed precision, and checks for non-finite losses."""
 
 from __future__ import annotations
 
@@ -33,29 +33,29 @@ from resnext_det.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-# Detectron2's RetinaNet and FCOS keep a moving average of positive anchors in this attribute, and
-# in no state dict (DenseDetector._ema_update), so that a resumed training would begin it anew.
-# It is also why their updates depend on the number of processes: each averages its own images.
+# Detectron2's RetinaNet and FCOS keep a moving average of the number of positive anchors in this
+# attribute but not in the state dict (DenseDetector._ema_update), so a resume would reset it. Each
+# process averages its own images, so their updates depend on the number of processes.
 _NORMALIZER = "loss_normalizer"
 
 Batch = list[dict[str, Any]]
 Data = Callable[[int, int], Iterable[Batch]]
-"""Gives the micro-batches of a process: (seed, updates done before) -> an endless iterable."""
+"""(seed, number of updates already done) -> infinite iterable of this process's micro-batches."""
 
 
 GLOBAL_NORM = "global_norm"
-"""SOLVER.CLIP_GRADIENTS.CLIP_TYPE for the norm of all gradients together, beside Detectron2's."""
+"""SOLVER.CLIP_GRADIENTS.CLIP_TYPE that clips the total norm, in addition to Detectron2's types."""
 
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """How an update is computed.
+    """Numerical settings of an update.
 
     Attributes:
-        precision: of autocast; None for the weights' own.
-        largest_norm: the norm of all gradients together is clipped to it; None for no clipping.
-        ema_decay: of a moving average of the weights; None for no average.
-        skipped: updates with a loss that is not finite which are left out before giving up.
+        precision: autocast dtype, or None to disable autocast.
+        largest_norm: maximum total gradient norm, or None to disable clipping.
+        ema_decay: decay of the weights' moving average, or None for no average.
+        skipped: how many updates with a non-finite loss to skip before aborting.
     """
 
     precision: torch.dtype | None = None
@@ -65,7 +65,7 @@ class Arithmetic:
 
     @classmethod
     def of(cls, cfg: CfgNode) -> Arithmetic:
-        """Return what a config asks for."""
+        """Read the SOLVER section of a config."""
         solver = complete(cfg).SOLVER
         clip = solver.CLIP_GRADIENTS
         clipped = clip.ENABLED and clip.CLIP_TYPE == GLOBAL_NORM
@@ -79,13 +79,13 @@ class Arithmetic:
 
 @dataclass
 class Update:
-    """What one process has computed of an update so far.
+    """One process's partially computed update.
 
     Attributes:
-        losses: by name, one mapping for each micro-batch.
+        losses: detached losses by name, one mapping per micro-batch.
         batches: the micro-batches.
-        data_time: seconds spent waiting for them.
-        last: the loss of the newest one, whose backward pass may be yet to come.
+        data_time: seconds spent waiting for data.
+        last: loss of the newest micro-batch, whose backward pass may still be pending.
     """
 
     losses: list[dict[str, Tensor]]
@@ -101,13 +101,13 @@ class Update:
 
 @dataclass(frozen=True)
 class Touched:
-    """What a forward pass changes, as it was before.
+    """State to restore if an update is dropped after its forward pass.
 
     Attributes:
-        buffers: of the model, with copies of what they held.
-        random: states of the random numbers.
-        normalizer: of `_NORMALIZER`; None if the model has none.
-        skipped_images: so far.
+        buffers: the model's buffers, each with a copy of its previous value.
+        random: random generator states.
+        normalizer: value of `_NORMALIZER`, or None if the model lacks it.
+        skipped_images: number of images skipped so far.
     """
 
     buffers: list[tuple[Tensor, Tensor]]
@@ -117,14 +117,14 @@ class Touched:
 
 
 class TrainLoop(SimpleTrainer):
-    """Detectron2's training loop, whose updates do not depend on how they are shared out.
+    """Detectron2's training loop, with updates independent of the number of processes.
 
-    Before each micro-batch all random numbers are seeded with seed, iteration and stream: so an
-    update is a function of weights and iteration, whether it is computed by eight processes or
-    one, in one go or after a resume. Losses are averages over an update, as with several processes
-    in Detectron2; batch norms that are trained see a micro-batch at a time (FrozenBN none).
+    Random generators are seeded by seed, iteration and stream before each micro-batch, so an update
+    is a function of weights and iteration: on eight processes or one, in one go or after a resume.
+    Losses are averaged over an update, as Detectron2 does across processes. Trainable batch norms
+    see one micro-batch at a time; FrozenBN is unaffected.
 
-    float16 and GPUs were not run: there was none where this was written.
+    float16 and GPUs are untested.
     """
 
     def __init__(
@@ -137,17 +137,17 @@ class TrainLoop(SimpleTrainer):
         folder: Path,
         arithmetic: Arithmetic = Arithmetic(),
     ) -> None:
-        """Prepare.
+        """Initialize the loop.
 
         Args:
-            model: takes a batch and returns losses by name; in a DistributedDataParallel with
+            model: maps a batch to losses by name; wrapped in DistributedDataParallel if there are
                 several processes.
-            data: gives the micro-batches of this process.
-            optimizer: of the model's parameters.
-            share: of this process.
-            seed: of everything that is random, the same for all processes.
-            folder: of the run, where images with bad losses are saved.
-            arithmetic: how updates are computed.
+            data: returns the micro-batches of this process.
+            optimizer: optimizer of the model's parameters.
+            share: what this process computes.
+            seed: the same on all processes.
+            folder: OUTPUT_DIR, where images with non-finite losses are saved.
+            arithmetic: precision, clipping and averaging.
         """
         super().__init__(model, None, optimizer)  # type: ignore[no-untyped-call]
         self._data = data
@@ -165,10 +165,9 @@ class TrainLoop(SimpleTrainer):
         self.ema: AveragedModel | None = None
         if arithmetic.ema_decay is not None:
             average = get_ema_multi_avg_fn(arithmetic.ema_decay)  # type: ignore[no-untyped-call]
-            self.ema = AveragedModel(bare(model), multi_avg_fn=average)
+            self.ema = AveragedModel(unwrap(model), multi_avg_fn=average)
         modules = list(model.modules())
-        # Statistics shared by the processes are exchanges within a forward pass, which one process
-        # cannot drop alone.
+        # SyncBN communicates during the forward pass, so one process cannot abort it alone.
         self._is_local = not any(
             isinstance(module, nn.SyncBatchNorm | NaiveSyncBatchNorm) for module in modules
         )
@@ -178,8 +177,8 @@ class TrainLoop(SimpleTrainer):
             if not isinstance(module, FrozenBatchNorm2d)
             for buffer in module.buffers(recurse=False)
         ]
-        # A backward pass is one call to Python, which sees no signal meanwhile, unless it is called
-        # back.
+        # Python handles signals only between bytecodes, and backward() is a single call; a Python
+        # hook on every gradient lets handlers run during it.
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
@@ -194,24 +193,24 @@ class TrainLoop(SimpleTrainer):
         return found
 
     def close(self) -> None:
-        """Let the workers of the data loader end, also where an error still refers to it."""
+        """Shut down the loader's workers, even if a traceback still references the iterator."""
         iterator, self._data_loader_iter_obj = self._data_loader_iter_obj, None
         if isinstance(iterator, _MultiProcessingDataLoaderIter):
-            iterator._shutdown_workers()  # what its __del__ does; there is no public way
+            iterator._shutdown_workers()  # as in its __del__; there is no public method
 
     def run_step(self) -> None:
         """Compute and apply one update.
 
         Raises:
-            TrainingError: a loss that is not finite, once too often.
-            Abandoned: a process was told to stop, and all dropped the update: model and random
-                numbers are as before.
+            TrainingError: more non-finite losses than allowed.
+            Abandoned: a process received a signal and all dropped the update; the model and random
+                states are restored.
         """
         assert self.model.training, "the model was changed to eval mode"
         self.optimizer.zero_grad()
         alone = self.share.processes == 1
         if isinstance(self.model, DistributedDataParallel):
-            # An exchange that it would put into the forward pass of the second update.
+            # DDP would otherwise communicate in the forward pass of the second update.
             self.model.reducer._rebuild_buckets()
         iterator = self._data_loader_iter
         before = self._touched_by_forward()
@@ -224,7 +223,7 @@ class TrainLoop(SimpleTrainer):
                     self._backward(update.last)
         except Interrupted:
             interrupted = True
-        # Asked before the processes exchange gradients: else some would wait for ever.
+        # Agree before the gradient all-reduce, or some processes would wait forever.
         verdict = self._verdict(update, interrupted)
         if verdict < 0:
             self.optimizer.zero_grad()
@@ -240,7 +239,7 @@ class TrainLoop(SimpleTrainer):
         self._apply()
 
     def _compute(self, update: Update, iterator: Iterator[Batch]) -> None:
-        """Run the micro-batches of this process, but for the backward pass of the last one."""
+        """Run this process's micro-batches, except the last one's backward pass."""
         for stream in self.share.streams:
             began = time.perf_counter()
             batch = next(iterator)
@@ -264,13 +263,13 @@ class TrainLoop(SimpleTrainer):
         try:
             with torch.autocast(self._device, precision, enabled=precision is not None):
                 found: dict[str, Tensor] = self.model(batch)
-        except FloatingPointError as error:  # of Detectron2's RPN, when boxes are not finite
+        except FloatingPointError as error:  # Detectron2's RPN, on non-finite boxes
             logger.debug("%s", error)
             return {"total_loss": torch.tensor(float("nan"), requires_grad=True)}
         return {"total_loss": found} if isinstance(found, Tensor) else found
 
     def _gathered_at_the_end(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Let processes exchange gradients in the last micro-batch alone."""
+        """Disable the gradient all-reduce for all but the last micro-batch."""
         if last or not isinstance(self.model, DistributedDataParallel):
             return contextlib.nullcontext()
         return self.model.no_sync()
@@ -280,7 +279,7 @@ class TrainLoop(SimpleTrainer):
         return bool(torch.stack(every).isfinite().all())
 
     def _verdict(self, update: Update, interrupted: bool) -> int:
-        """Return what all processes do: 1 for apply, 0 for leave out, -N for stop by signal N."""
+        """Agree across processes: 1 to apply the update, 0 to skip it, -N to stop on signal N."""
         own = -SIGNALS.received if interrupted else int(self._all_finite(update))
         if self.share.processes == 1:
             return own
@@ -289,9 +288,9 @@ class TrainLoop(SimpleTrainer):
         return int(flag)
 
     def _touched_by_forward(self) -> Touched:
-        """Return what an update that is dropped would change."""
+        """Record the state that dropping the update must restore."""
         kept = [(buffer, buffer.clone()) for buffer in self._buffers]
-        normalizer = getattr(bare(self.model), _NORMALIZER, None)
+        normalizer = getattr(unwrap(self.model), _NORMALIZER, None)
         return Touched(kept, _random_states(), normalizer, self.skipped_images)
 
     def _restore(self, before: Touched) -> None:
@@ -299,11 +298,11 @@ class TrainLoop(SimpleTrainer):
             buffer.copy_(value)
         _restore_random(before.random)
         if before.normalizer is not None:
-            setattr(bare(self.model), _NORMALIZER, before.normalizer)
+            setattr(unwrap(self.model), _NORMALIZER, before.normalizer)
         self.skipped_images = before.skipped_images
 
     def _leave_out(self, update: Update) -> None:
-        """Leave an update out, or stop, in all processes alike."""
+        """Skip an update with a non-finite loss, or abort, on all processes."""
         rate = float(self.optimizer.param_groups[0]["lr"])
         bad = BadUpdate.of(self.iter, self.share.process, rate, update.losses, update.batches)
         self.optimizer.zero_grad()
@@ -319,7 +318,7 @@ class TrainLoop(SimpleTrainer):
         self._scaler.step(self.optimizer)
         self._scaler.update()
         if self.ema is not None:
-            self.ema.update_parameters(bare(self.model))
+            self.ema.update_parameters(unwrap(self.model))
 
     def _count_skipped(self, batch: Batch) -> None:
         for record in batch:
@@ -328,7 +327,7 @@ class TrainLoop(SimpleTrainer):
                 logger.warning("image skipped (%d so far): %s", self.skipped_images, message)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a resumed training needs beside the weights, in plain containers."""
+        """Return what resuming needs in addition to the weights, in plain containers."""
         state: dict[str, Any] = super().state_dict()  # type: ignore[no-untyped-call]
         state |= {
             "seed": self.seed,
@@ -337,14 +336,14 @@ class TrainLoop(SimpleTrainer):
             "skipped_updates": self.skipped_updates,
             "skipped_images": self.skipped_images,
             "random_states": _random_states(),
-            "loss_normalizer": getattr(bare(self.model), _NORMALIZER, None),
+            "loss_normalizer": getattr(unwrap(self.model), _NORMALIZER, None),
         }
         if self.ema is not None:
             state["ema"] = self.ema.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave; files of stock Detectron2 hold an optimizer alone."""
+        """Restore `state_dict`; stock Detectron2's checkpoints contain only the optimizer."""
         super().load_state_dict(state)  # type: ignore[no-untyped-call]
         self.seed = state.get("seed", self.seed)
         self._scaler.load_state_dict(state.get("scaler", {}) if self._scaler.is_enabled() else {})
@@ -359,7 +358,7 @@ class TrainLoop(SimpleTrainer):
                 streams,
             )
         if state.get("loss_normalizer") is not None:
-            setattr(bare(self.model), _NORMALIZER, state["loss_normalizer"])
+            setattr(unwrap(self.model), _NORMALIZER, state["loss_normalizer"])
         if "random_states" in state:
             _restore_random(state["random_states"])
         if self.ema is not None and "ema" in state:
@@ -370,16 +369,16 @@ class TrainLoop(SimpleTrainer):
 
 
 def _let_signals_in(parameter: Tensor) -> None:
-    """Do nothing: Python runs the handlers of signals when a function is called."""
+    """Do nothing; calling a Python function lets signal handlers run."""
 
 
 def distributed(model: nn.Module) -> nn.Module:
-    """Wrap a model for several processes; the buffers of each are its own, as in Detectron2.
+    """Wrap a model in DistributedDataParallel without buffer broadcast, as in Detectron2.
 
     Raises:
-        ConfigError: it has SyncBN, which PyTorch has for GPUs alone.
+        ConfigError: the model has SyncBN, which PyTorch supports on GPUs only.
     """
-    # create_ddp_model names the process's GPU, which a model on the CPU refuses.
+    # create_ddp_model always passes device_ids, which DDP rejects for a model on the CPU.
     on_cpu = next(model.parameters()).device.type == "cpu"
     several = comm.get_world_size() > 1
     if on_cpu and several and any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
@@ -393,18 +392,18 @@ def distributed(model: nn.Module) -> nn.Module:
     return wrapped
 
 
-def bare(model: nn.Module) -> nn.Module:
-    """Return a model without what distributed training puts around it."""
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model inside a DistributedDataParallel wrapper."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def shared_seed(seed: int) -> int:
-    """Return a seed, or one drawn for all processes together where it is negative."""
+    """Return the seed, or if it is negative a random one shared by all processes."""
     return seed if seed >= 0 else int(comm.shared_random_seed())
 
 
 def _random_states() -> dict[str, Any]:
-    """Return the states that code outside of the micro-batches draws from, such as hooks."""
+    """Return the global generator states, used by code outside micro-batches such as hooks."""
     version, numbers, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {

@@ -45,9 +45,9 @@ from resnext_det.engine.train_loop import (
     GLOBAL_NORM,
     Arithmetic,
     TrainLoop,
-    bare,
     distributed,
     shared_seed,
+    unwrap,
 )
 from resnext_det.engine.writers import History, Writers, build_writers, writing_period
 from resnext_det.evaluation.evaluator import DetectionEvaluator, Engine
@@ -141,7 +141,7 @@ class Trainer(DefaultTrainer):
         base_lrs = list(self.scheduler.base_lrs)
         found = self.checkpointer.resume() if resume else None
         if found is None:
-            logger.info("%s", load_weights(bare(self._trainer.model), self.cfg))
+            logger.info("%s", load_weights(unwrap(self._trainer.model), self.cfg))
             if self.cfg.MODEL.WEIGHTS:
                 file = Path(PathManager.get_local_path(self.cfg.MODEL.WEIGHTS))
                 warn_of_other_function(self.cfg, file)
@@ -192,7 +192,7 @@ class Trainer(DefaultTrainer):
         """
         self._tell_plan()
         # MODEL.WEIGHTS may have learned others, and no longer says what this model learns.
-        bare(self._trainer.model).class_names = class_names(self.cfg)  # type: ignore[assignment]
+        unwrap(self._trainer.model).class_names = class_names(self.cfg)  # type: ignore[assignment]
         try:
             with SIGNALS.listening():
                 results: dict[str, Any] | None = super().train()  # type: ignore[no-untyped-call]
@@ -227,7 +227,7 @@ class Trainer(DefaultTrainer):
         if not comm.is_main_process():
             return
         images = len(training_records(self.cfg))
-        size = checkpoint_bytes(bare(self._trainer.model), self.cfg)
+        size = checkpoint_bytes(unwrap(self._trainer.model), self.cfg)
         free = free_bytes(Path(self.cfg.OUTPUT_DIR))
         logger.info("the plan:\n%s", self.plan.describe(images, size, free))
         shortage = self.plan.shortage(size, free)
@@ -294,7 +294,7 @@ class Trainer(DefaultTrainer):
             results = {**results, "ema": average}
         if self.cfg.TEST.VALIDATION_LOSS:
             with seeded(self._trainer.seed, 2, self.iter):  # proposals are sampled
-                losses = validation_losses(bare(self._trainer.model), self._validation_batches())
+                losses = validation_losses(unwrap(self._trainer.model), self._validation_batches())
             results = {**results, "validation": losses}
         return results
 
@@ -364,7 +364,7 @@ class Trainer(DefaultTrainer):
             DatasetError: the data has other classes than the model.
         """
         if evaluators is not None:
-            check_classes(cfg, learned=getattr(bare(model), "class_names", ()))
+            check_classes(cfg, learned=getattr(unwrap(model), "class_names", ()))
             found: dict[str, Any] = super().test(cfg, model, evaluators)  # type: ignore[no-untyped-call]
             return found
         return cls._test_into(INFERENCE, cfg, model)
@@ -372,7 +372,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def _test_into(cls, folder: str, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
         """Evaluate a model, and write into a folder of OUTPUT_DIR."""
-        check_classes(cfg, learned=getattr(bare(model), "class_names", ()))
+        check_classes(cfg, learned=getattr(unwrap(model), "class_names", ()))
         # A subclass whose evaluators take no folder, as Detectron2 allows, can do without this one.
         output = {}
         if folder != INFERENCE:
@@ -398,7 +398,7 @@ class Trainer(DefaultTrainer):
         Returns:
             As `test`, under names that end in "_TTA"; files go to OUTPUT_DIR/inference_TTA.
         """
-        augmented = GeneralizedRCNNWithTTA(cfg, bare(model))
+        augmented = GeneralizedRCNNWithTTA(cfg, unwrap(model))
         results = cls._test_into(f"{INFERENCE}_TTA", cfg, augmented)
         return {f"{name}_TTA": figures for name, figures in results.items()}
 

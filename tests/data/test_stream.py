@@ -28,7 +28,7 @@ from resnext_det.data.stream import (
 from resnext_det.errors import ConfigError, DatasetError
 
 SIZE = 23
-LYING = [index % 3 != 0 for index in range(SIZE)]
+IS_LANDSCAPE = [index % 3 != 0 for index in range(SIZE)]
 
 
 def order() -> Iterator[int]:
@@ -51,28 +51,30 @@ def updates(processes: int, micro_batches: int, count: int, **more: Any) -> list
     ]
 
 
-@pytest.mark.parametrize("lying", [None, LYING], ids=["mixed", "grouped"])
-def test_processes_and_accumulation_see_the_same_images(lying: list[bool] | None) -> None:
-    expected = updates(8, 1, 12, lying=lying)
+@pytest.mark.parametrize("is_landscape", [None, IS_LANDSCAPE], ids=["mixed", "grouped"])
+def test_processes_and_accumulation_see_the_same_images(is_landscape: list[bool] | None) -> None:
+    expected = updates(8, 1, 12, is_landscape=is_landscape)
     for processes in (1, 2, 4):
-        assert updates(processes, 8 // processes, 12, lying=lying) == expected
+        assert updates(processes, 8 // processes, 12, is_landscape=is_landscape) == expected
 
 
-@pytest.mark.parametrize("lying", [None, LYING], ids=["mixed", "grouped"])
+@pytest.mark.parametrize("is_landscape", [None, IS_LANDSCAPE], ids=["mixed", "grouped"])
 @pytest.mark.parametrize("start", [0, 1, 7])
-def test_a_stream_goes_on_where_it_was_left(start: int, lying: list[bool] | None) -> None:
-    whole = updates(2, 3, 12, lying=lying)
-    assert updates(2, 3, 12 - start, lying=lying, start=start) == whole[start:]
+def test_a_stream_goes_on_where_it_was_left(start: int, is_landscape: list[bool] | None) -> None:
+    whole = updates(2, 3, 12, is_landscape=is_landscape)
+    assert updates(2, 3, 12 - start, is_landscape=is_landscape, start=start) == whole[start:]
 
 
 def test_images_of_a_batch_lie_or_stand_together() -> None:
-    for update in updates(2, 2, 20, lying=LYING):
+    for update in updates(2, 2, 20, is_landscape=IS_LANDSCAPE):
         for batch in update:
-            assert len({LYING[draw.index] for draw in batch}) == 1
+            assert len({IS_LANDSCAPE[draw.index] for draw in batch}) == 1
 
 
 def test_every_image_comes_once_in_a_round() -> None:
-    draws = [draw for update in updates(2, 2, 23, lying=None) for part in update for draw in part]
+    draws = [
+        draw for update in updates(2, 2, 23, is_landscape=None) for part in update for draw in part
+    ]
     ordered = sorted(draws, key=lambda draw: draw.position)
     assert [draw.position for draw in ordered] == list(range(len(draws)))
     first = ordered[:SIZE]
