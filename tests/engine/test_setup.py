@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-import io
 import logging
+import sys
 from pathlib import Path
 
 import pytest
@@ -92,10 +92,10 @@ def test_a_folder_whose_config_tells_no_weights_is_resumed_with_a_warning(
     ],
 )
 def test_the_terminal_shows_tracebacks_of_unexplained_errors_only(
-    error: Exception, on_terminal: bool, tmp_path: Path
+    error: Exception, on_terminal: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    terminal = io.StringIO()
-    handlers = [logging.StreamHandler(terminal), logging.FileHandler(tmp_path / "log.txt")]
+    log = (tmp_path / "log.txt").open("w")
+    handlers = [logging.StreamHandler(sys.stderr), logging.StreamHandler(log)]  # as Detectron2's
     detectron2 = logging.getLogger("detectron2")
     for handler in handlers:
         detectron2.addHandler(handler)
@@ -108,6 +108,6 @@ def test_the_terminal_shows_tracebacks_of_unexplained_errors_only(
     finally:
         for handler in handlers:
             detectron2.removeHandler(handler)
-            handler.close()
-    assert ("Traceback" in terminal.getvalue()) == on_terminal
+        log.close()
+    assert ("Traceback" in capsys.readouterr().err) == on_terminal
     assert "Traceback" in (tmp_path / "log.txt").read_text()
