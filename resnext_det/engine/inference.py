@@ -6,6 +6,8 @@ import contextlib
 import hashlib
 import json
 import logging
+import statistics
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +31,8 @@ from resnext_det.evaluation.predictions import ImageKey
 from resnext_det.files import file_digest
 
 logger = logging.getLogger(__name__)
+
+_WARMUP_BATCHES = 5  # as `inference_on_dataset` leaves out
 
 Loader = Any
 Results = dict[str, Any]
@@ -98,19 +102,63 @@ def _evaluate(
         if isinstance(evaluator, DetectionEvaluator) and evaluator.needs_none_but(done):
             evaluator.reset()
             return evaluator.evaluate()
+    remaining = Remaining(loader_of(name), done)
+    callbacks: dict[str, Callable[[], None]] = {}
+    if isinstance(evaluator, DetectionEvaluator):
+        evaluator.measured["parameters"] = sum(each.numel() for each in model.parameters())
+        callbacks = Stopwatch(remaining, evaluator.measured).callbacks
     bar = progress_bar(
-        Remaining(loader_of(name), done),
+        remaining,
         desc=name,
         unit="batch",
         # In all processes but one it would repeat.
         disable=not comm.is_main_process(),
     )
-    found: Results | None = inference_on_dataset(model, bar, evaluator)
+    found: Results | None = inference_on_dataset(model, bar, evaluator, callbacks)
     return found or {}
 
 
+class Stopwatch:
+    """The time that a model takes, as callbacks of `inference_on_dataset` measure it."""
+
+    def __init__(self, remaining: Remaining, measured: dict[str, float]) -> None:
+        """Prepare.
+
+        Args:
+            remaining: gives the number of images of a batch.
+            measured: gets "seconds_per_image" after the last batch: the median of all batches
+                after the first five, in this process, without reading images.
+        """
+        self._remaining = remaining
+        self._measured = measured
+        self._began = 0.0
+        self._seconds: list[float] = []
+
+    @property
+    def callbacks(self) -> dict[str, Callable[[], None]]:
+        """By the names that `inference_on_dataset` has for them."""
+        return {"before_inference": self._start, "after_inference": self._stop, "on_end": self._end}
+
+    def _start(self) -> None:
+        self._began = time.perf_counter()
+
+    def _stop(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._seconds.append((time.perf_counter() - self._began) / self._remaining.batch_size)
+
+    def _end(self) -> None:
+        timed = self._seconds[_WARMUP_BATCHES:]
+        if timed:
+            self._measured["seconds_per_image"] = statistics.median(timed)
+
+
 class Remaining:
-    """The batches of a loader without the images that are done; those are read all the same."""
+    """The batches of a loader without the images that are done; those are read all the same.
+
+    Attributes:
+        batch_size: images of the batch that was given last.
+    """
 
     def __init__(self, loader: Loader, done: frozenset[ImageKey]) -> None:
         """Wrap a loader.
@@ -119,6 +167,7 @@ class Remaining:
             loader: of records with "image_id", as lists.
             done: ids of images.
         """
+        self.batch_size = 0
         self._loader = loader
         self._done = done
 
@@ -129,6 +178,7 @@ class Remaining:
         for batch in SIGNALS.interrupting(self._loader):
             left = [record for record in batch if record.get("image_id") not in self._done]
             if left:
+                self.batch_size = len(left)
                 yield left
 
 

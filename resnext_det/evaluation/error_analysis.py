@@ -52,6 +52,16 @@ class ErrorKind:
 
 
 @dataclass(frozen=True)
+class OperatingPoint:
+    """A score threshold, and the precision, recall and F1 in percent that it gives."""
+
+    score: float
+    precision: float
+    recall: float
+    f1: float
+
+
+@dataclass(frozen=True)
 class ScoreCurve:
     """Precision, recall and F1 over the score threshold, at an IoU of 0.5.
 
@@ -63,21 +73,18 @@ class ScoreCurve:
         recall: (101,) in percent.
         best: the threshold with the highest F1, which is the score of a detection; None if no
             threshold gives a correct detection.
-        best_f1: F1 at that threshold, in percent.
     """
 
     precision: NDArray[np.float64]
     recall: NDArray[np.float64]
-    best: float | None
-    best_f1: float
+    best: OperatingPoint | None
 
     def document(self) -> dict[str, Any]:
         """Return what is saved as JSON."""
         return {
             "precision": np.round(self.precision, 2).tolist(),
             "recall": np.round(self.recall, 2).tolist(),
-            "best": self.best,
-            "best_f1": round(self.best_f1, 2),
+            "best": None if self.best is None else vars(self.best),
         }
 
 
@@ -188,13 +195,18 @@ def _score_curve(scores: NDArray[np.float64], right: NDArray[np.bool_], objects:
     # A threshold takes all detections of its score or none.
     ends = np.searchsorted(-descending, -np.unique(descending), side="right")
     f1 = 200 * hits[ends] / (ends + objects)
-    best = int(np.argmax(f1)) if len(f1) and f1.max() > 0 else None
+    best = None
+    if hits[-1]:
+        end = int(ends[np.argmax(f1)])
+        best = OperatingPoint(
+            score=float(descending[end - 1]),
+            precision=100 * float(hits[end]) / end,
+            recall=100 * float(hits[end]) / objects,
+            f1=float(f1.max()),
+        )
     counts = np.searchsorted(-descending, -np.arange(101) / 100, side="right")
     return ScoreCurve(
-        100 * hits[counts] / np.maximum(counts, 1),
-        100 * hits[counts] / objects,
-        None if best is None else float(descending[ends[best] - 1]),
-        0.0 if best is None else float(f1[best]),
+        100 * hits[counts] / np.maximum(counts, 1), 100 * hits[counts] / objects, best
     )
 
 

@@ -210,6 +210,7 @@ class DetectionEvaluator(DatasetEvaluator):
         self.metadata = MetadataCatalog.get(dataset)
         if "json_file" not in self.metadata.as_dict():
             self.metadata.json_file = _converted(dataset, output)
+        self.measured: dict[str, float] = {}  # of the model, for metrics.json
         self._predictions = Predictions()
         self._kept = False
 
@@ -314,7 +315,7 @@ class DetectionEvaluator(DatasetEvaluator):
                 logger.error("%s is not evaluated: %s", kind, error)
         images = {"images": self.images}
         arguments = self.output, self.dataset, self.description, truth, detections, evaluated
-        write_evaluated(*arguments, {**images, "engine": vars(self.engine)})
+        write_evaluated(*arguments, {**images, **self.measured, "engine": vars(self.engine)})
         for kind, each in evaluated.items():
             self._tell(truth, kind, each.figures.table())
         return {kind: each.figures.flat() for kind, each in evaluated.items()}

@@ -7,8 +7,11 @@ import json
 import logging
 import math
 import re
+import shlex
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ INFERENCE = "inference"
 METRICS = "metrics.json"
 _STOCK_RESULTS = "coco_instances_results.json"
 _LONGEST_LINE = 1 << 20
+_LONGEST_COMMAND = 4096
 
 # Of one iteration: "total_loss", "lr", "bbox/AP" and so on.
 Scalars = dict[str, float]
@@ -53,6 +57,10 @@ class DatasetMetrics:
         baseline: the comparison with an earlier evaluation, as written; see `report.baseline`.
         segm: figures of masks; None if none were evaluated.
         keypoints: figures of keypoints; None if none were evaluated.
+        seconds_per_image: of the model alone; None if that was not measured.
+        parameters: of the model; None if that is not known.
+        date: of the evaluation, as ISO 8601; "" if that is not known.
+        command: line of the program that evaluated; "" if that is not known.
     """
 
     name: str
@@ -69,6 +77,10 @@ class DatasetMetrics:
     baseline: Any = None
     segm: Figures | None = None
     keypoints: Figures | None = None
+    seconds_per_image: float | None = None
+    parameters: int | None = None
+    date: str = ""
+    command: str = ""
 
     @property
     def ranked(self) -> list[ClassFigures]:
@@ -302,6 +314,10 @@ def _evaluation(folder: Path, name: str, entry: Mapping[str, Any]) -> DatasetMet
         baseline=entry.get("baseline"),
         segm=_figures(entry["segm"]) if "segm" in entry else None,
         keypoints=_figures(entry["keypoints"]) if "keypoints" in entry else None,
+        seconds_per_image=_percent(entry.get("seconds_per_image")),
+        parameters=int(entry["parameters"]) if "parameters" in entry else None,
+        date=str(entry.get("date", "")),
+        command=str(entry.get("command", "")),
     )
 
 
@@ -416,13 +432,17 @@ def write_metrics(
     check_no_training_log(folder)
     target = folder / METRICS
     folder.mkdir(parents=True, exist_ok=True)
+    told = {
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": plain(shlex.join(sys.argv), _LONGEST_COMMAND),
+    }
     with FileLock(folder / f".{METRICS}.lock"):  # two evaluations would lose one another's
         document = {
             **description,
             "versions": versions(),
             "hardware": hardware(),
             "commit": commit(),
-            "datasets": {**_other_datasets(target, description), dataset: entry},
+            "datasets": {**_other_datasets(target, description), dataset: {**told, **entry}},
         }
         write_json(target, document)
     logger.info("wrote %s", target)

@@ -80,6 +80,7 @@ def loss_curves(records: Sequence[Scalars], steps: Sequence[int]) -> Curves | No
     window = max(window_of(line) for line in found)
     lines = [smoothed(line, window) for line in found]
     logarithmic = differ_tenfold(lines)
+    last = max(float(line.x[-1]) for line in found)
 
     def draw(axes: Axes) -> None:
         """Draw the losses, the total on top."""
@@ -90,7 +91,7 @@ def loss_curves(records: Sequence[Scalars], steps: Sequence[int]) -> Curves | No
         else:
             axes.set_ylim(bottom=min(0.0, *(float(line.y.min()) for line in lines)))
 
-    return Curves(_svg(draw, steps, "loss"), lines, logarithmic)
+    return Curves(_svg(draw, steps, "loss", last), lines, logarithmic)
 
 
 def precision_curves(
@@ -122,7 +123,7 @@ def precision_curves(
         axes.set_xlim(0, last * 1.03 + 1)
         axes.yaxis.set_major_locator(MaxNLocator(5))
 
-    return Curves(_svg(draw, steps, name), lines, logarithmic=False)
+    return Curves(_svg(draw, steps, name, last), lines, logarithmic=False)
 
 
 def line_of(records: Sequence[Scalars], key: str, name: str) -> Line | None:
@@ -202,7 +203,21 @@ def set_logarithmic(axes: Axes) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def _svg(draw: Callable[[Axes], None], steps: Sequence[int], name: str) -> str:
+def label_iterations(axes: Axes, last: float) -> None:
+    """Label the x axis at round iterations and at the last one.
+
+    Args:
+        axes: of a figure, with its limits.
+        last: iteration.
+    """
+    left = max(0.0, axes.get_xlim()[0])
+    room = 0.15 * (last - left)  # for the last label
+    ticks = MaxNLocator(5, integer=True).tick_values(left, last)
+    shown = [*(float(tick) for tick in ticks if left <= tick < last - room), last]
+    axes.set_xticks(shown, [f"{tick:,.0f}" for tick in shown])
+
+
+def _svg(draw: Callable[[Axes], None], steps: Sequence[int], name: str, last: float) -> str:
     """Return a figure as an <svg> element that refers to the page's colours and fonts."""
     settings = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10}
     with matplotlib.rc_context(settings):
@@ -219,7 +234,7 @@ def _svg(draw: Callable[[Axes], None], steps: Sequence[int], name: str) -> str:
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.spines["bottom"].set_color(_GRID)
         axes.tick_params(length=0, pad=6, colors=_INK)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        label_iterations(axes, last)
         axes.set_xlabel("iteration", color=_INK)
         buffer = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))

@@ -11,7 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 
 from resnext_det.errors import ConfigError, DatasetError, plain
 from resnext_det.evaluation.results_file import Scalars, read_training
@@ -19,6 +18,7 @@ from resnext_det.files import written_beside
 from resnext_det.looking.curves import (
     Line,
     differ_tenfold,
+    label_iterations,
     line_of,
     set_logarithmic,
     smoothed,
@@ -210,7 +210,7 @@ def _panel(axes: Axes, metric: str, lines: Sequence[Line | None], last: float) -
     axes.set_xlim(0, last * 1.02 + 1)
     axes.set_title(metric, loc="left", fontsize=11, parse_math=False)
     axes.set_xlabel("iteration")
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    label_iterations(axes, last)
     axes.grid(axis="y", color="#dddddd", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

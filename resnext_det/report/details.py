@@ -134,6 +134,19 @@ class Confusion:
 
 
 @dataclass(frozen=True)
+class ScoreChart:
+    """Precision, recall and F1 over the score threshold, in a field of 300 x 240.
+
+    Attributes:
+        curves: name and path of each, and its value in percent at the best threshold.
+        best: the threshold with the highest F1; None if there is none.
+    """
+
+    curves: list[tuple[str, str, float | None]]
+    best: float | None
+
+
+@dataclass(frozen=True)
 class ReportDetails:
     """Where a detector errs.
 
@@ -141,11 +154,14 @@ class ReportDetails:
         curves: of the mean of all classes and of each, whose name is the key; the mean is "".
         confusion: what was taken for what.
         errors: the costliest first.
+        scores: over the score threshold, keyed as `curves`; empty for evaluations by earlier
+            versions.
     """
 
     curves: dict[str, list[RecallCurve]]
     confusion: Confusion
     errors: list[ErrorBar]
+    scores: dict[str, ScoreChart]
 
     @property
     def names(self) -> list[str]:
@@ -153,12 +169,24 @@ class ReportDetails:
         return sorted((name for name in self.curves if name), key=str.casefold)
 
     @property
-    def curve_data(self) -> dict[str, list[list[str | float]]]:
+    def curve_data(self) -> dict[str, Any]:
         """The curves as the page's script takes them: path and mean by name."""
         return {
-            name: [[curve.path, round(curve.mean, 1)] for curve in curves]
+            name: {"curves": [[curve.path, round(curve.mean, 1)] for curve in curves]}
             for name, curves in self.curves.items()
         }
+
+    @property
+    def score_data(self) -> dict[str, Any]:
+        """The curves over the score, and the best threshold, as the page's script takes them."""
+        return {
+            name: {"curves": [[path, value] for _, path, value in chart.curves], "best": chart.best}
+            for name, chart in self.scores.items()
+        }
+
+    def best_score(self, name: str) -> float | None:
+        """Return the threshold with the highest F1 of a class; None if there is none."""
+        return self.scores[name].best if name in self.scores else None
 
 
 def read_details(file: Path | None) -> ReportDetails | None:
@@ -175,7 +203,10 @@ def read_details(file: Path | None) -> ReportDetails | None:
     try:
         document = json.loads(file.read_bytes())
         return ReportDetails(
-            _curves(document), _confusion(document["confusion"]), _errors(document["errors"])
+            _curves(document),
+            _confusion(document["confusion"]),
+            _errors(document["errors"]),
+            {str(key): _score_chart(each) for key, each in document.get("by_score", {}).items()},
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         logger.warning("%s cannot be read, so the report leaves it out: %r", file, error)
@@ -193,6 +224,26 @@ def _curves(document: Mapping[str, Any]) -> dict[str, list[RecallCurve]]:
     }
 
 
+def _score_chart(entry: Mapping[str, Any]) -> ScoreChart:
+    precision, recall = _numbers(entry["precision"]), _numbers(entry["recall"])
+    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-9)
+    best = entry["best"]
+    told = ("precision", "recall", "f1")
+    at_best = [None] * 3 if best is None else _numbers([best[key] for key in told]).tolist()
+    thresholds = np.linspace(0, 1, len(precision))
+    # Above the surest correct detection, precision is 0 or undefined: that would be a cliff.
+    correct = np.flatnonzero(recall)
+    end = int(correct[-1]) + 1 if len(correct) else len(recall)
+    lines = (("Precision", precision, end), ("Recall", recall, None), ("F1", f1, None))
+    return ScoreChart(
+        [
+            (name, _path(thresholds[:end], values[:end]), value)
+            for (name, values, end), value in zip(lines, at_best)
+        ],
+        None if best is None else float(_numbers([best["score"]])[0]),
+    )
+
+
 def _numbers(values: Any) -> NDArray[np.float64]:
     numbers = np.array(values, np.float64)
     if numbers.ndim != 1 or not len(numbers) or not np.isfinite(numbers).all():
@@ -201,10 +252,15 @@ def _numbers(values: Any) -> NDArray[np.float64]:
 
 
 def _curve(name: str, recalls: NDArray[np.float64], precisions: NDArray[np.float64]) -> RecallCurve:
-    if len(recalls) != len(precisions):
-        raise ValueError("a curve has another length than its recalls")
-    x = (_WIDTH * recalls.clip(0, 1)).round(1).tolist()
-    y = (_HEIGHT * (1 - precisions.clip(0, 100) / 100)).round(1).tolist()
+    return RecallCurve(name, _path(recalls, precisions), float(precisions.mean()))
+
+
+def _path(across: NDArray[np.float64], percents: NDArray[np.float64]) -> str:
+    """Return an SVG path of percentages over values of 0 to 1."""
+    if len(across) != len(percents):
+        raise ValueError("a curve has two lengths")
+    x = (_WIDTH * across.clip(0, 1)).round(1).tolist()
+    y = (_HEIGHT * (1 - percents.clip(0, 100) / 100)).round(1).tolist()
     points = list(zip(x, y))
     # Of neighbours on a level line, only the ends are drawn: the same picture, half as long.
     kept = [
@@ -213,8 +269,7 @@ def _curve(name: str, recalls: NDArray[np.float64], precisions: NDArray[np.float
         if index in (0, len(points) - 1)
         or not points[index - 1][1] == point[1] == points[index + 1][1]
     ]
-    path = "M" + "L".join(f"{left:g} {top:g}" for left, top in kept)
-    return RecallCurve(name, path, float(precisions.mean()))
+    return "M" + "L".join(f"{left:g} {top:g}" for left, top in kept)
 
 
 def _confusion(entry: Mapping[str, Any]) -> Confusion:

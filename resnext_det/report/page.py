@@ -12,7 +12,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from resnext_det.errors import ResNeXtError
-from resnext_det.evaluation.figures import LIMITS
+from resnext_det.evaluation.figures import LIMITS, Figures
 from resnext_det.evaluation.results_file import (
     DatasetMetrics,
     Scalars,
@@ -51,6 +51,9 @@ PRECISION = (
     ("APl", "AP large", "area above 96\u00b2"),
 )
 RECALL = (
+    ("AR", "AR", "OKS 0.50 to 0.95"),
+    ("AR50", "AR50", "OKS 0.50"),
+    ("AR75", "AR75", "OKS 0.75"),
     ("AR1", "AR1", "1 detection per image"),
     ("AR10", "AR10", "10 detections"),
     ("AR100", "AR100", "100 detections"),
@@ -84,6 +87,29 @@ class Section:
     details: ReportDetails | None
     comparison: Comparison | None
     gallery: Gallery
+
+    @property
+    def kinds(self) -> list[tuple[str, Figures]]:
+        """The kinds of output that have figures, by what they are of: boxes, masks, keypoints."""
+        found = self.evaluation
+        boxes = Figures(found.figures, found.per_class)
+        kinds = (("boxes", boxes), ("masks", found.segm), ("keypoints", found.keypoints))
+        return [(name, figures) for name, figures in kinds if figures is not None]
+
+    @property
+    def facts(self) -> list[tuple[str, str]]:
+        """What is known of the evaluation: its date, speed and command."""
+        found = self.evaluation
+        speed = found.seconds_per_image
+        facts = {
+            "Evaluated": found.date.replace("T", " "),
+            "Figures by": found.engine,
+            "Speed": f"{1000 * speed:.3g} ms per image (median, of the model alone)"
+            if speed
+            else "",
+            "Command": found.command,
+        }
+        return [(name, value) for name, value in facts.items() if value]
 
     @property
     def class_figures(self) -> list[tuple[str, str, str]]:

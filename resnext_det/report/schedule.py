@@ -51,7 +51,18 @@ def schedule_facts(
     seconds = _finite(training, "time")
     if seconds:
         facts.append(("Time per iteration", f"{statistics.median(seconds):.2f} s (median)"))
+        whole = duration(statistics.fmean(seconds) * done)
+        facts.append(("Duration", f"{whole}, evaluations aside"))
     return facts
+
+
+def duration(seconds: float) -> str:
+    """Return a time as people say it, such as "2 h 05 min" or "2 min 23 s"."""
+    minutes, rest = divmod(round(min(seconds, 1e9)), 60)
+    hours, left = divmod(minutes, 60)
+    if hours:
+        return f"{grouped(hours)} h {left:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def _planned(config: ConfigSummary) -> list[tuple[str, str]]:

@@ -77,6 +77,10 @@ def test_a_killed_evaluation_goes_on_with_what_it_has(
     whole = Counting(model)
     expected = Trainer.test(cfg, whole)
     assert whole.images == 6
+    entry = json.loads((tmp_path / "inference" / "metrics.json").read_text())["datasets"][NAME]
+    assert entry["parameters"] == sum(each.numel() for each in model.parameters())
+    assert entry["seconds_per_image"] > 0
+    assert {"date", "command"} <= set(entry)
     detections = (tmp_path / "inference" / f"detections_{NAME}.json").read_bytes()
     assert len(json.loads(detections)) > 100  # an untrained detector finds things everywhere
     assert not list(tmp_path.rglob("*.partial"))

@@ -212,12 +212,13 @@ def test_precision_recall_and_f1_over_the_score_agree_with_pycocotools(tmp_path:
             assert curve.recall[number] == pytest.approx(recall)
         assert curve.best is not None
         f1 = {score: counted_at(score, scored, objects)[2] for score, _ in scored}
-        assert curve.best_f1 == pytest.approx(max(f1.values()))
-        assert curve.best_f1 == pytest.approx(f1[curve.best])
+        assert curve.best.f1 == pytest.approx(max(f1.values()))
+        found_there = curve.best.precision, curve.best.recall, curve.best.f1
+        assert found_there == pytest.approx(counted_at(curve.best.score, scored, objects))
 
 
 @pytest.mark.parametrize("rows", [[], ["Bkg"]])
 def test_without_a_correct_detection_no_threshold_is_best(tmp_path: Path, rows: list[str]) -> None:
     curve = details(tmp_path, *rows).by_score[""]
-    assert (curve.best, curve.best_f1) == (None, 0.0)
+    assert curve.best is None
     assert curve.precision.max() == curve.recall.max() == 0

@@ -120,3 +120,11 @@ def test_a_line_holds_the_values_that_there_are() -> None:
     assert line is not None
     assert (line.name, list(line.x), list(line.y), line.last) == ("rate", [2, 5], [0.5, 0.1], 0.1)
     assert line_of(records, "other", "other") is None
+
+
+@pytest.mark.parametrize("last", [0, 7, 299, 89_999, 269_999])
+def test_the_last_iteration_is_labelled(last: int) -> None:
+    records = [{"iteration": float(n), "total_loss": 1.0} for n in {0, last // 2, last}]
+    figure = loss_curves(sorted(records, key=lambda record: record["iteration"]), [])
+    assert figure is not None
+    assert f">{last:,}</text>" in figure.svg

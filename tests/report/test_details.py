@@ -104,3 +104,20 @@ def test_what_is_none_is_left_out_and_logged(
     assert read(tmp_path, content) is None
     assert "details.json" in caplog.text
     assert read_details(None) is None
+
+
+def test_curves_over_the_score_have_their_values_at_the_best_threshold(tmp_path: Path) -> None:
+    best = {"score": 0.6, "precision": 80.0, "recall": 50.0, "f1": 61.54}
+    entry = {"precision": [50, 80, 0], "recall": [100, 50, 0], "best": best}
+    nothing = {"precision": [0, 0, 0], "recall": [0, 0, 0], "best": None}
+    details = read(tmp_path, document(by_score={"": entry, "cat": nothing}))
+    assert details is not None
+    chart = details.scores[""]
+    assert (chart.best, details.best_score("cat"), details.best_score("dog")) == (0.6, None, None)
+    assert chart.curves == [
+        ("Precision", "M0 120L150 48", 80.0),  # none above the surest correct detection
+        ("Recall", "M0 0L150 120L300 240", 50.0),
+        ("F1", "M0 80L150 92.3L300 240", 61.54),
+    ]
+    for broken in ({**entry, "recall": [1]}, {**entry, "best": {"score": "x"}}, {}, None):
+        assert read(tmp_path, document(by_score={"": broken})) is None

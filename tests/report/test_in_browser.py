@@ -151,7 +151,7 @@ def test_the_table_of_classes_is_filtered_by_name(opened: Opened) -> None:
 
 def test_the_curves_of_a_class_can_be_chosen(opened: Opened, run: Path) -> None:
     details = json.loads((run / "details_toy_val.json").read_text())
-    chart = opened.page.locator(".recall")
+    chart = opened.page.locator(".recall").first
     choices = chart.locator("option").all()
     values = [choice.get_attribute("value") for choice in choices]
     assert set(values) == set(details["curves"])

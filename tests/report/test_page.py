@@ -184,7 +184,7 @@ def test_several_data_sets_have_a_section_and_a_curve_each(run: Path) -> None:
     ids = re.findall(r'\sid="([^"]*)"', page.source)
     assert len(ids) == len(set(ids))
     # It is told whose the headline's figures are, and every section of each set can be reached.
-    assert "On toy_val AP 41.2 %" in page.text
+    assert "On toy_val Box AP 41.2 %" in page.text
     targets = {value[1:] for value in page.values("a", "href")}
     assert targets == set(page.values("section", "id"))
     assert len(targets) == 2 + 2 * 3
@@ -277,7 +277,9 @@ def test_errors_curves_and_figures_of_classes_stand_in_the_page(copied: Path) ->
     for each in evaluation.per_class:
         values = (each.AP, each.AP50, each.APs, each.APm, each.APl, each.AR)
         shown = " ".join("\u2013" if value is None else f"{value:.1f}" for value in values)
-        assert f"{' '.join(each.name.split())} {shown} {each.instances}" in page.text
+        best = details["by_score"].get(each.name, {}).get("best")
+        score = "\u2013" if best is None else f"{best['score']:.2f}"
+        assert f"{' '.join(each.name.split())} {shown} {score} {each.instances}" in page.text
 
 
 def test_without_detections_nothing_is_won_and_nothing_is_best(copied: Path) -> None:
@@ -338,7 +340,7 @@ def test_details_that_cannot_be_read_are_left_out(copied: Path, text: str | None
         (copied / "details_toy_val.json").write_text(text)
     page = Page(write_report(copied))
     assert "What errors cost" not in page.text
-    assert "Average precision in %" in page.text
+    assert "Average precision of boxes in %" in page.text
 
 
 def test_an_rpn_alone_has_a_page_of_recalls(run: Path) -> None:
@@ -358,5 +360,46 @@ def test_an_rpn_alone_has_a_page_of_recalls(run: Path) -> None:
     document["datasets"]["toy_val"] = entry
     (run / "metrics.json").write_text(json.dumps(document))
     both = Page(write_report(run))
-    assert "Average precision in %" in both.text
+    assert "Average precision of boxes in %" in both.text
     assert f"Proposals on {HOSTILE}" in both.text
+
+
+def test_figures_of_masks_and_keypoints_stand_beside_those_of_boxes(copied: Path) -> None:
+    file = copied / "metrics.json"
+    document = json.loads(file.read_text())
+    entry = document["datasets"]["toy_val"]
+    row = {"AP": 81.5, "AP50": 92.5, "instances": 3}
+    masks = {"AP": 71.25, "AP50": 80.0, "AR100": 77.7}
+    poses = {"AP": 61.25, "AR50": 66.6}
+    entry["segm"] = {"figures": masks, "per_class": [{"name": "<b>owl\ud800", **row}]}
+    entry["keypoints"] = {"figures": poses, "per_class": [{"name": "owl", **row}]}
+    entry |= {"seconds_per_image": 0.0345, "parameters": 44_000_000, "date": "2026-01-02T03:04:05"}
+    entry["command"] = "train_net.py --config-file '</dl>\ud800'"
+    file.write_text(json.dumps(document))
+    page = Page(write_report(copied))
+    for words in (
+        "Mask AP 71.2 % Keypoint AP 61.2 %",
+        "Average precision of boxes in %", "Average recall of boxes in %",
+        "Average precision of masks in % AP IoU 0.50 to 0.95 71.2 AP50 IoU 0.50 80.0",
+        "Average recall of masks in % AR100 100 detections 77.7",
+        "Average precision of keypoints in % AP OKS 0.50 to 0.95 61.2",
+        "Average recall of keypoints in % AR50 OKS 0.50 66.6",
+        "Masks Class AP AP50 <b>owl? 81.5 92.5", "Errors of boxes",
+        "34.5 ms per image", "Parameters 44,000,000", "Evaluated 2026-01-02 03:04:05",
+        "Command train_net.py --config-file '</dl>?'",
+    ):  # fmt: skip
+        assert words in page.text, words
+
+
+def test_names_that_are_no_text_end_in_a_page(copied: Path) -> None:
+    text = json.dumps(json.loads((copied / "metrics.json").read_text()))
+    (copied / "metrics.json").write_text(text.replace('"class 1"', r'"class \ud800"'))
+    record = {"iteration": 5, "total_loss": 1.0, "bbox/AP": 3.0, "bbox/AP-\ud800": 2.0}
+    other = {"iteration": 9, "\ud800/bbox/AP": 3.0}
+    lines = "\n".join(map(json.dumps, (record, other)))
+    (copied / "metrics.jsonl").write_text(lines)
+    page = Page(write_report(copied))
+    assert "class ?" in page.text
+    for file in copied.glob("details_*.json"):
+        file.write_text(file.read_text().replace('"class 1"', r'"class \ud800"'))
+    assert "What is taken for what" in Page(write_report(copied)).text

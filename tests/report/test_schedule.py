@@ -75,6 +75,7 @@ def test_without_a_config_there_is_what_the_lines_tell(tmp_path: Path) -> None:
         "Iterations": "40",
         "Images per update": "4",
         "Time per iteration": "0.50 s (median)",
+        "Duration": "20 s, evaluations aside",
     }
     assert schedule_facts(tmp_path, None, []) == []
 
