@@ -15,6 +15,7 @@ import pytest
 from resnext_det.evaluation.annotations import read_ground_truth
 from resnext_det.evaluation.detections import read_detections
 from resnext_det.evaluation.results_file import DatasetMetrics, read_metrics
+from resnext_det.report.details import read_details
 from resnext_det.report.gallery import LOWEST
 from resnext_det.report.matching import Labelled, Outcome, compare
 from resnext_det.report.page import write_report
@@ -97,10 +98,12 @@ def test_the_figures_are_seen(opened: Opened) -> None:
 
 
 def test_the_table_of_classes_sorts_by_every_column_both_ways(opened: Opened) -> None:
-    names = ("name", "AP", "AP50", "APs", "APm", "APl", "AR", "instances")
+    names = ("name", "AP", "AP50", "APs", "APm", "APl", "AR", "best", "instances")
     buttons = opened.page.locator(".sortable thead button")
     assert buttons.count() == len(names)
     by_name = {each.name: each for each in opened.evaluation.per_class}
+    details = read_details(opened.evaluation.details)
+    assert details is not None
     for column, name in enumerate(names):
         orders = []
         for _ in range(2):
@@ -115,6 +118,8 @@ def test_the_table_of_classes_sorts_by_every_column_both_ways(opened: Opened) ->
                 keys = [each.name for each in shown if each.name.startswith(("class", "a", "z"))]
                 expected = ["a\u2028line", "apple", "class 1", "class 2", "class 10", "zebra"]
                 assert keys == (expected if upwards else expected[::-1])
+            elif name == "best":
+                check_order([details.best_score(each.name) for each in shown], upwards)
             else:
                 check_order([getattr(each, name) for each in shown], upwards)
             orders.append(upwards)
@@ -545,3 +550,28 @@ def test_the_map_of_many_classes_tells_each_cell(
     assert shades == sorted(shades)
     assert page.locator(".map path").last.get_attribute("d") == "M7 3h1v1h-1z"
     page.close()
+
+
+@pytest.mark.parametrize(
+    "opened", [{"viewport": {"width": 390, "height": 844}, "has_touch": True}], indirect=True
+)
+def test_a_picture_fills_the_screen_of_a_phone(opened: Opened) -> None:
+    pair = opened.page.locator(".pair").first
+    pair.get_by_role("button").tap()
+    assert pair.bounding_box() == {"x": 0, "y": 0, "width": 390, "height": 844}
+    assert opened.script("() => document.querySelector('.pair.wide .sides').offsetWidth") == 780
+    pair.get_by_role("button", name="Reduce").tap()
+    assert opened.script("() => document.documentElement.scrollWidth") == 390
+
+
+def test_the_best_threshold_is_of_the_chosen_class(opened: Opened) -> None:
+    details = read_details(opened.evaluation.details)
+    assert details is not None
+    chart = opened.page.locator(".recall").nth(1)
+    for name in ("", "zebra", "class 10"):
+        chart.locator("select").select_option(name)
+        best = details.scores[name].best
+        assert best is not None
+        assert chart.locator("output").inner_text() == f"Highest F1 at a score of {best:.2f}"
+        assert float(chart.locator(".best").get_attribute("x1") or "") == pytest.approx(300 * best)
+        assert chart.locator("path").nth(2).get_attribute("d") == details.scores[name].curves[2][1]
