@@ -61,6 +61,11 @@ def _proposal_files(cfg: CfgNode, use: str) -> str | None:
     names, files = cfg.DATASETS[use], cfg.DATASETS[f"PROPOSAL_FILES_{use}"]
     if not cfg.MODEL.LOAD_PROPOSALS or not names:
         return None
+    if addresses := [f for f in files if "://" in f and not f.startswith("detectron2://")]:
+        return (
+            f"DATASETS.PROPOSAL_FILES_{use} has the address {quoted(addresses[0])}, and Detectron2 "
+            "executes what it downloads from there. Download the file, and name its path."
+        )
     missing = [file for file in files if "://" not in file and not Path(file).is_file()]
     if len(files) == len(names) and not missing:
         return next((said for file in files if (said := _more_than_boxes(Path(file)))), None)
@@ -74,7 +79,7 @@ def _proposal_files(cfg: CfgNode, use: str) -> str | None:
 def _more_than_boxes(file: Path) -> str | None:
     """Read a file of proposals as data: Detectron2 unpickles it, which runs any code in it."""
     if not file.is_file():
-        return None  # an address, which Detectron2 downloads from its own server
+        return None  # of detectron2://, its own server
     try:
         with open_regular(file) as stream:
             ArrayUnpickler(stream).load()

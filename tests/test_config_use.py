@@ -215,3 +215,7 @@ def test_proposals_that_are_a_program_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"proposals\.pkl are not a pickle of arrays alone"):
         refuse_impossible(cfg)
     assert not mark.exists()
+    for address in ("http://127.0.0.1:9/a.pkl", "https://example.org/a.pkl", "s3://bucket/a.pkl"):
+        cfg = load_config(TOY, [*words, "DATASETS.PROPOSAL_FILES_TRAIN", f"('{address}',)"])
+        with pytest.raises(ConfigError, match="executes what it downloads"):
+            refuse_impossible(cfg)
