@@ -2,4 +2,5 @@
 
 from setuptools import find_packages, setup
 
-setup(packages=[*find_packages(include=["resnext_det", "resnext_det.*"]), "resnext_det.configs"])
+found = find_packages(include=["resnext_det", "resnext_det.*", "resnext_det_cli"])
+setup(packages=[*found, "resnext_det.configs"])

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
+import os
 import sys
 import warnings
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -84,3 +88,28 @@ def ignore_others_warnings() -> None:
         warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.functional")
     for name in ("torch.utils.cpp_extension", "torch.fx._symbolic_trace"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def json_alone(wanted: bool) -> Iterator[Callable[[Any], None]]:
+    """Send to standard error what a command and its child processes print, but for one document.
+
+    Args:
+        wanted: whether the command was given --json; without it, nothing is redirected or printed.
+
+    Yields:
+        A function that prints its argument on standard output, as JSON.
+    """
+    if not wanted:
+        yield lambda document: None
+        return
+    sys.stdout.flush()
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as stream:
+        os.dup2(2, 1)
+        try:
+            yield lambda document: print(
+                json.dumps(document, indent=2, allow_nan=False), file=stream, flush=True
+            )
+        finally:
+            sys.stdout.flush()
+            os.dup2(stream.fileno(), 1)

@@ -92,16 +92,18 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 
 def test_the_wheel_holds_every_module_config_and_marker(wheel: zipfile.ZipFile) -> None:
     held = set(wheel.namelist())
-    package = ROOT / "resnext_det"
     expected = {
         str(path.relative_to(ROOT))
-        for path in package.rglob("*")
+        for package in ("resnext_det", "resnext_det_cli")
+        for path in (ROOT / package).rglob("*")
         if path.suffix in (".py", ".j2") or path.name == "py.typed"
     }
     configs = [path for path in (ROOT / "configs").iterdir() if path.suffix in (".yaml", ".py")]
     expected |= {f"resnext_det/configs/{path.name}" for path in configs}
     assert expected <= held, sorted(expected - held)
     assert not [name for name in held if name.startswith(("tools/", "tests/", "configs/"))]
+    (entry_points,) = (name for name in held if name.endswith("/entry_points.txt"))
+    assert b"resnext-det = resnext_det_cli:main" in wheel.read(entry_points)
 
 
 def test_the_installed_wheel_finds_its_configs(wheel: zipfile.ZipFile, tmp_path: Path) -> None:

@@ -20,16 +20,36 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from tabulate import tabulate
 
-from resnext_det.environment import hardware, versions
-from resnext_det.errors import EvaluationError, reported
-from resnext_det.evaluation.annotations import GroundTruth, read_ground_truth
-from resnext_det.evaluation.coco import by_hotcoco, by_pycocotools
-from resnext_det.evaluation.detections import Detections, read_detections
-from resnext_det.evaluation.evaluator import evaluate_detections, write_evaluated
-from resnext_det.files import write_json
+def parse() -> argparse.Namespace:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", type=int, default=5_000)
+    parser.add_argument("--detections", type=int, default=500_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--fast", action="store_true", help="without pycocotools")
+    parser.add_argument("--output", type=Path, metavar="JSON")
+    arguments = parser.parse_args()
+    if min(arguments.images, arguments.detections, arguments.rounds) < 1:
+        parser.error("--images, --detections and --rounds must be 1 or more")
+    return arguments
+
+
+if __name__ == "__main__":
+    ARGUMENTS = parse()  # answers --help before torch and Detectron2 are imported
+
+import numpy as np  # noqa: E402
+from tabulate import tabulate  # noqa: E402
+
+from resnext_det.environment import hardware, versions  # noqa: E402
+from resnext_det.errors import EvaluationError, reported  # noqa: E402
+from resnext_det.evaluation.annotations import GroundTruth, read_ground_truth  # noqa: E402
+from resnext_det.evaluation.coco import by_hotcoco, by_pycocotools  # noqa: E402
+from resnext_det.evaluation.detections import Detections, read_detections  # noqa: E402
+from resnext_det.evaluation.evaluator import evaluate_detections, write_evaluated  # noqa: E402
+from resnext_det.files import write_json  # noqa: E402
 
 WHOLE = "from files to all tables"
 CLASSES = 80
@@ -123,19 +143,8 @@ def subjects(files: tuple[Path, Path], *, slow: bool) -> dict[str, Callable[[], 
     return found
 
 
-def main() -> None:
-    """Parse the arguments, check that the figures agree, measure in turn, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--images", type=int, default=5_000)
-    parser.add_argument("--detections", type=int, default=500_000)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--fast", action="store_true", help="without pycocotools")
-    parser.add_argument("--output", type=Path, metavar="JSON")
-    arguments = parser.parse_args()
-    if min(arguments.images, arguments.detections, arguments.rounds) < 1:
-        parser.error("--images, --detections and --rounds must be 1 or more")
+def main(arguments: argparse.Namespace) -> None:
+    """Check that the figures agree, measure in turn, print."""
     with reported(), tempfile.TemporaryDirectory() as folder:
         runs = subjects(
             make_up(Path(folder), arguments.images, arguments.detections), slow=not arguments.fast
@@ -168,4 +177,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(ARGUMENTS)

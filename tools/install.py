@@ -1,6 +1,7 @@
 """Make a virtual environment with everything resnext_det needs; a second run installs nothing.
 
-Usage: python tools/install.py [--folder .venv] [--detectron2 wheel|source]
+    python tools/install.py
+    python tools/install.py --folder .venv --detectron2 source
 
 Runs before anything is installed, so it uses the standard library alone, in a syntax that
 Pythons too old for the package can still read well enough to say so.
@@ -22,7 +23,9 @@ DETECTRON2_SOURCE = "git+https://github.com/facebookresearch/detectron2.git@a59f
 
 def main():
     """Parse the arguments, install what is missing, check that it imports."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", default=os.path.join(ROOT, ".venv"))
     parser.add_argument("--detectron2", choices=["wheel", "source"], default="wheel")
     arguments = parser.parse_args()

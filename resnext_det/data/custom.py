@@ -69,31 +69,13 @@ class CustomData:
         return f"{CUSTOM}{stem}_{digest[:8]}"
 
 
-_BESIDE = "their images (default: ../SPLIT if J is NAME_SPLIT.json as COCO's, else beside J)"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that name data sets, and --ignore-health.
-
-    Args:
-        parser: of a tool that trains or evaluates.
-    """
-    group = parser.add_argument_group("data of your own, in COCO's format")
-    group.add_argument("--train-json", metavar="J", help="annotations to train on")
-    group.add_argument("--train-images", metavar="D", help=_BESIDE)
-    group.add_argument("--test-json", metavar="J", help="annotations to evaluate with")
-    group.add_argument("--test-images", metavar="D", help=_BESIDE)
-    group.add_argument(
-        "--ignore-health", action="store_true", help="go on with annotations that have errors"
-    )
-
-
 def from_arguments(cfg: CfgNode, arguments: argparse.Namespace) -> CfgNode:
     """Do what `use` does, as the command line says.
 
     Args:
         cfg: the run's config.
-        arguments: the flags of `add_arguments`, "eval_only", and overrides in "opts".
+        arguments: "train_json" and the others of `resnext_det_cli.flags.add_own_data`,
+            "eval_only", and overrides in "opts".
 
     Returns:
         The config; without any of the flags, the given one.
@@ -172,7 +154,7 @@ def register_arguments(arguments: argparse.Namespace) -> None:
     """Register the data sets of the command line in this process; doing so again is harmless.
 
     Args:
-        arguments: the flags of `add_arguments`, which another process gave to `from_arguments`.
+        arguments: those that another process gave to `from_arguments`.
 
     Raises:
         ConfigError: a file or folder that is not there.

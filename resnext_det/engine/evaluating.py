@@ -12,7 +12,7 @@ from detectron2.utils.file_io import PathManager
 
 from resnext_det.backbones import build_detector
 from resnext_det.config import complete
-from resnext_det.config_use import refuse_impossible
+from resnext_det.config_use import idle_warning, refuse_impossible
 from resnext_det.data.custom import class_names
 from resnext_det.engine.checkpoints import last_good
 from resnext_det.engine.classes import check_classes
@@ -44,6 +44,8 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
         DatasetError: the data has other classes than the weights.
     """
     refuse_impossible(cfg, comm.get_world_size(), training=False)
+    if (warning := idle_warning(cfg)) is not None:
+        logger.warning("%s", warning)
     if resume:
         checkpoint = last_checkpoint(cfg)
         cfg = cfg.clone()
@@ -59,6 +61,36 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
     if cfg.TEST.AUG.ENABLED:
         results = {**results, **Trainer.test_with_TTA(cfg, model)}
     return results
+
+
+def of_run(folder: Path) -> tuple[Path, Path]:
+    """Return the config and the weights of a run.
+
+    The weights are model_final.pth if the training was finished, else its last good checkpoint.
+
+    Args:
+        folder: OUTPUT_DIR of a training.
+
+    Returns:
+        The files; config.yaml names the data, and datasets.json beside it their files.
+
+    Raises:
+        ConfigError: the folder, its config or its weights are missing.
+        TrainingError: there are checkpoints, and all of them are damaged.
+    """
+    config, final = folder / "config.yaml", folder / "model_final.pth"
+    if not config.is_file():
+        raise ConfigError(
+            f"--run {quoted(folder)} holds no config.yaml: name OUTPUT_DIR of a training, or name "
+            "--config-file and MODEL.WEIGHTS instead."
+        )
+    weights = final if final.is_file() else last_good(folder)
+    if weights is None:
+        raise ConfigError(
+            f"--run {quoted(folder)} holds no checkpoint of a training: name OUTPUT_DIR of one, or "
+            "name --config-file and MODEL.WEIGHTS instead."
+        )
+    return config, weights
 
 
 def check_expectations(cfg: CfgNode) -> None:

@@ -54,13 +54,13 @@ class Job:
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> Job:
-        """Read the flags of `add_arguments` and torchrun's environment variables.
+        """Read the flags of `add_processes` in the command line and torchrun's variables.
 
         Raises:
             ConfigError: a number is out of range, there are fewer GPUs than processes, the
                 dist_url is malformed, missing or in use, or a flag contradicts torchrun.
         """
-        timeout = arguments.dist_timeout
+        timeout = _TIMEOUT if arguments.dist_timeout is None else arguments.dist_timeout
         if not 0 < timeout <= _LONGEST_TIMEOUT:
             raise ConfigError(
                 f"--dist-timeout is {timeout:g}: give seconds, more than 0 and at most "
@@ -80,37 +80,6 @@ class Job:
         if job.world_size > 1 and job.machine_rank == 0 and job.dist_url != "auto":
             _check_port(job)
         return job
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that `Job.of` reads."""
-    group = parser.add_argument_group("processes")
-    group.add_argument(
-        "--num-gpus",
-        type=int,
-        metavar="N",
-        help="processes on this machine, each with its own GPU, or on the CPU if there is no GPU "
-        "(default: 1)",
-    )
-    group.add_argument(
-        "--num-machines", type=int, metavar="N", help="start the command on each (default: 1)"
-    )
-    group.add_argument(
-        "--machine-rank", type=int, metavar="R", help="rank of this machine (default: 0)"
-    )
-    group.add_argument(
-        "--dist-url",
-        metavar="URL",
-        help="where the processes meet: tcp://HOST:PORT of machine 0, env:// for $MASTER_ADDR and "
-        "$MASTER_PORT, or auto on one machine (default: auto)",
-    )
-    group.add_argument(
-        "--dist-timeout",
-        type=float,
-        default=_TIMEOUT,
-        metavar="SECONDS",
-        help="how long to wait for the other machines at the start (default: %(default)g)",
-    )
 
 
 def _at_least_one(flag: str, given: int | None) -> int:

@@ -17,7 +17,6 @@ from resnext_det import load_config
 from resnext_det.data.checks import check_datasets
 from resnext_det.data.custom import (
     CustomData,
-    add_arguments,
     class_names,
     from_arguments,
     read_record,
@@ -26,6 +25,7 @@ from resnext_det.data.custom import (
     use,
 )
 from resnext_det.errors import ConfigError, DatasetError
+from resnext_det_cli.flags import add_own_data
 
 TOY = "faster_rcnn_X_26_8x4d_FPN_toy"
 NAMES = {7: "cat", 3: "dog", 40: "a horse"}
@@ -71,7 +71,7 @@ def test(tmp_path: Path) -> Path:
 
 def parsed(*words: object) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
+    add_own_data(parser)
     parser.add_argument("--eval-only", action="store_true")
     parser.add_argument("opts", nargs="*")
     return parser.parse_intermixed_args([str(word) for word in words])

@@ -110,12 +110,12 @@ if __name__ == "__main__":
 PARSED = """
 import argparse
 from job import *
-from resnext_det.engine.job import add_arguments
+from resnext_det_cli.flags import add_processes
 from resnext_det.errors import reported
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
+    add_processes(parser)
     parser.add_argument("opts", nargs="*")
     arguments = parser.parse_intermixed_args()
     name, folder, *more = arguments.opts
@@ -143,6 +143,7 @@ def start(*words: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-W", "ignore", *(str(word) for word in words)]
     environment = dict(os.environ)
     environment.pop("OMP_NUM_THREADS", None)
+    environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
 
 

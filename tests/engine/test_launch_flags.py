@@ -8,8 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from resnext_det.engine.job import Job, add_arguments, check_gpus
+from resnext_det.engine.job import Job, check_gpus
 from resnext_det.errors import ConfigError
+from resnext_det_cli.flags import add_processes
 
 TORCHRUN = {
     "RANK": "5",
@@ -23,7 +24,7 @@ TORCHRUN = {
 
 def parse(*words: object) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
+    add_processes(parser)
     parser.add_argument("opts", nargs="*")
     return parser.parse_intermixed_args([str(word) for word in words])
 

@@ -1,0 +1,1 @@
+"""The commands of `resnext-det`: `run`, for arguments that `resnext_det_cli` has parsed."""

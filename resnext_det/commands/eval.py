@@ -1,0 +1,3 @@
+"""`resnext-det eval`: `train` with --eval-only."""
+
+from resnext_det.commands.train import run as run

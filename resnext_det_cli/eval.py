@@ -1,0 +1,29 @@
+r"""Evaluate a detector on a data set.
+
+    %(prog)s --run output/run
+    %(prog)s --run output/run --test-json annotations.json --test-images images --json
+    %(prog)s --config-file configs/faster_rcnn_X_50_32x4d_FPN_paper.yaml \
+        MODEL.WEIGHTS model_final.pth OUTPUT_DIR output/eval
+
+Writes metrics.json, the detections and where the detector errs into OUTPUT_DIR/inference: with
+--run, into the run's folder. The same as `train --eval-only`.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from resnext_det_cli import flags
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags."""
+    flags.add_config(parser, run=True)
+    parser.add_argument(
+        "--cross-check", action="store_true", help="figures by hotcoco and pycocotools"
+    )
+    parser.add_argument("--json", action="store_true", help="print metrics.json, and nothing else")
+    parser.set_defaults(eval_only=True, resume=False, overwrite=False)
+    flags.add_own_data(parser, training=False)
+    flags.add_processes(parser)
+    flags.add_overrides(parser)
