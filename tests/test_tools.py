@@ -53,26 +53,24 @@ def test_resume_goes_on_where_the_run_stopped(run: Path, tool: Tool, datasets: P
     assert checkpoint["iteration"] == 5
 
 
-def test_evaluation_report_and_drawing(run: Path, tool: Tool, datasets: Path) -> None:
-    weights = run / "model_final.pth"
-    arguments = [*TOY, "--eval-only", "MODEL.WEIGHTS", weights, "OUTPUT_DIR", run]
-    done = tool("train_net.py", arguments, datasets)
+def test_a_run_folder_is_enough_to_evaluate_report_and_draw(
+    run: Path, tool: Tool, datasets: Path
+) -> None:
+    done = tool("train_net.py", ["--run", run, "--eval-only", "--json"], datasets)
     assert done.returncode == 0, done.stderr
-    for word in ("AP50", "AR100", "crescent"):
-        assert word in done.stdout
-    evaluated = json.loads((run / "inference" / "metrics.json").read_text())["datasets"][
-        "toy_coco_minival"
-    ]
+    written = json.loads((run / "inference" / "metrics.json").read_text())
+    assert json.loads(done.stdout) == written
+    evaluated = written["datasets"]["toy_coco_minival"]
     assert len(evaluated["figures"]) == 12
     assert evaluated["image_count"] == 6
     assert all(v is None or math.isfinite(v) for v in evaluated["figures"].values())
-    done = tool("report.py", [run])
+    done = tool("report.py", ["--run", run])
     assert done.stdout.splitlines()[-1] == f"Report: {run / 'report.html'}"
     pictures = datasets / "toy_coco" / "val2017"
     broken = run / "broken.jpg"
     broken.write_bytes(b"no picture")
-    arguments = [*TOY, "--input", pictures, broken, "--output", run / "drawn"]
-    done = tool("demo.py", [*arguments, "--opts", "MODEL.WEIGHTS", weights], datasets)
+    arguments = ["--run", run, "--input", pictures, broken, "--output", run / "drawn"]
+    done = tool("demo.py", arguments, datasets)
     assert done.returncode != 0
     assert "broken.jpg" in done.stderr.splitlines()[-1]
     drawn = sorted(path.name for path in (run / "drawn").glob("*.jpg"))

@@ -11,6 +11,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from resnext_det.backbones import build_detector
+from resnext_det.checkpoint_file import iteration_of, read_outline
 from resnext_det.config import complete
 from resnext_det.config_use import idle_warning, refuse_impossible
 from resnext_det.data.custom import class_names
@@ -66,7 +67,8 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
 def of_run(folder: Path) -> tuple[Path, Path]:
     """Return the config and the weights of a run.
 
-    The weights are model_final.pth if the training was finished, else its last good checkpoint.
+    The weights are model_final.pth, unless a resumed training has gone further since: then its last
+    good checkpoint.
 
     Args:
         folder: OUTPUT_DIR of a training.
@@ -84,13 +86,20 @@ def of_run(folder: Path) -> tuple[Path, Path]:
             f"--run {quoted(folder)} holds no config.yaml: name OUTPUT_DIR of a training, or name "
             "--config-file and MODEL.WEIGHTS instead."
         )
-    weights = final if final.is_file() else last_good(folder)
+    weights = last_good(folder)
+    if final.is_file() and (weights is None or _iteration(final) >= _iteration(weights)):
+        weights = final
     if weights is None:
         raise ConfigError(
             f"--run {quoted(folder)} holds no checkpoint of a training: name OUTPUT_DIR of one, or "
             "name --config-file and MODEL.WEIGHTS instead."
         )
     return config, weights
+
+
+def _iteration(file: Path) -> int:
+    found = iteration_of(read_outline(file))
+    return -1 if found is None else found
 
 
 def check_expectations(cfg: CfgNode) -> None:

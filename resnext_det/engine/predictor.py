@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,8 @@ from resnext_det.engine.recorded_config import check_same_function
 from resnext_det.errors import ConfigError, DatasetError, quoted
 from resnext_det.images import as_array, check_pixel_format
 from resnext_det.pretrained.loading import load_weights
+
+logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
@@ -82,6 +85,8 @@ class Predictor:
         self._architecture = architecture
         if cfg.MODEL.WEIGHTS:
             check_same_function(cfg)
+        if cfg.TEST.AUG.ENABLED:
+            logger.warning("TEST.AUG.ENABLED is for evaluations: pictures are not augmented here.")
         self.model = build_detector(cfg).eval()
         self.report = load_weights(self.model, cfg, whole_detector=True)
         self._names = _class_names(cfg)
