@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 
 def _require_detectron2() -> None:
-    """Raise one error that says how to mend a Detectron2 that is missing or does not import."""
+    """Raise one error that says what to do if Detectron2 is missing or does not import."""
     try:
         if importlib.util.find_spec("pkg_resources") is None:
             raise ImportError("pkg_resources is missing; setuptools below 81 has it")

@@ -58,7 +58,7 @@ def _git(source: Path, *arguments: str) -> str | None:
     # Inside a hook of git, GIT_DIR and others name the repository of that hook instead.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     # The folder of the package, and never the one that the user is in. Git would run what
-    # core.fsmonitor names, and writes into the checkout unless it is told not to.
+    # core.fsmonitor names, and writes into the checkout unless told not to.
     options = ("-C", str(source.parent), "-c", "core.fsmonitor=false", "--no-optional-locks")
     try:
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Errors that a user can mend: each says what was given, what is allowed and what to do."""
+"""Errors that a user can fix: each says what was given, what is allowed and what to do."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def fingerprint(detectron2):
 
 
 def read(name):
-    """Return the text of a file, or None where there is none."""
+    """Return the text of a file, or None if there is none."""
     if not os.path.exists(name):
         return None
     with open(name) as file:
@@ -104,7 +104,7 @@ def make_environment(folder, stamp):
 
 
 def environment_version(folder):
-    """Return the Python version of a virtual environment, or None where there is none."""
+    """Return the Python version of a virtual environment, or None if it is not one."""
     for line in (read(os.path.join(folder, "pyvenv.cfg")) or "").splitlines():
         name, _, value = line.partition("=")
         if name.strip() == "version":

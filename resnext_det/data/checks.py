@@ -103,7 +103,7 @@ def classes_of(name: str) -> list[str] | None:
 
 
 def _check_ids(name: str) -> None:
-    """Refuse a data set without a file whose images an evaluation could not tell apart."""
+    """Refuse a data set without a file if an evaluation could not distinguish its images."""
     ids = [record.get("image_id") for record in DatasetCatalog.get(name)]
     bad = [number for number in ids if not is_whole(number)]
     if bad:

@@ -1,6 +1,6 @@
 """Toy COCO: a seeded generator of images and annotations in COCO's own folder layout.
 
-Shapes on textured backgrounds stand in for COCO where COCO cannot be had: in tests and in
+Shapes on textured backgrounds replace COCO where it is not available: in tests and in
 `make demo`. There are small, medium and large objects by COCO's area limits, occlusion, crowds
 and images without any object, so that all 12 COCO figures are numbers. The same seed gives the
 same bytes (with the same versions of NumPy and Pillow).

@@ -155,7 +155,7 @@ def measure(
         modes: "inference", "training" or both.
         rounds: how often each is timed.
         warm_up: rounds before that, which do not count.
-        device: "cpu" or "cuda"; by default the GPU where there is one.
+        device: "cpu" or "cuda"; by default the GPU, if there is one.
 
     Raises:
         ConfigError: no subjects, or two of one name, or no rounds.
@@ -217,7 +217,7 @@ def _timed(network: nn.Module, images: Tensor, mode: Mode) -> float:
 
 
 def _wait(images: Tensor) -> None:
-    """Wait until the GPU has done what it was told."""
+    """Wait for the GPU."""
     if images.is_cuda:
         torch.cuda.synchronize()
 

@@ -25,7 +25,7 @@ class Goal:
     """What a training is judged by.
 
     Attributes:
-        metric: such as "bbox/AP"; higher is better, but for losses. "" for none.
+        metric: such as "bbox/AP"; higher is better, except for losses. "" for none.
         patience: evaluations without a better value after which the training ends; 0 for never.
     """
 

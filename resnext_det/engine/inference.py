@@ -154,7 +154,7 @@ class Stopwatch:
 
 
 class Remaining:
-    """The batches of a loader without the images that are done; those are read all the same.
+    """The batches of a loader without the images that are done; these are read, and dropped.
 
     Attributes:
         batch_size: images of the batch that was given last.

@@ -1,6 +1,6 @@
 """Pretraining in miniature: a small ResNeXt learns to classify crops of the toy shapes.
 
-It stands in for ImageNet-1K where ImageNet cannot be had. The checkpoint has torchvision's
+It replaces ImageNet-1K in the demonstration. The checkpoint has torchvision's
 layout and pixel convention (RGB, 0 to 1, ImageNet's mean and std), so that it takes the same way
 into a detector as published ImageNet weights do.
 """

@@ -88,7 +88,7 @@ def scale(cfg: CfgNode, world_size: int) -> tuple[CfgNode, Plan]:
       a micro-batch of 1 image each.
     - "linear": `DefaultTrainer.auto_scale_workers`, with the same images per process: batch,
       learning rate, iterations and periods change. One micro-batch per update.
-    - "none": as it stands, in one micro-batch per update.
+    - "none": unchanged, in one micro-batch per update.
 
     SOLVER.IMS_PER_MICRO_BATCH, where it is not 0, sets the size of the micro-batches. A schedule
     that is longer than SOLVER.MAX_ITER is shortened first, with a warning in the plan.

@@ -1,6 +1,6 @@
 """Where the numbers of a training go: metrics.jsonl, TensorBoard and, if asked for, wandb.
 
-The log of a training that was killed and resumed is that of one that was not, but for times: rows
+The log of a killed and resumed training equals that of an uninterrupted one, except for times: rows
 are on disk before a checkpoint of a later iteration, a checkpoint holds what the next row is made
 of, and a resumed training drops what was written after it.
 """

@@ -16,7 +16,7 @@ from resnext_det.evaluation.coco import Accumulated, Protocol, hotcoco_evaluatio
 from resnext_det.evaluation.detections import Detections
 
 CONFUSED_FROM = 0.5
-"""Detections below this score do not stand in the table of confused classes: there are 100 of
+"""Detections below this score are left out of the table of confused classes: there are 100 of
 them per image, most of which nobody would be shown."""
 OVERLAP = 0.5
 """The IoU from which on a detection may be of an object."""
@@ -98,7 +98,7 @@ class ErrorAnalysis:
             ("0.50", "0.75", "0.50:0.95"); the mean of all classes under "". A class without
             objects is not there.
         confusion: (K + 1, K + 1) counts: true class by detected class, the last of both being
-            background; at an IoU of 0.5, detections with a score of 0.5 or more, but for those
+            background; at an IoU of 0.5, detections with a score of 0.5 or more, except those
             in a crowd of their class.
         errors: TIDE's kinds, for AP50.
         by_score: by class name, all classes pooled under ""; a class without objects has none.

@@ -251,7 +251,7 @@ class DetectionEvaluator(DatasetEvaluator):
         return done
 
     def reset(self) -> None:
-        """Forget what was gathered, but for what `keep` just took over."""
+        """Forget what was gathered, except for what `keep` just took over."""
         if not self._kept:
             self._predictions = Predictions()
         self._kept = False

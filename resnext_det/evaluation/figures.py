@@ -149,7 +149,7 @@ def proposal_figures(
 
     The protocol is COCO's, classes left out: recall averaged over IoU 0.50 to 0.95. Detectron2's
     own evaluator matches every object with the proposal that overlaps it most instead, whatever
-    its score, which gives the same but for objects that share a proposal.
+    its score, which gives the same, except for objects that share a proposal.
 
     Args:
         truth: the annotations.

@@ -401,7 +401,7 @@ def read_training(run: Path) -> list[Scalars]:
 
 
 def file_name_of(dataset: str) -> str:
-    """Return the name of a data set as it may stand in a file's: for each name another one."""
+    """Return a data set's name as it may appear in a file name: a different one for each."""
     plain = re.sub(r"[^\w.-]", "_", dataset)
     if plain == dataset:
         return plain

@@ -243,7 +243,7 @@ def _svg(draw: Callable[[Axes], None], steps: Sequence[int], name: str, last: fl
 
 
 def _for_page(document: str) -> str:
-    """Turn a whole SVG document into an element that may stand in a page beside others."""
+    """Turn an SVG document into an element for a page with others."""
     element = document[document.index("<svg") :]
     # Matplotlib's style sheet would hold for the whole page, and its ids repeat in each figure.
     # Inside HTML an <svg> needs no namespaces.

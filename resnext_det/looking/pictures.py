@@ -74,7 +74,7 @@ def save_png(picture: Image.Image, target: Path, maker: str = "") -> None:
     Args:
         picture: of any mode that PNG has.
         target: the file.
-        maker: to stand in the file, see `made_by`; "" for none.
+        maker: recorded in the file, see `made_by`; "" for none.
 
     Raises:
         ResNeXtError: it cannot be written.

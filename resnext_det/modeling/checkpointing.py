@@ -45,7 +45,7 @@ class _Contexts:
 class _StatisticsAtRest(AbstractContextManager[None]):
     """While entered, the batch norms of a block leave their running statistics alone.
 
-    A class, as it is entered anew for each backward pass through a graph that is kept.
+    A class, since it is entered again for each backward pass through a retained graph.
     """
 
     def __init__(self, block: nn.Module) -> None:

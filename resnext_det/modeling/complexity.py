@@ -134,7 +134,7 @@ def detector_complexity(
         The parts of the image as the network sees it, padded to its strides.
 
     Raises:
-        ConfigError: the size is none of an image, or the detector of another kind than
+        ConfigError: the size is not that of an image, or the detector is of another kind than
             GeneralizedRCNN, ProposalNetwork, RetinaNet and FCOS.
     """
     height = cfg.INPUT.MIN_SIZE_TEST if height is None else height
@@ -179,7 +179,7 @@ class _Counts:
     def add(self, way: Callable[..., Any], *inputs: Tensor, times: int = 1) -> None:
         """Take a way through the network, and add what it costs so many times.
 
-        The trace needs the shapes alone. A batch of no images has all of them but for the first
+        The trace needs only shapes. A batch of no images has all of them except the first
         number, and costs neither time nor memory: it is counted as one image.
         """
         analysis = FlopCountAnalysis(_Traced(self.network, way), inputs)

@@ -1,6 +1,6 @@
 """A load that fills a backbone only in part is refused, in whatever program it happens.
 
-`load_state_dict(strict=False)`, Detectron2's checkpointer above all, goes on with random tensors
+`load_state_dict(strict=False)`, Detectron2's checkpointer above all, continue with random tensors
 after a warning; FrozenBN makes up the statistics that a file lacks without one
 (FrozenBatchNorm2d._load_from_state_dict).
 """

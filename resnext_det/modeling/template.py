@@ -188,7 +188,7 @@ class Template:
             width: of the image, in pixels.
 
         Raises:
-            ConfigError: the size is none of an image.
+            ConfigError: the size is not that of an image.
         """
         check_size(height, width)
         parameters = self.cardinality * _path_parameters(self.width)

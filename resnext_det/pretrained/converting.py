@@ -40,7 +40,7 @@ class Record:
         stride_in_1x1: where the source had its stride; None where that is not known.
         name: in the catalog, such as "resnext50_32x4d.tv_in1k"; None for a file that is not in it.
         licence: of the weights; None where it is not known.
-        top1: published accuracy on ImageNet-1K in per cent; None where there is none.
+        top1: published accuracy on ImageNet-1K in percent; None if there is none.
         top5: the same, of the five best.
     """
 

@@ -253,7 +253,7 @@ class ResNeXtHandler(PathHandler):
         return [self.PREFIX]
 
     def _get_local_path(self, path: str, force: bool = False, **kwargs: Any) -> str:
-        """Return a .pth that Detectron2 loads; `force` fetches and converts it anew."""
+        """Return a .pth that Detectron2 loads; `force` fetches and converts it again."""
         self._check_kwargs(kwargs)
         found = entry(path.removeprefix(self.PREFIX), self.entries)
         if not found.commercial and found.name not in self._warned:
@@ -302,7 +302,7 @@ def local_weights(
         found: the checkpoint.
         cache: the folder to keep files in.
         patience: with its server.
-        force: fetch and convert anew.
+        force: fetch and convert again.
 
     Raises:
         WeightsError: the file cannot be had, is not what the catalog says, or cannot be written.

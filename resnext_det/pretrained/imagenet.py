@@ -73,7 +73,7 @@ def wilson_interval(right: int, images: int, confidence: float = 0.95) -> tuple[
 
 
 def choose_device(device: str | None = None) -> str:
-    """Return the device to run on: by default the GPU where there is one, else the CPU.
+    """Return the device to run on: by default the GPU if there is one, else the CPU.
 
     Raises:
         ConfigError: the one asked for is not there.
@@ -175,7 +175,7 @@ class Evaluation:
 
     Attributes:
         classifier: the network.
-        known: its file's entry in the catalog; None where it is none of these files.
+        known: its entry in the catalog; None if it has none.
         preprocessing: of each image.
         folder: with the images.
         device: that it ran on.

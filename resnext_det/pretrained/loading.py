@@ -100,7 +100,7 @@ def check_named_weights(cfg: CfgNode) -> None:
         cfg: any Detectron2 config.
 
     Raises:
-        WeightsError: both values, and the override that mends it.
+        WeightsError: it names both values, and the override to use.
     """
     name = str(cfg.MODEL.WEIGHTS or "").removeprefix(SCHEME)
     if name != cfg.MODEL.WEIGHTS and name in ENTRIES:
@@ -115,7 +115,7 @@ def check_config(needs: Needs, cfg: CfgNode) -> None:
         cfg: any Detectron2 config.
 
     Raises:
-        WeightsError: both values, and the override that mends it.
+        WeightsError: it names both values, and the override to use.
     """
     _refuse_other_network(needs, cfg)
     _refuse_other_stride(needs, cfg)
@@ -235,7 +235,7 @@ def _without_weights(cfg: CfgNode, whole_detector: bool) -> str:
 def check_same_model(model: nn.Module, checkpoint: Path) -> None:
     """Refuse to resume from the checkpoint of another model.
 
-    Detectron2's checkpointer warns of tensors that do not fit, and goes on with random ones.
+    Detectron2's checkpointer warns of tensors that do not fit, and continues with random ones.
 
     Args:
         model: the model to resume.

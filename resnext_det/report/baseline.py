@@ -48,7 +48,7 @@ def comparison_of(entry: Any) -> Comparison | None:
         entry: what stands there under "baseline", None where nothing does.
 
     Returns:
-        The comparison, None where there is none or it cannot be read, which is logged.
+        The comparison; None if there is none, or it cannot be read, which is logged.
     """
     if entry is None:
         return None

@@ -1,4 +1,4 @@
-"""What the report tells of a run's config."""
+"""A summary of a run's config."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ConfigSummary:
-    """What the report tells of a config.
+    """What the report shows of a config.
 
     Attributes:
         depth: layers of the backbone; 0 where that is no number.

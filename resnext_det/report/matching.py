@@ -24,7 +24,7 @@ class Outcome:
 
     Attributes:
         matches: for each prediction the true box that it finds; None where it finds none.
-        overlaps: with that box, 0 to 1; 0.0 where there is none.
+        overlaps: with that box, 0 to 1; 0.0 without one.
         in_crowd: for each prediction whether it finds no box and lies in a crowd of its class.
         instead_of: for each prediction that is false the true box of another class on which it
             sits; None where it sits on none.

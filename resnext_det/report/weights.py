@@ -79,7 +79,7 @@ def _of_checkpoint(file: Path) -> tuple[int | None, str]:
 
 
 def _origin(run: Path, weights: str) -> list[tuple[str, str]]:
-    """Return what the catalog, or the record in a converted file, tells of weights."""
+    """Return what the catalog, or the record in a converted file, says about weights."""
     name = weights.removeprefix(_SCHEME)
     if name in catalog.ENTRIES and weights.startswith(_SCHEME):
         known = catalog.ENTRIES[name]
@@ -100,7 +100,7 @@ def _origin(run: Path, weights: str) -> list[tuple[str, str]]:
 
 
 def _line(source: str, licence: str | None, top1: float | None) -> str:
-    # An address is told without its scheme: nothing in the page is to look like a link.
+    # Without its scheme, so that nothing in the page looks like a link.
     parts = [source.partition("://")[2] or source]
     if licence:
         parts.append(f"licence {licence}")
