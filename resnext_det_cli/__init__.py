@@ -58,8 +58,9 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def run_tool(command: str) -> None:
-    """Run a command as a script of tools/, and exit."""
-    sys.exit(run(command, f"python tools/{Path(sys.argv[0]).name}", sys.argv[1:]))
+    """Run a command as a script of tools/; exit with its code, if that is not 0."""
+    if code := run(command, f"python tools/{Path(sys.argv[0]).name}", sys.argv[1:]):
+        sys.exit(code)
 
 
 def run(command: str, program: str, words: Sequence[str]) -> int:

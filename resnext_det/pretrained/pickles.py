@@ -27,6 +27,7 @@ class PickledArray:
         self._shape: tuple[int, ...] = ()
         self._kind: str | None = None
         self._order = "C"
+        self._axes: tuple[int, ...] | None = None
         self._content: bytes | str = b""
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
@@ -52,6 +53,18 @@ class PickledArray:
             raise WeightsError("it has an array whose shape and bytes do not fit one another")
         self._shape, self._kind, self._order, self._content = shape, kind.code, order, content
 
+    def transpose(self, axes: Any) -> None:
+        """Take the order of the axes.
+
+        Raises:
+            WeightsError: it is not one of the array's axes.
+        """
+        if not isinstance(axes, tuple) or sorted(map(repr, axes)) != sorted(
+            map(repr, range(len(self._shape)))
+        ):
+            raise WeightsError("it has an array whose axes do not fit its shape")
+        self._axes = axes
+
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor."""
@@ -66,7 +79,9 @@ class PickledArray:
         flat = np.frombuffer(plain, self._kind)
         native = np.array(flat, flat.dtype.newbyteorder("="))
         shaped = native.reshape(self._shape, order="F" if self._order == "F" else "C")
-        return torch.from_numpy(np.ascontiguousarray(shaped).reshape(self._shape))
+        turned = shaped if self._axes is None else shaped.transpose(self._axes)
+        # ascontiguousarray makes a number an array of one.
+        return torch.from_numpy(np.ascontiguousarray(turned).reshape(turned.shape))
 
 
 class _Kind:
@@ -99,9 +114,12 @@ class Ignored:
         """Forget the state."""
 
 
-def _from_buffer(content: Any, kind: Any, shape: Any, order: Any) -> PickledArray:
+def _from_buffer(content: Any, kind: Any, shape: Any, order: Any, axes: Any = None) -> PickledArray:
+    """Stand for NumPy's function of protocol 5; since NumPy 2.3, "K" is C's order, transposed."""
     array = PickledArray()
-    array.fill(content, kind, shape, order)
+    array.fill(content, kind, shape, "C" if order == "K" and axes is not None else order)
+    if order == "K":
+        array.transpose(axes)
     return array
 
 

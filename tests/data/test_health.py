@@ -478,9 +478,11 @@ def test_anything_that_json_can_hold_is_examined(
 def check_data(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
     """Run the tool in this process, and return its exit code."""
     monkeypatch.setattr(sys, "argv", ["check_data.py", *(str(word) for word in words)])
-    with pytest.raises(SystemExit) as ended:
+    try:
         runpy.run_path(str(ROOT / "tools" / "check_data.py"), run_name="__main__")
-    return int(ended.value.code or 0)
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
 
 
 def test_the_tool(

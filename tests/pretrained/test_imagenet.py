@@ -243,7 +243,7 @@ def test_other_precisions_are_computed_in_float32(
     torch.save({n: t.to(kind) for n, t in state.items()}, tmp_path / "a.pth")
     got = scores_of(load_classifier(tmp_path / "a.pth"), folder)
     assert got.dtype == torch.float32
-    limit = 0.05 if kind == torch.float16 else 1e-4
+    limit = 0.1 if kind == torch.float16 else 1e-4
     assert float((got - truth).abs().max()) < limit
 
 
@@ -647,7 +647,7 @@ def test_a_file_is_measured_as_was_asked_for(
     run(monkeypatch, "--weights", checkpoint, *common)
     printed = capsys.readouterr().out
     assert "shorter side 72, crop 64, bilinear (by default: interpolation)" in printed
-    assert "none of the catalog's" in printed
+    assert "This file is not in the catalog" in printed
     assert figures(printed)[0][0] == f"{100 * counted(truth, folder).right / 19:.3f}"
     assert figures(printed)[0][-2:] == ["-", "-"]
     like = ["--like", "resnext50_32x4d.a1_in1k", "--limit", 3]

@@ -23,7 +23,7 @@ from torchvision.transforms.functional import normalize, to_tensor
 from resnext_det import ResNeXt
 from resnext_det.errors import ConfigError, DatasetError, WeightsError
 from resnext_det.modeling.forms import form_of
-from resnext_det.pretrained import catalog, converting
+from resnext_det.pretrained import converting
 from resnext_det.pretrained.catalog import entry
 from resnext_det.pretrained.converting import read_backbone, write_detectron2
 from resnext_det.pretrained.layouts import to_torchvision
@@ -411,7 +411,7 @@ def test_a_file_of_the_catalog_is_read_as_the_catalog_says(
 ) -> None:
     """Its names are torchvision's, and it takes BGR."""
     known = entry("resnext101_32x8d.open_mmlab_d2_in1k")
-    monkeypatch.setattr(catalog, "of_file", lambda file: known)
+    monkeypatch.setattr("resnext_det.commands.convert.of_file", lambda file: known)
     output = tmp_path / "out.pth"
     Image.fromarray(default_image(40, 72)).save(tmp_path / "own.png")
     run(monkeypatch, source, output, "--verify", "--image", tmp_path / "own.png")
