@@ -239,10 +239,10 @@ def _check_boxes(
     """
     corner, extent = boxes[:, :2], boxes[:, 2:]
     end = corner + extent
-    negative = (extent < 0).any(axis=1)
+    negative = np.any(extent < 0, axis=1)
     empty = (extent == 0).any(axis=1) & ~negative
     outside = ((corner >= sizes) | (end <= 0)).any(axis=1) & ~negative & ~empty
-    beyond = ((corner < -_TOLERANCE) | (end > sizes + _TOLERANCE)).any(axis=1)
+    beyond = np.any((corner < -_TOLERANCE) | (end > sizes + _TOLERANCE), axis=1)
     beyond &= ~negative & ~empty & ~outside
     tiny = ((extent > 0) & (extent < 1)).any(axis=1) & ~negative
     does = "trains without them, and evaluates with them, where nothing can find them"

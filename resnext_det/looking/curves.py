@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -219,7 +220,8 @@ def label_iterations(axes: Axes, last: float) -> None:
 
 def _svg(draw: Callable[[Axes], None], steps: Sequence[int], name: str, last: float) -> str:
     """Return a figure as an <svg> element that refers to the page's colours and fonts."""
-    settings = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10}
+    # Any: Matplotlib 3.11 types the keys, which earlier versions don't know.
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10}
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=_INCHES, layout="constrained")
         FigureCanvasAgg(figure)

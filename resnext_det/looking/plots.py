@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -30,7 +31,7 @@ SUFFIXES = (".png", ".svg", ".pdf")
 # Okabe and Ito's colours without yellow, which white paper swallows: they stay apart for most kinds
 # of colour blindness. The line styles tell runs apart without any colour.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#56b4e9", "#e69f00")
-_STYLES = ("-", "--", "-.", ":")
+_STYLES: Any = ("-", "--", "-.", ":")
 _FEW = 60  # points, below which each gets a dot
 _RATE = "lr"  # falls in steps, which a mean would turn into slopes
 _PANEL = (5.2, 3.4)  # inches
@@ -219,7 +220,8 @@ def _panel(axes: Axes, metric: str, lines: Sequence[Line | None], last: float) -
 def _save(figure: Figure, output: Path) -> None:
     form = output.suffix.lower()[1:]
     # Text that can be searched and edited; without a date, the same runs give the same file.
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "resnext_det", "pdf.fonttype": 42}
+    # Any: Matplotlib 3.11 types the keys, which earlier versions don't know.
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "resnext_det", "pdf.fonttype": 42}
     dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": None}
     with matplotlib.rc_context(settings), written_beside(output) as beside:
         figure.savefig(beside, format=form, dpi=150, metadata=dates[form])
