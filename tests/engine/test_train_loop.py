@@ -341,13 +341,14 @@ import sys
 from pathlib import Path
 
 import torch
-from detectron2.engine import launch
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.utils import comm
 
 sys.path.insert(0, {tests!r})
 import test_train_loop as tested
 from resnext_det.data.stream import Share
+from resnext_det.engine.job import Job
+from resnext_det.engine.launch import run_everywhere
 from resnext_det.engine.train_loop import Arithmetic, TrainLoop
 from resnext_det.errors import TrainingError
 
@@ -369,7 +370,7 @@ def train(folder, broken):
 
 if __name__ == "__main__":
     # Of update 5, the second micro-batch of the second process: 5 * 8 + 6 and 7.
-    launch(train, 2, dist_url="auto", args=(Path(sys.argv[1]), (46,)))
+    run_everywhere(train, Job(processes=2), (Path(sys.argv[1]), (46,)))
 """
 
 
