@@ -56,7 +56,7 @@ from resnext_det.modeling.pyramids import (  # noqa: E402
 from resnext_det.modeling.resnext import ResNeXt  # noqa: E402
 from resnext_det.modeling.roi_heads import ResNeXtRes5ROIHeads  # noqa: E402
 from resnext_det.modeling.template import Template  # noqa: E402
-from resnext_det.pretrained import fetching as fetching  # noqa: E402
+from resnext_det.weights import fetching as fetching  # noqa: E402
 
 fetching.register()
 

@@ -21,7 +21,7 @@ from resnext_det.config import complete
 from resnext_det.errors import ConfigError, ResNeXtError, quoted
 from resnext_det.modeling.resnext import ResNeXt
 from resnext_det.modeling.template import Template
-from resnext_det.pretrained.loading import check_named_weights
+from resnext_det.weights.loading import check_named_weights
 
 _DETECTORS = {
     "GeneralizedRCNN": ("PROPOSAL_GENERATOR", "ROI_HEADS"),

@@ -13,7 +13,7 @@ from resnext_det.config import complete, default_of
 from resnext_det.config_rules import COSINE, FIXED_GAMMA, MULTI_STEP, RULES, refuse, value_of
 from resnext_det.errors import quoted
 from resnext_det.files import open_regular
-from resnext_det.pretrained.pickles import ArrayUnpickler
+from resnext_det.weights.pickles import ArrayUnpickler
 
 _NORMS = (*("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD", "SEM_SEG_HEAD", "RETINANET"),)
 

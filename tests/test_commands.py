@@ -13,7 +13,7 @@ import pytest
 
 from resnext_det.evaluation import coco, compare, detections
 from resnext_det.modeling.blocks import BLOCKS
-from resnext_det.pretrained import imagenet_images, verifying
+from resnext_det.weights import imagenet_images, verifying
 from resnext_det_cli import COMMANDS, convert, eval_imagenet, evaluate
 
 ROOT = Path(__file__).resolve().parent.parent

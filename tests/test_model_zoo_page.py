@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from resnext_det import model_zoo
-from resnext_det.pretrained.catalog import ENTRIES
+from resnext_det.weights.catalog import ENTRIES
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 ZOO = yaml.safe_load((DOCS / "zoo.yaml").read_text())

@@ -8,14 +8,14 @@ from pathlib import Path
 from tabulate import tabulate
 
 from resnext_det.errors import ResNeXtError, WeightsError, named, reported
-from resnext_det.pretrained.catalog import Entry, of_file
-from resnext_det.pretrained.converting import (
+from resnext_det.weights.catalog import Entry, of_file
+from resnext_det.weights.converting import (
     convert_detector,
     holds_backbone,
     read_backbone,
     write_detectron2,
 )
-from resnext_det.pretrained.verifying import Program, image_of, verify
+from resnext_det.weights.verifying import Program, image_of, verify
 
 
 def run(arguments: argparse.Namespace) -> None:

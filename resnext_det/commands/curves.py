@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from resnext_det.errors import quoted, reported
-from resnext_det.looking.plots import plot_runs, read_runs
+from resnext_det.visualize.plots import plot_runs, read_runs
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -8,10 +8,10 @@ from tabulate import tabulate
 
 from resnext_det.errors import ConfigError, reported
 from resnext_det.files import write_json
-from resnext_det.pretrained.catalog import entry
-from resnext_det.pretrained.classifier import load_classifier, locate
-from resnext_det.pretrained.imagenet import IMAGES, Evaluation, choose_device, measure
-from resnext_det.pretrained.imagenet_images import Preprocessing, validation_images
+from resnext_det.weights.catalog import entry
+from resnext_det.weights.classifier import load_classifier, locate
+from resnext_det.weights.imagenet import IMAGES, Evaluation, choose_device, measure
+from resnext_det.weights.imagenet_images import Preprocessing, validation_images
 
 
 def run(arguments: argparse.Namespace) -> None:

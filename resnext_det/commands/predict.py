@@ -11,10 +11,10 @@ from resnext_det import load_config
 from resnext_det.engine.evaluating import of_run
 from resnext_det.engine.predictor import Predictor, with_threshold
 from resnext_det.errors import plain, reported
-from resnext_det.looking.camera import open_camera
-from resnext_det.looking.demonstration import FILE, Demonstration
-from resnext_det.looking.inputs import find_sources
-from resnext_det.looking.video_reading import require_av
+from resnext_det.visualize.camera import open_camera
+from resnext_det.visualize.demonstration import FILE, Demonstration
+from resnext_det.visualize.inputs import find_sources
+from resnext_det.visualize.video_reading import require_av
 
 
 def draw(arguments: argparse.Namespace) -> Demonstration:

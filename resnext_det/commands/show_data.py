@@ -13,7 +13,7 @@ from resnext_det.data import custom
 from resnext_det.data.checks import check_datasets
 from resnext_det.engine.train_loop import shared_seed
 from resnext_det.errors import plain, quoted, reported
-from resnext_det.looking.training_images import (
+from resnext_det.visualize.training_images import (
     SHEET,
     TrainingImage,
     evaluation_images,

@@ -10,7 +10,7 @@ from typing import Any
 from tabulate import tabulate
 
 from resnext_det.errors import reported
-from resnext_det.pretrained.catalog import ENTRIES, Entry, entry
+from resnext_det.weights.catalog import ENTRIES, Entry, entry
 
 HEADERS = ("name", "network", "top-1 %", "licence", "ImageNet-1K only", "batch norms")
 UNTRIED = (

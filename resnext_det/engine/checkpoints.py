@@ -30,8 +30,8 @@ from resnext_det.config import complete
 from resnext_det.engine.recorded_config import Changes, check_resumable
 from resnext_det.errors import ConfigError, ResNeXtError, TrainingError, WeightsError, quoted
 from resnext_det.files import remove_leftovers, written_beside
-from resnext_det.pretrained.loading import check_same_model
-from resnext_det.pretrained.reading import read_checkpoint, without_prefix
+from resnext_det.weights.loading import check_same_model
+from resnext_det.weights.reading import read_checkpoint, without_prefix
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from resnext_det.engine.trainer import Trainer
 from resnext_det.errors import ConfigError, quoted
 from resnext_det.evaluation.coco import COCO_KEYPOINTS, FIGURES, KEYPOINT_FIGURES
 from resnext_det.evaluation.figures import PROPOSAL_FIGURES
-from resnext_det.pretrained.loading import load_weights
+from resnext_det.weights.loading import load_weights
 
 logger = logging.getLogger(__name__)
 

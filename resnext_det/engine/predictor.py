@@ -23,7 +23,7 @@ from resnext_det.checkpoint_file import read_run
 from resnext_det.engine.recorded_config import check_same_function
 from resnext_det.errors import ConfigError, DatasetError, quoted
 from resnext_det.images import as_array, check_pixel_format
-from resnext_det.pretrained.loading import load_weights
+from resnext_det.weights.loading import load_weights
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from resnext_det.errors import ConfigError, DatasetError
 from resnext_det.files import written_beside
 from resnext_det.images import read_picture
 from resnext_det.modeling.resnext import ResNeXt
-from resnext_det.pretrained.layouts import to_torchvision
+from resnext_det.weights.layouts import to_torchvision
 
 logger = logging.getLogger(__name__)
 

@@ -53,7 +53,7 @@ from resnext_det.engine.writers import History, Writers, build_writers, writing_
 from resnext_det.evaluation.evaluator import DetectionEvaluator, Engine
 from resnext_det.evaluation.results_file import INFERENCE
 from resnext_det.files import free_bytes
-from resnext_det.pretrained.loading import load_weights
+from resnext_det.weights.loading import load_weights
 
 logger = logging.getLogger(__name__)
 

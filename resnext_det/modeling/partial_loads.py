@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from resnext_det.errors import WeightsError, named, plain
 from resnext_det.modeling.forms import in_form_of
-from resnext_det.pretrained.layouts import is_backbone
+from resnext_det.weights.layouts import is_backbone
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,6 @@ from resnext_det.evaluation.results_file import (
     read_training,
 )
 from resnext_det.files import written_beside
-from resnext_det.looking.curves import Curves, loss_curves, precision_curves
 from resnext_det.report.baseline import Comparison, comparison_of
 from resnext_det.report.config import dataset_title, grouped, read_config
 from resnext_det.report.details import ReportDetails, read_details
@@ -33,6 +32,7 @@ from resnext_det.report.gallery import (
 )
 from resnext_det.report.schedule import schedule_facts
 from resnext_det.report.weights import weights_facts
+from resnext_det.visualize.curves import Curves, loss_curves, precision_curves
 
 logger = logging.getLogger(__name__)
 

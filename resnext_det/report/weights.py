@@ -7,10 +7,10 @@ from pathlib import Path
 
 from resnext_det.checkpoint_file import read_run
 from resnext_det.errors import ResNeXtError
-from resnext_det.pretrained import catalog
-from resnext_det.pretrained.converting import Record
-from resnext_det.pretrained.reading import read_checkpoint
 from resnext_det.report.config import ConfigSummary, grouped, summary_of
+from resnext_det.weights import catalog
+from resnext_det.weights.converting import Record
+from resnext_det.weights.reading import read_checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from resnext_det import ResNeXt
-from resnext_det.pretrained.converting import read_backbone
-from resnext_det.pretrained.pixels import IMAGENET, OURS, Pixels
+from resnext_det.weights.converting import read_backbone
+from resnext_det.weights.pixels import IMAGENET, OURS, Pixels
 
 Network = TypeVar("Network", bound=nn.Module)
 STAGES = ["res2", "res3", "res4", "res5"]

@@ -21,7 +21,7 @@ from resnext_det.backbones import build_resnext_backbone
 from resnext_det.errors import ConfigError
 from resnext_det.modeling.resnext import ResNeXt
 from resnext_det.modeling.template import Template
-from resnext_det.pretrained.layouts import to_detectron2
+from resnext_det.weights.layouts import to_detectron2
 
 IMAGE = ShapeSpec(channels=3)
 STAGES = ["res2", "res3", "res4", "res5"]
