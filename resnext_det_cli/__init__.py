@@ -1,8 +1,9 @@
-"""The command line, `resnext-det COMMAND`: what it takes, parsed with the standard library alone.
+"""The command line `resnext-det COMMAND`, one module per command.
 
-Importing `resnext_det` imports torch and Detectron2, which takes seconds. The parsers live outside
-of it, so that `--help` and a mistyped flag are answered at once. Each command is a pair of modules
-of the same name: here, its help text and `add_arguments`; in `resnext_det.commands`, its `run`.
+The parsers live outside `resnext_det` and import only the standard library: importing `resnext_det`
+takes seconds (torch, Detectron2), and `--help` or a mistyped flag should not. A command's module
+holds its help text (the docstring), `add_arguments`, optionally `check` for flags that exclude each
+other, and `run`, which imports what it needs.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ COMMANDS = {
     "make-toy-coco": "make_toy_coco",
     "pretrain-toy": "pretrain_toy",
 }
-"""By command, its module."""
+"""The module of each command."""
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run `resnext-det`.
 
     Args:
-        words: of the command line; sys.argv by default.
+        words: the command line, sys.argv[1:] by default.
 
     Returns:
         The exit code.
@@ -47,7 +48,7 @@ def main(words: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if words is None else list(words)
     parser = argparse.ArgumentParser(
         prog="resnext-det",
-        description="ResNeXt detectors: train, evaluate, use. Each command has a --help.",
+        description="Train, evaluate and use ResNeXt detectors. Each command has its own --help.",
         epilog="commands:\n" + "\n".join(f"  {name:22}{_summary(name)}" for name in COMMANDS),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -58,16 +59,16 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def run_tool(command: str) -> None:
-    """Run a command as a script of tools/; exit with its code, if that is not 0."""
+    """Run a command as a script of tools/, and exit with its code unless that is 0."""
     if code := run(command, f"python tools/{Path(sys.argv[0]).name}", sys.argv[1:]):
         sys.exit(code)
 
 
 def run(command: str, program: str, words: Sequence[str]) -> int:
-    """Parse a command line and do what it says.
+    """Parse a command line and run the command.
 
     Args:
-        command: one of `COMMANDS`.
+        command: a key of `COMMANDS`.
         program: what the user typed before `words`, for the help text.
         words: flags and values.
 
@@ -77,20 +78,19 @@ def run(command: str, program: str, words: Sequence[str]) -> int:
     module = importlib.import_module(f"{__name__}.{COMMANDS[command]}")
     parser = argparse.ArgumentParser(
         prog=program,
-        description=(module.__doc__ or "").replace("PROGRAM", program),
+        description=module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.add_arguments(parser)
-    # Overrides and flags come in any order.
-    arguments = parser.parse_intermixed_args(words)
+    arguments = parser.parse_intermixed_args(words)  # flags and overrides in any order
     if hasattr(module, "check"):
         module.check(parser, arguments)
     try:
-        implementation = importlib.import_module(f"resnext_det.commands.{COMMANDS[command]}")
-    except KeyboardInterrupt:
-        sys.stderr.write("stopped by Ctrl-C\n")
+        from resnext_det.errors import reported
+    except KeyboardInterrupt:  # the import takes seconds
         return 130
-    return int(implementation.run(arguments) or 0)
+    with reported():
+        return int(module.run(arguments) or 0)
 
 
 def _summary(command: str) -> str:

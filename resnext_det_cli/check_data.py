@@ -1,12 +1,12 @@
-"""Examine annotations in COCO's format, and the images they name, before a training does.
+"""Check annotations in COCO's format, and the images they name, before training.
 
     %(prog)s --annotations instances_train.json
     %(prog)s --annotations instances_train.json --images train
     %(prog)s --annotations instances_train.json --json       the findings, for a program
 
-Exit code 0: fit to train on and to evaluate with, perhaps with warnings; 1: there are errors; 2:
-it could not be examined, as a file is missing or not in COCO's format. Without --images the image
-files are left alone.
+Exit code 0: fit for training and evaluation, perhaps with warnings; 1: there are errors; 2: the
+check failed, as a file is missing or not in COCO's format. Without --images only the annotations
+are checked.
 """
 
 from __future__ import annotations
@@ -14,25 +14,34 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from resnext_det_cli import flags
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags."""
-    parser.add_argument("--annotations", type=Path, metavar="J", help="the annotations")
     parser.add_argument(
-        "--json",
-        nargs="?",
-        const=True,
-        metavar="J",
-        help="print JSON for a program, and nothing else; --json J is the older --annotations J",
+        "--annotations", type=Path, required=True, metavar="J", help="the annotations"
     )
     parser.add_argument("--images", type=Path, metavar="D", help="the folder of the images")
+    flags.add_json(parser)
 
 
-def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Sort out both meanings of --json."""
-    if isinstance(arguments.json, str):
-        if arguments.annotations:
-            parser.error("--annotations J and --json J both name annotations: leave one out")
-        arguments.annotations, arguments.json = Path(arguments.json), False
-    if not arguments.annotations:
-        parser.error("name the annotations: --annotations J")
+def run(arguments: argparse.Namespace) -> int:
+    """Print the findings; return 1 if there are errors."""
+    import json
+    from dataclasses import asdict
+
+    from resnext_det.data.annotations import read_annotations
+    from resnext_det.data.health import examine
+    from resnext_det.errors import DatasetError, quoted
+
+    file, images = arguments.annotations, arguments.images
+    if images and not images.is_dir():
+        raise DatasetError(f"--images: {quoted(images)} is not a folder.")
+    health = examine(read_annotations(file, file.stem), images, file=file)
+    if arguments.json:
+        found = {"annotations_file": str(file), **asdict(health)}
+        found["categories"] = dict(health.categories)
+        print(json.dumps(found, indent=2))
+    else:
+        print(f"{quoted(file)}: {health.text()}")
+    return 1 if health.errors else 0

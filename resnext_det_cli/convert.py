@@ -1,44 +1,103 @@
-"""Convert a checkpoint of a ResNeXt into a .pth that stock Detectron2 loads.
+"""Convert a ResNeXt checkpoint into a .pth that stock Detectron2 loads.
 
     %(prog)s resnext50_32x4d.pth resnext50_d2.pth --verify
     %(prog)s resnext50_32x4d.pth resnext50_d2.pth --form concatenated
     %(prog)s model_final.pth detector.pth --form grouped
 
-SOURCE is a backbone in any layout that the README names. With --form it may be a whole
-detector as well; its blocks are given that form, and everything else stays as it is.
+SOURCE is a backbone in any layout that the README names. With --form it may also be a whole
+detector: its blocks are rewritten in that form, everything else is kept.
 
---verify then runs one image through the source's own network, of torchvision or timm, and
-through the one that OUTPUT describes, and compares all four stages. OUTPUT is removed if they
-differ, and kept if there is no such network to compare with: both are errors.
+--verify then compares OUTPUT with the source's own network, of torchvision or timm, on one image,
+stage by stage. If they differ, OUTPUT is removed; if there is no such network, it is kept. Both are
+errors.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 FORMS = ("aggregated", "concatenated", "grouped")
 PROGRAMS = ("torchvision", "timm")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags."""
     parser.add_argument("source", metavar="SOURCE", type=Path, help="the checkpoint to read")
-    parser.add_argument(
-        "output", metavar="OUTPUT", type=Path, help="the file to write, ending in .pth"
-    )
+    parser.add_argument("output", metavar="OUTPUT", type=Path, help="the .pth file to write")
     parser.add_argument("--form", choices=FORMS, help="of the blocks (default: grouped)")
     parser.add_argument("--verify", action="store_true", help="compare with the source's network")
     parser.add_argument(
         "--with",
         dest="program",
         choices=PROGRAMS,
-        help="whose network the source is run in (default: torchvision)",
+        help="library that builds the source's network (default: torchvision)",
     )
     parser.add_argument("--image", type=Path, help="to compare on (default: a generated one)")
 
 
 def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Refuse flags that do not go together."""
     if (arguments.program or arguments.image) and not arguments.verify:
         parser.error("--with and --image are for --verify")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Convert, print what was converted, and verify it."""
+    from resnext_det.errors import WeightsError, named
+    from resnext_det.weights import catalog, converting
+
+    source, output, form = arguments.source, arguments.output, arguments.form
+    if form and not converting.holds_backbone(source):
+        count = converting.convert_detector(source, output, form)
+        print(f"{count} tensors, blocks in the form {form}: {output}", flush=True)
+        if arguments.verify:
+            raise WeightsError(
+                f"{output} was written but not verified: {source} is a whole detector, not a "
+                "backbone."
+            )
+        return
+    known = catalog.of_file(source)
+    weights = converting.read_backbone(source, known.pixels if known else None)
+    converting.write_detectron2(weights, output, form or "grouped", known)
+    left_out = named(weights.left_out, 8) or "nothing"
+    print(
+        f"{weights} ({weights.layout} layout): {len(weights.tensors)} tensors converted, "
+        f"left out: {left_out}. Wrote {output}\n"
+        f"It takes images as {weights.pixels or 'the source did: the file does not say'}"
+        f"{'; its batch norms are folded, so use FrozenBN' if weights.fused else ''}.",
+        flush=True,
+    )
+    if known is not None:
+        print(f"It was made from {known.name} of the catalog.")
+    if arguments.verify:
+        _verify(arguments, known)
+
+
+def _verify(arguments: argparse.Namespace, known: Any) -> None:
+    """Compare the converted file with its source and print the differences."""
+    from tabulate import tabulate
+
+    from resnext_det.errors import ResNeXtError, WeightsError
+    from resnext_det.weights.verifying import image_of, verify
+
+    source, output = arguments.source, arguments.output
+    pixels = known.pixels if known else None
+    try:
+        image = None if arguments.image is None else image_of(arguments.image)
+        arguments.program = arguments.program or "torchvision"
+        found = verify(source, output, image, program=arguments.program, pixels=pixels)
+    except ResNeXtError as error:
+        raise WeightsError(f"{output} was written but not verified: {error}") from error
+    rows = [
+        (each.stage, f"{each.difference:.3g}", f"{each.largest:.4g}", f"{each.relative:.1e}")
+        for each in found.stages
+    ]
+    picture = arguments.image or "a generated image"
+    print(f"\n{picture} ({found.width} x {found.height}) in {found.network} and in {output}:")
+    print(tabulate(rows, headers=("stage", "largest difference", "largest value", "ratio")))
+    try:
+        found.check()
+    except WeightsError as error:
+        output.unlink()
+        raise WeightsError(f"{error} It was removed.") from error
+    print(f"Verified: no stage differs by more than {found.tolerance:g} of its largest value.")

@@ -1,4 +1,4 @@
-"""Draw the curves of one or several trainings into one picture.
+"""Plot the curves of one or more trainings.
 
     %(prog)s output/run output/other --output curves.png
     %(prog)s output/run --output loss.svg --metrics loss_cls loss_box_reg
@@ -13,7 +13,6 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags."""
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="OUTPUT_DIR of each")
     parser.add_argument(
         "--output", type=Path, required=True, metavar="FILE", help=".png, .svg or .pdf"
@@ -24,5 +23,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.025,
         metavar="SHARE",
-        help="of the longest curve that each point is the mean of; 0 for none (default: 0.025)",
+        help="window of the moving average as a share of the longest curve; 0 for none "
+        "(default: 0.025)",
     )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Plot, and name the file and any metric that a run lacks."""
+    from resnext_det.errors import quoted
+    from resnext_det.visualize.plots import plot_runs, read_runs
+
+    runs = read_runs(arguments.runs)
+    for sentence in plot_runs(runs, arguments.output, arguments.metrics, arguments.smooth):
+        print(sentence)
+    print(f"Curves: {quoted(arguments.output, 4096)}")

@@ -5,8 +5,8 @@ r"""Evaluate a detector on a data set.
     %(prog)s --config-file configs/faster_rcnn_X_50_32x4d_FPN_paper.yaml \
         MODEL.WEIGHTS model_final.pth OUTPUT_DIR output/eval
 
-Writes metrics.json, the detections and where the detector errs into OUTPUT_DIR/inference: with
---run, into the run's folder. The same as `train --eval-only`.
+Writes metrics.json, the detections and an analysis of the errors to OUTPUT_DIR/inference, which
+with --run is in the run's folder. The same as `train --eval-only`.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from __future__ import annotations
 import argparse
 
 from resnext_det_cli import flags
+from resnext_det_cli.train import run as run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags."""
     flags.add_config(parser, run=True)
     parser.add_argument(
-        "--cross-check", action="store_true", help="figures by hotcoco and pycocotools"
+        "--cross-check", action="store_true", help="figures by both hotcoco and pycocotools"
     )
-    parser.add_argument("--json", action="store_true", help="print metrics.json, and nothing else")
+    parser.add_argument("--json", action="store_true", help="print only metrics.json")
     parser.set_defaults(eval_only=True, resume=False, overwrite=False)
     flags.add_own_data(parser, training=False)
     flags.add_processes(parser)

@@ -1,4 +1,4 @@
-"""Compute COCO's figures of detections in a file, without any model.
+"""Compute COCO's figures from detections in a file, without a model.
 
     %(prog)s --annotations instances_val2017.json --results detections.json
     %(prog)s ... --cross-check                      by pycocotools as well
@@ -7,15 +7,16 @@
     %(prog)s ... --json                             figures for a program
     %(prog)s --run FOLDER --output FOLDER           a run of Detectron2's trainer
 
-Annotations and results are in COCO's formats. Boxes, masks and keypoints are evaluated if both
-files hold them, or what --iou-type names. --proposals gives the average recall of 100, 300 and
-1000 boxes per image, whatever their class.
+Annotations and results are in COCO's formats. By default this evaluates every one of boxes, masks
+and keypoints that both files hold. --proposals computes the class-agnostic average recall of 100,
+300 and 1000 boxes per image.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from resnext_det_cli import flags
 
@@ -25,18 +26,19 @@ RESAMPLES = 1000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags."""
     parser.add_argument("--annotations", type=Path, metavar="JSON")
     parser.add_argument("--results", type=Path, metavar="JSON")
     parser.add_argument(
-        "--run", type=Path, metavar="DIR", help="a run's folder, Detectron2's own included"
+        "--run", type=Path, metavar="DIR", help="a run's folder, also one of Detectron2's trainer"
     )
-    parser.add_argument("--iou-type", nargs="+", choices=KINDS, help="what is evaluated")
+    parser.add_argument("--iou-type", nargs="+", choices=KINDS, help="what to evaluate")
     parser.add_argument(
         "--oks-sigmas", nargs="+", type=float, default=[], help="of keypoints other than COCO's 17"
     )
     parser.add_argument("--engine", choices=ENGINES, default="hotcoco")
-    parser.add_argument("--cross-check", action="store_true", help="by both; fail if they differ")
+    parser.add_argument(
+        "--cross-check", action="store_true", help="by both engines; fail if they differ"
+    )
     parser.add_argument(
         "--baseline", type=Path, metavar="RUN", help="another run, or its metrics.json"
     )
@@ -44,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resamples", type=int, default=RESAMPLES, help="for --baseline's intervals"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the resamples")
-    parser.add_argument("--proposals", action="store_true", help="recall, classes left out")
+    parser.add_argument("--proposals", action="store_true", help="class-agnostic recall only")
     parser.add_argument(
         "--output",
         type=Path,
@@ -56,11 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Refuse flags that do not go together."""
     if not arguments.run and not (arguments.annotations and arguments.results):
         parser.error("name both --annotations and --results, or a --run")
     if arguments.run and arguments.results:
-        parser.error("--run has detections: leave --results out")
+        parser.error("--run has its own detections: leave --results out")
     if arguments.proposals and (arguments.baseline or arguments.output):
         parser.error("--proposals has neither a baseline nor a report")
     if arguments.images and not arguments.output:
@@ -68,7 +69,142 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
     with_boxes = not arguments.iou_type or "bbox" in arguments.iou_type
     if not with_boxes and (arguments.baseline or arguments.output):
         parser.error("--baseline and --output need boxes: --iou-type bbox ...")
-    if arguments.resamples < 0:
-        parser.error("--resamples must be 0 or more")
-    if arguments.seed < 0:
-        parser.error("--seed must be 0 or more")
+    for name in ("resamples", "seed"):
+        if getattr(arguments, name) < 0:
+            parser.error(f"--{name} must be 0 or more")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Evaluate, and print the figures as tables or as JSON."""
+    import logging
+
+    from resnext_det.console import json_alone
+    from resnext_det.errors import InertMessages
+
+    with json_alone(arguments.json) as print_json:
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(InertMessages())
+        print_json(_evaluate(arguments))
+
+
+def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Evaluate and print; write a report if --output asks for one."""
+    from resnext_det.evaluation.annotations import read_ground_truth
+    from resnext_det.evaluation.coco import Protocol
+    from resnext_det.evaluation.compare import compare_with, comparison_document, difference_table
+    from resnext_det.evaluation.detections import check_detections, read_detections
+    from resnext_det.evaluation.error_analysis import error_table
+    from resnext_det.evaluation.evaluator import Engine, evaluate_detections, write_evaluated
+    from resnext_det.evaluation.figures import proposal_figures, proposal_table
+    from resnext_det.evaluation.results_file import INFERENCE
+    from resnext_det.files import check_writable, file_digest
+    from resnext_det.report.page import write_report
+
+    dataset, weights = _find_files(arguments)
+    if arguments.output:
+        check_writable(arguments.output, "--output")
+    results = arguments.results
+    truth = read_ground_truth(arguments.annotations)
+    detections = read_detections(
+        results, classes=not arguments.proposals, numbers=truth.text_numbers
+    )
+    print(f"{len(detections):,} detections: {results}")
+    print(f"{len(truth.image_ids):,} images: {truth.file}")
+    if arguments.proposals:
+        check_detections(detections, truth, str(results), classes=False)
+        settings = {"engine": arguments.engine, "cross_check": arguments.cross_check}
+        recall = proposal_figures(truth, detections, **settings)
+        print(f"\n{proposal_table(recall)}")
+        return {"proposals": recall}
+    engine = Engine(arguments.engine, arguments.cross_check)
+    evaluated = {}
+    for kind in _kinds(arguments, truth, detections):
+        protocol = Protocol.of(kind, tuple(arguments.oks_sigmas))
+        found = evaluate_detections(truth, detections, engine, str(results), protocol)
+        print(f"\n{kind}\n{found.figures.table()}")
+        print(f"\n{error_table(found.details)}")
+        evaluated[kind] = found
+    if arguments.cross_check:
+        print("\nhotcoco and pycocotools agree.")
+    document = {kind: each.figures.document() for kind, each in evaluated.items()}
+    if arguments.baseline:
+        differences = compare_with(
+            arguments.baseline, truth, detections, arguments.resamples, arguments.seed
+        )
+        print(f"\nbbox, against {arguments.baseline}\n{difference_table(differences)}")
+        document["baseline"] = comparison_document(arguments.baseline, differences)
+    if arguments.output:
+        images = (arguments.images or arguments.annotations.parent).resolve()
+        more: dict[str, Any] = {"images": str(images), "engine": vars(engine)}
+        if arguments.baseline:
+            more["baseline"] = document["baseline"]
+        model = {
+            "weights": weights or f"unknown; detections {results.name}",
+            "detections_sha256": file_digest(results),
+        }
+        folder = arguments.output / INFERENCE
+        write_evaluated(folder, dataset, model, truth, results, evaluated, more)
+        print(f"\nReport: {write_report(arguments.output)}")
+    return document
+
+
+def _find_files(arguments: argparse.Namespace) -> tuple[str, str]:
+    """Set annotations, results and images from --run; return the data set and the weights."""
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    from resnext_det.errors import DatasetError, quoted
+    from resnext_det.evaluation.results_file import find_stock_run, metrics_file, read_metrics
+
+    run: Path | None = arguments.run
+    if not run:
+        return arguments.annotations.stem, ""
+    if metrics_file(run):
+        metrics = read_metrics(run)
+        if len(metrics.evaluations) != 1:
+            names = ", ".join(quoted(each.name) for each in metrics.evaluations)
+            raise DatasetError(
+                f"{quoted(run)} holds detections on {names or 'no data set'}, and one is evaluated "
+                "at a time: name both --annotations and --results instead of --run."
+            )
+        (evaluation,) = metrics.evaluations
+        arguments.results = evaluation.detections
+        arguments.annotations = arguments.annotations or evaluation.annotations
+        if arguments.output:
+            arguments.images = arguments.images or evaluation.images
+        return evaluation.name, metrics.weights
+    stock = find_stock_run(run)
+    arguments.results = stock.results
+    arguments.oks_sigmas = arguments.oks_sigmas or list(stock.sigmas)
+    weights = run / "model_final.pth"
+    if not arguments.annotations:
+        metadata = MetadataCatalog.get(stock.dataset)
+        if stock.dataset not in DatasetCatalog or "json_file" not in metadata.as_dict():
+            raise DatasetError(
+                f"the run was tested on {quoted(stock.dataset)}, which has no annotation file "
+                "registered here: name the file, --annotations JSON."
+            )
+        arguments.annotations = Path(metadata.json_file)
+        if not arguments.images and arguments.output and metadata.get("image_root"):
+            arguments.images = Path(metadata.image_root)
+    return stock.dataset, str(weights) if weights.is_file() else ""
+
+
+def _kinds(arguments: argparse.Namespace, truth: Any, detections: Any) -> tuple[str, ...]:
+    """Return what to evaluate: --iou-type, or what both files hold."""
+    from resnext_det.errors import DatasetError
+
+    held = [kind for kind in detections.kinds if truth.holds(kind)]
+    if not arguments.iou_type and (arguments.baseline or arguments.output) and "bbox" not in held:
+        raise DatasetError(
+            f"{arguments.results} has no boxes, which --baseline and --output need: add bbox to "
+            "the detections, or leave these out."
+        )
+    missing = [kind for kind in arguments.iou_type or () if kind not in held]
+    if missing or not held:
+        raise DatasetError(
+            f"--iou-type {' '.join(missing)}: the detections hold {' '.join(detections.kinds)}, "
+            f"and both files hold {' '.join(held) or 'nothing in common'}: name one of these, or "
+            "files that hold more."
+        )
+    return tuple(arguments.iou_type or held)

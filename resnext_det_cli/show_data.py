@@ -1,12 +1,12 @@
-"""Draw the images that a training sees, after augmentation, with boxes, masks and keypoints.
+"""Draw the images a training sees, after augmentation, with boxes, masks and keypoints.
 
     %(prog)s --config-file F --count 16 --output DIR
     %(prog)s --config-file F --train-json J --train-images D SEED 1
     %(prog)s --config-file F --split test
 
 The first images are those of the first iterations of a training with the same SEED, pixel by pixel.
---split test shows what is evaluated. Writes one PNG per image and contact_sheet.png, in place of
-those that an earlier run wrote to the same folder.
+--split test draws the evaluated images. Writes one PNG per image and contact_sheet.png, replacing
+those of an earlier run in the same folder.
 """
 
 from __future__ import annotations
@@ -16,26 +16,64 @@ from pathlib import Path
 
 from resnext_det_cli import flags
 
+HEADERS = ["iteration", "image id", "file", "width", "height", "boxes", "classes"]
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags."""
     flags.add_config(parser)
     parser.add_argument("--split", choices=("train", "test"), default="train")
     parser.add_argument("--count", type=int, default=16, help="of images (default: 16)")
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="(default: OUTPUT_DIR/images_of_SPLIT)"
     )
-    parser.add_argument(
-        "--no-augmentation", action="store_true", help="the same images as they are on disk"
-    )
+    parser.add_argument("--no-augmentation", action="store_true", help="the images as on disk")
     flags.add_own_data(parser)
     flags.add_overrides(parser)
 
 
 def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Refuse flags that do not go together."""
     if arguments.count < 1:
         parser.error(f"--count is {arguments.count}; it must be 1 or more")
     arguments.eval_only = arguments.split == "test"
     if arguments.eval_only and arguments.train_json and not arguments.test_json:
-        parser.error("--split test looks at --test-json, which is not given")
+        parser.error("--split test draws --test-json, which is missing")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Draw, and print a table of the images."""
+    from tabulate import tabulate
+    from tqdm import tqdm
+
+    from resnext_det.config import load_config
+    from resnext_det.data import custom
+    from resnext_det.data.checks import check_datasets
+    from resnext_det.engine.train_loop import shared_seed
+    from resnext_det.errors import plain, quoted
+    from resnext_det.visualize import training_images as drawing
+
+    cfg = load_config(arguments.config_file, arguments.opts)
+    cfg = custom.from_arguments(cfg, arguments)
+    names = list(cfg.DATASETS.TEST if arguments.eval_only else cfg.DATASETS.TRAIN)
+    check_datasets(cfg, names, ignore_health=arguments.ignore_health)
+    folder = arguments.output or Path(cfg.OUTPUT_DIR) / f"images_of_{arguments.split}"
+    augmented = not arguments.no_augmentation
+    if arguments.eval_only:
+        images = drawing.evaluation_images(cfg, arguments.count, augmented=augmented)
+    else:
+        seed = shared_seed(cfg.SEED)
+        print(f"seed {seed}{'' if cfg.SEED >= 0 else ', a random one, as SEED is negative'}")
+        images = drawing.training_images(cfg, arguments.count, seed, augmented=augmented)
+    bar = tqdm(images, total=arguments.count, unit="image", disable=None)
+    rows = [
+        [
+            "-" if image.iteration is None else image.iteration,
+            quoted(image.image_id, 40),
+            plain(image.file.name),
+            *image.picture.size,
+            len(image.objects),
+            ", ".join(plain(name) for name in dict.fromkeys(each.label for each in image.objects)),
+        ]
+        for image in drawing.write_images(bar, folder)
+    ]
+    print(tabulate(rows, HEADERS, disable_numparse=True))
+    print(f"\n{len(rows)} images drawn to {folder}, all of them in {folder / drawing.SHEET}")

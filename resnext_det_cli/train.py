@@ -5,30 +5,33 @@ r"""Train a detector, or evaluate one with --eval-only.
     %(prog)s --config-file output/run/config.yaml --resume
     %(prog)s --run output/run --eval-only
 
-Flags and KEY VALUE overrides come in any order. A training that SIGTERM or Ctrl-C ended has saved
-itself and exits with code 75: start it again with --resume.
+Flags and KEY VALUE overrides come in any order. On SIGTERM or Ctrl-C the training saves a
+checkpoint and exits with code 75: continue it with --resume.
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import Any
 
 from resnext_det_cli import flags
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags."""
     flags.add_config(parser, run=True)
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS")
     parser.add_argument(
         "--resume", action="store_true", help="continue from OUTPUT_DIR's checkpoint"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a training in OUTPUT_DIR")
     parser.add_argument(
-        "--cross-check", action="store_true", help="figures by hotcoco and pycocotools"
+        "--overwrite", action="store_true", help="replace the training in OUTPUT_DIR"
     )
     parser.add_argument(
-        "--json", action="store_true", help="with --eval-only: print metrics.json, and nothing else"
+        "--cross-check", action="store_true", help="figures by both hotcoco and pycocotools"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="with --eval-only: print only metrics.json"
     )
     flags.add_own_data(parser)
     flags.add_processes(parser)
@@ -36,8 +39,95 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Refuse flags that do not go together."""
     if arguments.run and not (arguments.eval_only or arguments.resume):
-        parser.error("--run evaluates a run or continues it: add --eval-only or --resume")
+        parser.error("--run evaluates or continues a run: add --eval-only or --resume")
     if arguments.json and not arguments.eval_only:
         parser.error("--json prints figures: add --eval-only")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Read the config, check it, and start the processes."""
+    from resnext_det.config import load_config, locate_config
+    from resnext_det.console import json_alone
+    from resnext_det.data import custom
+    from resnext_det.data.annotations import forget, read_json
+    from resnext_det.engine.evaluating import of_run
+    from resnext_det.engine.job import Job
+    from resnext_det.engine.launch import run_everywhere
+    from resnext_det.evaluation.results_file import metrics_file
+
+    with json_alone(arguments.json) as print_json:
+        job = Job.of(arguments)
+        if arguments.run:
+            arguments.config_file, weights = of_run(arguments.run)
+            given = ["OUTPUT_DIR", str(arguments.run)]
+            if arguments.eval_only:  # a resumed training finds its checkpoint itself
+                given += ["MODEL.WEIGHTS", str(weights)]
+            arguments.opts = [*given, *arguments.opts]
+        # A path even for a shipped name: Detectron2 copies the file into the log.
+        arguments.config_file = str(locate_config(arguments.config_file))
+        if arguments.cross_check:
+            arguments.opts += ["TEST.CROSS_CHECK", "True"]
+        cfg = load_config(arguments.config_file, arguments.opts)
+        cfg = custom.from_arguments(cfg, arguments)
+        _check(cfg, arguments, job.world_size)
+        if job.world_size > 1:
+            forget()  # each process reads the annotations itself
+        run_everywhere(_work, job, (cfg, arguments))
+        if arguments.json and job.machine_rank == 0 and not job.local_rank:
+            file = metrics_file(Path(cfg.OUTPUT_DIR))
+            print_json(read_json(file) if file else {})
+
+
+def _check(cfg: Any, arguments: argparse.Namespace, world_size: int) -> None:
+    """Fail now, once for all processes, on what would end the run later."""
+    from resnext_det.config_use import refuse_impossible
+    from resnext_det.data.checks import check_datasets
+    from resnext_det.engine.evaluating import check_expectations, last_checkpoint
+    from resnext_det.engine.schedule import scale
+    from resnext_det.engine.setup import check_folder
+    from resnext_det.engine.writers import check_wandb
+    from resnext_det.evaluation.evaluator import Engine
+
+    check_expectations(cfg)
+    refuse_impossible(cfg, world_size, training=not arguments.eval_only)
+    Engine(cfg.TEST.ENGINE)  # refuses an unknown one
+    tested, trained = list(cfg.DATASETS.TEST), list(cfg.DATASETS.TRAIN)
+    names = tested if arguments.eval_only else [*trained, *tested]
+    check_datasets(cfg, names, ignore_health=arguments.ignore_health)
+    if arguments.eval_only:
+        if arguments.resume:
+            last_checkpoint(cfg)
+        return
+    check_wandb(cfg)
+    scale(cfg, world_size)
+    check_folder(
+        cfg,
+        resume=arguments.resume,
+        overwrite=arguments.overwrite,
+        weights_given="MODEL.WEIGHTS" in arguments.opts[::2],
+    )
+
+
+def _work(cfg: Any, arguments: argparse.Namespace) -> None:
+    """Train or evaluate in one of the processes."""
+    from detectron2.evaluation import verify_results
+    from detectron2.utils import comm
+
+    from resnext_det.data import custom
+    from resnext_det.engine.evaluating import evaluate
+    from resnext_det.engine.setup import set_up
+    from resnext_det.engine.trainer import Trainer
+
+    custom.register_arguments(arguments)
+    folder = set_up(cfg, arguments)
+    if comm.is_main_process():
+        custom.record(cfg, folder)
+    if arguments.eval_only:
+        results = evaluate(cfg, resume=arguments.resume)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=arguments.resume)
+    trainer.train()

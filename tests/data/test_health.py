@@ -491,17 +491,17 @@ def test_the_tool(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     file = on_disk(sound())
-    assert check_data(monkeypatch, "--json", file, "--images", file.parent) == 0
+    assert check_data(monkeypatch, "--annotations", file, "--images", file.parent) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "nothing is wrong"
     (file.parent / "2.png").unlink()
-    assert check_data(monkeypatch, "--json", file) == 0
-    assert check_data(monkeypatch, "--json", file, "--images", file.parent) == 1
+    assert check_data(monkeypatch, "--annotations", file) == 0
+    assert check_data(monkeypatch, "--annotations", file, "--images", file.parent) == 1
     assert "error: of 3 image files" in capsys.readouterr().out
     file.write_text("{")
-    assert check_data(monkeypatch, "--json", file) == 2
-    assert check_data(monkeypatch, "--json", file, "--images", file.parent / "no") == 2
+    assert check_data(monkeypatch, "--annotations", file) == 2
+    assert check_data(monkeypatch, "--annotations", file, "--images", file.parent / "no") == 2
     assert "no is not a folder" in capsys.readouterr().err
-    assert check_data(monkeypatch, "--json", file, "--images", "\x1b[2J") == 2
+    assert check_data(monkeypatch, "--annotations", file, "--images", "\x1b[2J") == 2
     assert "\x1b" not in capsys.readouterr().err
 
 

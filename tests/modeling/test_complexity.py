@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
 
@@ -393,19 +391,6 @@ def test_tool_counts_a_detector(tool: Tool) -> None:
     assert "4,168,089,600" in done.stdout  # 300 * (12544 * 1024 + 1024 * 1024), the box head
 
 
-def test_tool_compares(tool: Tool, tmp_path: Path) -> None:
-    output = tmp_path / "new" / "compared.json"
-    arguments = ["--compare", "1x64d", "32x4d", "--output", output]
-    done = tool("complexity.py", arguments)
-    assert done.returncode == 0, done.stderr
-    rows = [line.split() for line in done.stdout.splitlines()]
-    assert ["parameters", "25,557,032", "25,028,904", "0.979"] in rows
-    assert ["multiply-adds", "4,089,184,256", "4,230,479,872", "1.035"] in rows
-    written = json.loads(output.read_text())
-    assert written["networks"]["32x4d"]["activations"] == 14_401_512
-    assert torch.__version__.startswith(written["versions"]["torch"])
-
-
 def test_paths_put_out_more_than_one_grouped_convolution() -> None:
     """In the aggregated form each of 32 paths puts out the channels that the block does."""
     outputs = 3 * 256 * 56**2 + 4 * 512 * 28**2 + 6 * 1024 * 14**2 + 3 * 2048 * 7**2
@@ -414,13 +399,6 @@ def test_paths_put_out_more_than_one_grouped_convolution() -> None:
     )
     assert aggregated.activations == grouped.activations + 31 * outputs
     assert aggregated.multiply_adds == grouped.multiply_adds
-
-
-@pytest.mark.parametrize("name", ["32x4d:fast"])
-def test_tool_compares_known_ways_only(tool: Tool, name: str) -> None:
-    done = tool("complexity.py", ["--compare", "1x64d", name])
-    assert done.returncode == 2
-    assert "must be aggregated, concatenated, grouped or checkpointed" in done.stderr
 
 
 def test_tool_refuses_in_a_line(tool: Tool) -> None:

@@ -389,7 +389,7 @@ def test_without_a_network_to_compare_with_the_file_is_written(
         with pytest.raises(SystemExit, match="2"):
             run(monkeypatch, *arguments, "--verify")
         error = capsys.readouterr().err
-        assert error.startswith(f"error: {second} was written, but nothing is proven: {first} is")
+        assert error.startswith(f"error: {second} was written but not verified: {first} is")
         assert len(read_backbone(second).tensors) == 145
         second.unlink()
 
@@ -402,7 +402,7 @@ def test_a_whole_detector_is_converted_and_not_compared(
     torch.save({f"backbone.bottom_up.{name}": t for name, t in backbone.items()}, file)
     with pytest.raises(SystemExit, match="2"):
         run(monkeypatch, file, output, "--form", "aggregated", "--verify")
-    assert "nothing is proven" in capsys.readouterr().err
+    assert "not verified" in capsys.readouterr().err
     assert form_of(read_tensors(output)) == "aggregated"
 
 
@@ -411,7 +411,7 @@ def test_a_file_of_the_catalog_is_read_as_the_catalog_says(
 ) -> None:
     """Its names are torchvision's, and it takes BGR."""
     known = entry("resnext101_32x8d.open_mmlab_d2_in1k")
-    monkeypatch.setattr("resnext_det.commands.convert.of_file", lambda file: known)
+    monkeypatch.setattr("resnext_det.weights.catalog.of_file", lambda file: known)
     output = tmp_path / "out.pth"
     Image.fromarray(default_image(40, 72)).save(tmp_path / "own.png")
     run(monkeypatch, source, output, "--verify", "--image", tmp_path / "own.png")

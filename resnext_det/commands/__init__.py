@@ -1,1 +1,0 @@
-"""The commands of `resnext-det`: `run`, for arguments that `resnext_det_cli` has parsed."""

@@ -1,3 +1,0 @@
-"""`resnext-det eval`: `train` with --eval-only."""
-
-from resnext_det.commands.train import run as run
