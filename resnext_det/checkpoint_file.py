@@ -1,14 +1,12 @@
-"""One checkpoint file: written whole, verified when read, and what it records about its run."""
+"""The checkpoint of a training: written whole, verified when read, with a record of its run."""
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +15,10 @@ from detectron2.config import CfgNode
 from resnext_det.environment import versions
 from resnext_det.errors import TrainingError, WeightsError, quoted
 from resnext_det.files import free_bytes, open_regular, size_text, written_beside
+from resnext_det.weights.reading import read_content as read_content
+from resnext_det.weights.reading import read_outline as read_outline
 
-# This package's record in a checkpoint, beside "model" and what a trainer keeps.
+# This package's record in a checkpoint, beside "model" and the trainer's own keys.
 RUN = "resnext_det_run"
 
 
@@ -49,7 +49,7 @@ def run_record(
     """Return a run's record for its checkpoints, in plain containers; `read_run` reads it.
 
     Args:
-        config: the run's.
+        config: of the run.
         class_names: in the order of the model's outputs.
         provenance: anything else to record; a number under "best" is the best value so far.
     """
@@ -62,13 +62,7 @@ def run_record(
 
 
 def read_run(file: Path) -> Run | None:
-    """Read what a checkpoint records about its run, without the values of its tensors.
-
-    Args:
-        file: a checkpoint of this package, or of another program.
-
-    Returns:
-        The record; None for a file without one, as other programs write.
+    """Read what a checkpoint records about its run; None for a file of another program.
 
     Raises:
         WeightsError: the file is missing or damaged, holds more than data, or has a malformed
@@ -134,7 +128,7 @@ def read_training(file: Path) -> dict[str, Any]:
         lacking = "model"
     elif iteration_of(content) is None:
         lacking = "iteration"
-    elif not _holds_optimizer(content):
+    elif not _has_optimizer(content):
         lacking = "optimizer"
     else:
         return content
@@ -145,98 +139,44 @@ def _is_tensor(item: tuple[object, object]) -> bool:
     return isinstance(item[0], str) and isinstance(item[1], torch.Tensor)
 
 
-def _holds_optimizer(content: Mapping[str, Any], depth: int = 2) -> bool:
-    """Look at the top, in the trainer's part, and in a trainer of that."""
+def _has_optimizer(content: Mapping[str, Any], depth: int = 2) -> bool:
+    """Search the top, the trainer's part, and the part of a trainer inside that."""
     if isinstance(content.get("optimizer"), Mapping):
         return True
     inner = (part for part in content.values() if isinstance(part, Mapping))
-    return depth > 0 and any(_holds_optimizer(part, depth - 1) for part in inner)
-
-
-def read_content(file: Path) -> dict[str, Any]:
-    """Read what `torch.save` wrote, with the tensors on the CPU and every byte verified.
-
-    Raises:
-        WeightsError: it is missing or damaged, or holds more than data.
-    """
-    return _read(file, "cpu")
-
-
-def read_outline(file: Path) -> dict[str, Any]:
-    """Read a checkpoint without the values of its tensors, which takes next to no time.
-
-    Raises:
-        WeightsError: it is missing, damaged as far as it is read, or holds more than data.
-    """
-    return _read(file, "meta")
-
-
-def _read(file: Path, device: str) -> dict[str, Any]:
-    try:
-        if not file.exists():
-            raise WeightsError("there is no such file")
-        with open_regular(file) as stream:
-            _check_archive(stream, every_byte=device != "meta")
-        # Read by its name: only so does torch skip the tensors' bytes for the device "meta".
-        if asked := torch.serialization.get_unsafe_globals_in_checkpoint(str(file)):
-            raise WeightsError(
-                f"it asks for {quoted(', '.join(sorted(asked)))}, and a checkpoint may only hold "
-                "tensors in plain containers"
-            )
-        content = torch.load(file, map_location=device, weights_only=True)
-    except WeightsError as error:
-        raise WeightsError(f"{quoted(file)} is refused: {error}.") from error
-    except Exception as error:
-        reason = quoted(str(error).partition("\n")[0])
-        raise WeightsError(
-            f"{quoted(file)} cannot be read as a checkpoint; it may be truncated, or of another "
-            f"kind: {type(error).__name__}: {reason}"
-        ) from error
-    if not isinstance(content, dict):
-        raise WeightsError(f"{quoted(file)} is not a checkpoint: it holds a {type(content)}.")
-    return content
-
-
-def _check_archive(stream: BinaryIO, *, every_byte: bool) -> None:
-    """Refuse an archive that unpacks to more than its size, or whose entries are damaged."""
-    size = stream.seek(0, 2)
-    with zipfile.ZipFile(stream) as archive:
-        entries = archive.infolist()
-        if sum(entry.file_size for entry in entries) > size:
-            raise WeightsError("it would unpack to more than its size, as torch.save never writes")
-        recorded = any(entry.CRC for entry in entries)  # torch.save can be told to leave them out
-        # torch.load does not check them.
-        damaged = archive.testzip() if every_byte and recorded else None
-    if damaged is not None:
-        raise WeightsError(f"its entry {quoted(damaged)} is damaged")
+    return depth > 0 and any(_has_optimizer(part, depth - 1) for part in inner)
 
 
 def write_checkpoint(content: Mapping[str, Any], file: Path) -> None:
-    """Write a checkpoint; until it is complete and on the disk, one of the same name stays.
+    """Write a checkpoint; a file of the same name stays until the new one is safe on the disk.
 
     Args:
         content: tensors in plain containers.
         file: such as output/model_final.pth.
 
     Raises:
-        TrainingError: the disk is full or read-only, or the content could not be read again as
-            data.
+        TrainingError: the disk is full or read-only, or the content could not be read again.
     """
     try:
         with written_beside(file, None, durable=True) as beside:
-            _save(plain(content), beside)
-            if asked := _more_than_data(beside):
-                raise TrainingError(
-                    f"{file} is not written: its content holds {quoted(asked)}, and a checkpoint "
-                    "may only hold tensors in plain containers. Change the state_dict() that "
-                    "returns it."
-                )
+            with beside.open("wb") as stream:
+                torch.save(plain(content), stream)
+            read_outline(beside)
     except OSError as error:
         raise not_written(file, error) from error
+    except WeightsError as error:
+        raise TrainingError(
+            f"{file} is not written, as it could not be read again: {error} Change the "
+            "state_dict() that returns it."
+        ) from error
+    except RuntimeError as error:  # how torch reports a full disk
+        if isinstance(error.__context__, OSError):
+            raise not_written(file, error.__context__) from error
+        raise
 
 
 def not_written(file: Path, error: OSError) -> TrainingError:
-    """Return the error for a file of a training that the disk did not take."""
+    """Return the error for a file of a training that cannot be written."""
     try:
         free = f"{size_text(free_bytes(file.parent))} are free there"
     except OSError:
@@ -248,48 +188,10 @@ def not_written(file: Path, error: OSError) -> TrainingError:
     )
 
 
-class _Stream:
-    """Keeps the error of a full disk, which torch.save turns into one about a position."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-        self.error: OSError | None = None
-
-    def write(self, data: bytes) -> int:
-        try:
-            self._stream.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-        return len(data)
-
-    def flush(self) -> None:
-        self._stream.flush()
-
-
-def _save(content: Mapping[str, Any], file: Path) -> None:
-    with file.open("wb") as opened:
-        stream = _Stream(opened)
-        try:
-            torch.save(content, stream)  # type: ignore[arg-type]
-        except Exception as error:
-            if stream.error is not None:
-                raise stream.error from error
-            raise
-
-
-def _more_than_data(file: Path) -> str:
-    """Return what torch.load would refuse to read as data; "" for nothing."""
-    try:
-        return ", ".join(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(file))))
-    except pickle.UnpicklingError as error:  # a whole number of a thousand digits, for one
-        return f"what torch.load does not know ({error})"
-
-
 def plain(value: Any) -> Any:
-    """Return NumPy numbers as Python's and mappings as dicts, which can be read again as data.
+    """Turn NumPy numbers into Python's and mappings into dicts, which can be read again as data.
 
-    State dicts (OrderedDict) and everything else are returned as they are.
+    State dicts (OrderedDict) and everything else are returned unchanged.
     """
     if isinstance(value, np.generic):
         return value.item()

@@ -1,4 +1,4 @@
-"""Checkpoint files: read as data and verified, written whole, and what they record of their run."""
+"""Checkpoints of a training: verified when read, written whole, with a record of their run."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "model_0000024.pth"
 
 
-def test_a_truncated_file_is_refused(file: Path) -> None:
+def test_refuses_truncated_files(file: Path) -> None:
     whole = file.read_bytes()
     assert same(read_training(file))
     for size in (0, 1, 100, len(whole) // 2, len(whole) * 9 // 10, len(whole) - 1):
@@ -79,8 +79,8 @@ def flipped(whole: bytes, bit: int) -> bytes:
     return bytes(changed)
 
 
-def test_a_flipped_bit_changes_no_number(file: Path) -> None:
-    """torch.load itself would take changed numbers."""
+def test_flipped_bits_change_no_number(file: Path) -> None:
+    """torch.load itself accepts changed numbers."""
     whole = file.read_bytes()
     numbers = whole.index(torch.arange(64.0).numpy().tobytes()) * 8
     silent = refused = 0
@@ -89,24 +89,14 @@ def test_a_flipped_bit_changes_no_number(file: Path) -> None:
         file.write_bytes(flipped(whole, bit))
         try:
             assert same(read_training(file))
-            silent += 1  # of what only fills up, or is not read
+            silent += 1  # padding, or never read
         except WeightsError:
             refused += 1
     assert refused > 30 and silent + refused == len(bits)
     file.write_bytes(flipped(whole, numbers))
     assert not torch.equal(torch.load(file)["model"]["w"], torch.arange(64.0))
-    with pytest.raises(WeightsError, match=r"its entry .*data/.. is damaged"):
+    with pytest.raises(WeightsError, match=r"data/.. is damaged"):
         read_training(file)
-
-
-def test_checksums_that_were_left_out_are_not_asked_for(tmp_path: Path) -> None:
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        torch.save(CONTENT, tmp_path / "stock.pth")
-    finally:
-        torch.serialization.set_crc32_options(before)
-    assert same(read_training(tmp_path / "stock.pth"))
 
 
 class Hostile:
@@ -118,7 +108,7 @@ class Hostile:
 
 
 def hide(file: Path, mark: Path) -> None:
-    """Put a pickle into a file of torch.save that makes what it calls of words on its stack."""
+    """Put in a pickle that calls os.mkdir by an opcode that names no global."""
     with zipfile.ZipFile(file) as source:
         parts = {name: source.read(name) for name in source.namelist()}
     with zipfile.ZipFile(file, "w") as target:
@@ -128,7 +118,7 @@ def hide(file: Path, mark: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["zip", "hidden", "legacy", "pickle"])
-def test_a_hostile_file_is_never_executed(tmp_path: Path, kind: str) -> None:
+def test_never_executes_a_hostile_file(tmp_path: Path, kind: str) -> None:
     file, mark = tmp_path / "model_final.pth", tmp_path / "executed"
     hostile = {**CONTENT, "resnext_det_run": None if kind == "hidden" else Hostile(mark)}
     if kind == "pickle":
@@ -139,30 +129,15 @@ def test_a_hostile_file_is_never_executed(tmp_path: Path, kind: str) -> None:
         hide(file, mark)
     archive = kind in ("zip", "hidden")
     for read in (read_training, read_outline, *([read_run] if archive else [])):
-        with pytest.raises(WeightsError, match="asks for" if kind == "zip" else "cannot be read"):
+        with pytest.raises(WeightsError, match=r"asks for|cannot be read|refused"):
             read(file)
-    if not archive:  # a file of another program, which tells nothing of a run: it is not opened
+    if not archive:  # a file of another program, without a record
         assert read_run(file) is None
-    with pytest.raises(TrainingError, match="asks for" if kind == "zip" else "cannot be read"):
+    with pytest.raises(TrainingError, match=r"asks for|cannot be read|refused"):
         last_good(tmp_path)
     assert not mark.exists()
     torch.load(file, weights_only=False) if kind != "pickle" else pickle.loads(file.read_bytes())
-    assert mark.exists()  # it would have been
-
-
-def test_a_file_that_unpacks_to_more_than_its_size_is_refused(tmp_path: Path, file: Path) -> None:
-    torch.save({**CONTENT, "model": {"w": torch.zeros(1_000_000)}}, tmp_path / "large.pth")
-    packed = tmp_path / "packed.pth"
-    with (
-        zipfile.ZipFile(tmp_path / "large.pth") as source,
-        zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target,
-    ):
-        for name in source.namelist():
-            target.writestr(name, source.read(name))
-    assert packed.stat().st_size < 100_000
-    for read in (read_training, read_outline):
-        with pytest.raises(WeightsError, match="unpack to more than its size"):
-            read(packed)
+    assert mark.exists()  # the attack works
 
 
 @pytest.mark.parametrize(
@@ -171,13 +146,11 @@ def test_a_file_that_unpacks_to_more_than_its_size_is_refused(tmp_path: Path, fi
         ({"model": {}}, "no model"),
         ({"model": {"w": 1}}, "no model"),
         ({"model": {1: torch.ones(1)}}, "no model"),
-        ({"model": [torch.ones(1)]}, "no model"),
         ({"iteration": -1}, "no iteration"),
-        ({"iteration": "24"}, "no iteration"),
         ({"optimizer": None}, "no optimizer"),
     ],
 )
-def test_what_is_not_the_checkpoint_of_a_training_is_refused(
+def test_refuses_other_content_than_a_training(
     tmp_path: Path, change: dict[str, Any], reason: str
 ) -> None:
     write_checkpoint({**CONTENT, **change}, tmp_path / "a.pth")
@@ -187,22 +160,13 @@ def test_what_is_not_the_checkpoint_of_a_training_is_refused(
         read_training(tmp_path / "a.pth")
 
 
-def test_other_contents_and_places_are_refused(tmp_path: Path) -> None:
-    torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(WeightsError, match="list"):
-        read_training(tmp_path / "list.pth")
-    for place, reason in ((tmp_path, "directory"), (tmp_path / "missing.pth", "no such file")):
-        with pytest.raises(WeightsError, match=reason):
-            read_training(place)
-
-
-def test_an_outline_has_everything_but_the_numbers(file: Path) -> None:
+def test_outline_has_shapes_without_values(file: Path) -> None:
     outline = read_outline(file)
     assert outline["iteration"] == 24 and outline["model"]["w"].shape == (64,)
     assert outline["model"]["w"].is_meta
 
 
-def test_the_iteration_is_found_where_detectron2_keeps_it() -> None:
+def test_finds_iteration_where_detectron2_keeps_it() -> None:
     assert iteration_of({"iteration": 0, "trainer": {"iteration": 7}}) == 0
     assert iteration_of({"model": {}, "trainer": {"iteration": 7}}) == 7
     assert iteration_of({"model": {"iteration": torch.ones(1)}}) is None
@@ -220,7 +184,7 @@ def config() -> CfgNode:
     return cfg
 
 
-def test_a_checkpoint_tells_of_its_run(tmp_path: Path) -> None:
+def test_checkpoint_records_its_run(tmp_path: Path) -> None:
     best = {"best": np.float32(37.5), "seed": 5}
     checkpointer = Checkpointer(
         nn.Linear(2, 2),
@@ -249,19 +213,16 @@ def test_a_checkpoint_tells_of_its_run(tmp_path: Path) -> None:
     assert exported.class_names == run.class_names
 
 
-def test_a_file_of_stock_detectron2_tells_nothing(tmp_path: Path) -> None:
-    DetectionCheckpointer(nn.Linear(2, 2), str(tmp_path)).save("stock")
-    assert read_run(tmp_path / "stock.pth") is None
-
-
 GOOD = {"config": "", "class_names": ["a"], "versions": {}, "provenance": {}}
 
 
-@pytest.mark.parametrize("kind", ["pickle", "before archives", "safetensors"])
-def test_files_that_are_no_archives_tell_nothing(kind: str, tmp_path: Path) -> None:
-    """Such as the detectors of Detectron2's zoo, which are evaluated and demonstrated as well."""
-    file = tmp_path / "model.pkl"
-    if kind == "pickle":
+@pytest.mark.parametrize("kind", ["stock", "pickle", "legacy", "safetensors"])
+def test_files_of_other_programs_have_no_record(kind: str, tmp_path: Path) -> None:
+    """Such as the detectors of Detectron2's zoo, which can be evaluated as well."""
+    file = tmp_path / "model.pth"
+    if kind == "stock":
+        DetectionCheckpointer(nn.Linear(2, 2), str(tmp_path)).save("model")
+    elif kind == "pickle":
         content = {"model": {"weight": np.ones(3)}, "__author__": "Detectron2"}
         file.write_bytes(pickle.dumps(content))
     elif kind == "safetensors":
@@ -274,29 +235,17 @@ def test_files_that_are_no_archives_tell_nothing(kind: str, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "record",
     [
-        5,
-        [],
-        "text",
-        {},
+        *(5, [], {}),
         {**GOOD, "class_names": "abc"},
-        {**GOOD, "class_names": 3},
         {**GOOD, "versions": ["torch"]},
         {**GOOD, "provenance": {"best": "high"}},
-        {**GOOD, "provenance": {"best": [1]}},
         {**GOOD, "provenance": None},
     ],
 )
-def test_rubbish_is_refused(tmp_path: Path, record: Any) -> None:
+def test_refuses_malformed_record(tmp_path: Path, record: Any) -> None:
     write_checkpoint({"model": {"w": torch.ones(1)}, RUN: record}, tmp_path / "a.pth")
     with pytest.raises(WeightsError, match=r"a\.pth: its record of the run cannot be read"):
         read_run(tmp_path / "a.pth")
-
-
-def test_a_damaged_or_missing_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.pth").write_bytes(b"PK\x03\x04rubbish")
-    for name in ("a.pth", "missing.pth"):
-        with pytest.raises(WeightsError, match=name):
-            read_run(tmp_path / name)
 
 
 fork = multiprocessing.get_context("fork")
@@ -317,10 +266,7 @@ def listing(folder: Path) -> dict[str, bytes]:
 
 @contextlib.contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """Files cannot grow beyond a size: the write that would is cut short, and the next one fails.
-
-    Python ignores the signal that comes with it, and sees an error as of a full disk.
-    """
+    """Limit the size of files, so that a write fails as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -329,9 +275,9 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.9999])
+@pytest.mark.parametrize("share", [0.0, 0.9, 0.9999])
 @pytest.mark.parametrize("name", ["model_final.pth", "model_0000019.pth"])
-def test_a_full_disk_leaves_everything_as_it_was(tmp_path: Path, name: str, share: float) -> None:
+def test_full_disk_changes_nothing(tmp_path: Path, name: str, share: float) -> None:
     write_checkpoint(content(9, 20_000), tmp_path / "model_final.pth")
     point(tmp_path, "model_final.pth")
     before = listing(tmp_path)
@@ -348,14 +294,14 @@ def test_a_full_disk_leaves_everything_as_it_was(tmp_path: Path, name: str, shar
     assert file is not None and read_training(file)["iteration"] == 9
 
 
-def test_a_full_disk_leaves_the_name_of_the_last_checkpoint(tmp_path: Path) -> None:
+def test_full_disk_keeps_the_name_of_the_last_checkpoint(tmp_path: Path) -> None:
     point(tmp_path, "model_0000009.pth")
     with largest_file(5), pytest.raises(TrainingError, match="last_checkpoint cannot be written"):
         point(tmp_path, "model_0000019.pth")
     assert listing(tmp_path) == {"last_checkpoint": b"model_0000009.pth"}
 
 
-def test_a_folder_that_cannot_be_is_named(tmp_path: Path) -> None:
+def test_names_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(TrainingError, match=r"model_final\.pth cannot be written into .*file"):
         write_checkpoint(content(9), tmp_path / "file" / "model_final.pth")
@@ -363,35 +309,31 @@ def test_a_folder_that_cannot_be_is_named(tmp_path: Path) -> None:
         point(tmp_path / "file", "a.pth")
 
 
-def test_a_folder_is_made(tmp_path: Path) -> None:
-    file = tmp_path / "a run?b=1 #ü" / "output" / "model_final.pth"
-    write_checkpoint(content(9), file)
-    assert read_training(file)["iteration"] == 9
-
-
 class Anything:
     pass
 
 
 @pytest.mark.parametrize(
-    "value", [np.zeros(2), Anything(), Path("x"), {"a": [Anything()]}, 2**3000]
+    "value",
+    [np.zeros(2), Path("x"), {"a": [Anything()]}, 2**3000],
+    ids=["array", "path", "object", "int"],
 )
-def test_what_could_not_be_read_again_is_not_written(tmp_path: Path, value: Any) -> None:
+def test_writes_nothing_that_could_not_be_read_again(tmp_path: Path, value: Any) -> None:
     write_checkpoint(content(9), tmp_path / "model_final.pth")
     before = listing(tmp_path)
-    with pytest.raises(TrainingError, match=r"holds .*(ndarray|Anything|Path|not know)"):
+    with pytest.raises(TrainingError, match="could not be read again"):
         write_checkpoint({**content(19), "hooks": value}, tmp_path / "model_final.pth")
     assert listing(tmp_path) == before
 
 
-def test_an_error_of_the_content_is_no_full_disk(tmp_path: Path) -> None:
+def test_content_error_is_not_a_full_disk(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="pickle") as caught:
         write_checkpoint({**content(9), "hooks": lambda: None}, tmp_path / "model_final.pth")
     assert not isinstance(caught.value, TrainingError)
     assert listing(tmp_path) == {}
 
 
-def test_numbers_of_numpy_become_pythons(tmp_path: Path) -> None:
+def test_numpy_numbers_become_pythons(tmp_path: Path) -> None:
     state = {"best": np.float64(0.25), "of": [np.int64(3), (np.bool_(True), None)], 5: {"x": 1.5}}
     write_checkpoint({**content(9), "hooks": state}, tmp_path / "a.pth")
     found = read_content(tmp_path / "a.pth")["hooks"]
@@ -399,7 +341,7 @@ def test_numbers_of_numpy_become_pythons(tmp_path: Path) -> None:
     assert type(found["best"]) is float and type(found["of"][0]) is int
 
 
-# Kills. A forked process saves, and is killed for good.
+# --- kills: a forked process saves, and is killed ---
 
 
 def start(work: Callable[..., None], *arguments: Any) -> multiprocessing.process.BaseProcess:
@@ -409,7 +351,7 @@ def start(work: Callable[..., None], *arguments: Any) -> multiprocessing.process
 
 
 def save_killed_at(folder: Path, operation: int) -> None:
-    """Save over what is there, and remove an older one; end before a file operation in it."""
+    """Save over a checkpoint and remove an older one; die before the given file operation."""
     counter = itertools.count()
 
     def count(event: str, arguments: tuple[Any, ...]) -> None:
@@ -423,7 +365,7 @@ def save_killed_at(folder: Path, operation: int) -> None:
     Checkpointer(nn.Identity(), folder).prune(1)
 
 
-def test_a_kill_between_any_two_operations_leaves_the_old_or_the_new(tmp_path: Path) -> None:
+def test_kill_between_any_two_operations_leaves_the_old_or_the_new(tmp_path: Path) -> None:
     good = tmp_path / "good"
     for name, iteration in {"model_0000003.pth": 3, "model_0000006.pth": 6}.items():
         write_checkpoint(content(iteration), good / name)

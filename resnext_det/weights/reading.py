@@ -1,46 +1,47 @@
-"""A checkpoint file -> tensors by name. The file is data: none of its code runs."""
+"""Read checkpoint files as data: none of their code runs, and none of their sizes is trusted.
+
+torch's `weights_only` keeps code in torch.save's files from running. What is added here are limits
+on memory, checksums, and a reader for pickles of NumPy arrays and for safetensors.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pickle
 import pickletools
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
+from torch import Tensor
 
-from resnext_det.errors import WeightsError, named, quoted
+from resnext_det.errors import WeightsError, named, plain, quoted
 from resnext_det.files import open_regular
-from resnext_det.weights.pickles import (
-    ArrayUnpickler,
-    Ignored,
-    PickledArray,
-    more_than_data,
-)
+from resnext_det.weights.pickles import ArrayUnpickler, Ignored, PickledArray
 
-# Keys under which checkpoints keep their weights, most trusted first; a moving average only if
-# there is nothing else. Any other key is accepted if only one holds tensors by name.
+# Keys under which checkpoints keep their weights, the most trusted first. A moving average is used
+# only if there is nothing else. Any other key works if it is the only one with tensors by name.
 _WRAPPERS = ("model", "state_dict", "model_state", "model_state_dict", "blobs")
 _AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "ema_state")
-# What data-parallel training, moving averages and training frameworks put before every name.
+# What data-parallel training, torch.compile and training frameworks put before every name.
 _PREFIXES = ("module.", "model.", "_orig_mod.")
 _LONGEST_NAME = 300
 
-# How a file of torch.save begins: a zip, or the pickle of a number before there were zips.
+# First bytes: a zip archive by torch.save; a pickle by torch.save before 1.6, in five parts; any
+# other pickle, of protocol 2 and later, or of 0 and 1.
 _ZIP = b"PK"
 _LEGACY = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")
-_PICKLE = (b"\x80", b"(", b"c", b"}")  # a dict by protocol 2 and later, or by 0 and 1
-# An object or a table by Torch7, in binary on a 32 or 64 bit machine, or in text.
-_TORCH7 = (b"\3\0\0\0", b"\4\0\0\0", b"3\n", b"4\n")
-_LEGACY_PICKLES = 5  # that number, a version, the machine, the content, the names of storages
-# What tensors in plain containers need. torch.load's own list is longer: a bytearray or a
-# torch.FloatTensor of any size, and tensors that are sparse, quantised or without numbers.
+_LEGACY_PARTS = 5
+_PICKLE = (b"\x80", b"(", b"c", b"}")
+
+# What tensors in plain containers need. torch's own list is longer, and allows a bytearray or a
+# torch.FloatTensor of any size, and tensors that are sparse or quantised.
 _TENSOR_GLOBALS = re.compile(
     r"collections\.(OrderedDict|Counter)|(builtins|__builtin__)\.(set|complex)|_codecs\.encode"
     r"|torch\._utils\._rebuild_(tensor|tensor_v2|parameter|parameter_with_state)"
@@ -48,17 +49,11 @@ _TENSOR_GLOBALS = re.compile(
     r"|torch\.(cuda\.)?[A-Z][A-Za-z0-9]*Storage"
     r"|torch\.(Size|device|b?float[0-9a-z_]*|double|half|u?int[0-9]+|long|short|bool)"
 )
-# What training programs (torchvision's and timm's, for two) save beside the weights. Nobody reads
-# it, so `Ignored` takes its place.
+# What training programs, such as torchvision's and timm's, save beside the weights. Reading drops
+# the values.
 _BESIDE = (
-    "argparse.Namespace",
-    "types.SimpleNamespace",
-    "torch.torch_version.TorchVersion",
-    *(
-        f"{module}.{name}"
-        for module in ("pathlib", "pathlib._local")
-        for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
-    ),
+    *("argparse.Namespace", "types.SimpleNamespace", "torch.torch_version.TorchVersion"),
+    *("pathlib.PosixPath", "pathlib.WindowsPath", "pathlib._local.PosixPath"),
     *("numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"),
 )
 
@@ -69,52 +64,73 @@ class Checkpoint:
 
     Attributes:
         tensors: on the CPU, by name.
-        record: what a file of this package says about itself, unchecked; else None.
+        record: what a file converted by this package says about itself, unchecked; else None.
     """
 
-    tensors: dict[str, torch.Tensor]
+    tensors: dict[str, Tensor]
     record: Any
 
 
-def read_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """Read the weights of a checkpoint; see `read_checkpoint`."""
+def read_checkpoint(file: Path) -> Checkpoint:
+    """Read the weights in a PyTorch file, a pickle of arrays or a safetensors file.
+
+    The format is recognised by the content. Wrappers ("model", "state_dict" and the like) and
+    prefixes such as "module." are removed.
+
+    Raises:
+        WeightsError: the file is missing, damaged, of another format, or holds more than data.
+    """
+    with _refused(file):
+        content = _read(file)
+        size = file.stat().st_size
+        record = dict.get(content, "resnext_det") if isinstance(content, dict) else None
+        inner = content
+        for _ in range(3):
+            inner = _unwrapped(inner)
+        tensors = _tensors(inner, size)
+        if not tensors:
+            keys = f"; its keys are {named(content, 10)}" if isinstance(content, dict) else ""
+            raise WeightsError(f"it holds no tensors by name{keys}")
+    return Checkpoint(without_prefix(tensors), record)
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Read the weights in a checkpoint; see `read_checkpoint`."""
     return read_checkpoint(file).tensors
 
 
-def read_checkpoint(file: Path) -> Checkpoint:
-    """Read a checkpoint.
-
-    Reads PyTorch's files (.pth and the like), pickles of arrays (.pkl) and safetensors, recognised
-    by their content and not by the file name. Wrappers ("model", "state_dict" and the like, moving
-    averages) and prefixes such as "module." are removed. Claims of a file about sizes are not
-    trusted.
-
-    Args:
-        file: the checkpoint.
-
-    Returns:
-        Its tensors, dense and real, and its record.
+def read_content(file: Path) -> dict[str, Any]:
+    """Read everything in a zip archive of `torch.save`, with the tensors on the CPU.
 
     Raises:
-        WeightsError: the file is missing, broken, of no known kind, or holds more than data.
+        WeightsError: it is missing or damaged, or holds more than tensors in plain containers.
     """
+    return _read_mapping(file, "cpu")
+
+
+def read_outline(file: Path) -> dict[str, Any]:
+    """Do as `read_content`, but quickly: tensors get shapes without values, nothing is verified."""
+    return _read_mapping(file, "meta")
+
+
+def without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Remove prefixes such as "module." that all names share."""
+    for prefix in _PREFIXES * 2:
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return dict(tensors)
+
+
+@contextlib.contextmanager
+def _refused(file: Path) -> Iterator[None]:
+    """Turn every error of the body into a WeightsError that names the file."""
     try:
-        stream = open_regular(file)
-    except FileNotFoundError as error:
-        raise WeightsError(f"there is no checkpoint {quoted(file)}.") from error
-    except (OSError, ValueError) as error:
-        raise WeightsError(
-            f"{quoted(file)} cannot be opened as a checkpoint, which must be a regular file: "
-            f"{quoted(getattr(error, 'strerror', None) or error)}."
-        ) from error
-    try:
-        with stream:
-            content = _read(file, stream)
-            size = stream.seek(0, io.SEEK_END)
-        tensors, record = _unwrap(content, size)
+        yield
     except WeightsError as error:
         raise WeightsError(f"{quoted(file)} is refused: {error}.") from error
-    except pickle.UnpicklingError as error:  # torch's own advice would be to trust the file
+    except FileNotFoundError as error:
+        raise WeightsError(f"there is no checkpoint {quoted(file)}.") from error
+    except pickle.UnpicklingError as error:  # torch would advise to trust the file
         raise WeightsError(
             f"{quoted(file)} is refused: it is damaged, or holds more than arrays in plain "
             "containers, or was saved with another pickle_protocol than torch.save's default."
@@ -122,183 +138,121 @@ def read_checkpoint(file: Path) -> Checkpoint:
     except Exception as error:
         raise WeightsError(
             f"{quoted(file)} cannot be read as a checkpoint; it may be truncated, or of another "
-            f"kind: {type(error).__name__}: {quoted(error)}"
+            f"format: {type(error).__name__}: {quoted(error)}"
         ) from error
-    if not tensors:
-        raise WeightsError(
-            f"{quoted(file)} holds no tensors by name, so it is no checkpoint of a network."
-            f"{_keys(content)}"
-        )
-    return Checkpoint(tensors, record)
 
 
-def _keys(content: Any) -> str:
-    if not isinstance(content, Mapping) or not content:
-        return ""
-    return f" Its keys: {named(content, 10)}."
+def _read_mapping(file: Path, device: str) -> dict[str, Any]:
+    with _refused(file):
+        content = _load_archive(file, device, beside=())
+        if not isinstance(content, dict):
+            raise WeightsError(f"it holds a {type(content).__name__} instead of a dict")
+    return content
 
 
-def _read(file: Path, stream: BinaryIO) -> Any:
-    start = stream.read(len(_LEGACY))
-    stream.seek(0)
+def _read(file: Path) -> Any:
+    with open_regular(file) as stream:
+        start = stream.read(len(_LEGACY))
+        stream.seek(0)
+        if start == _LEGACY:
+            for _ in range(_LEGACY_PARTS):
+                _check_globals(stream, _BESIDE)
+            return _load(file, "cpu", _BESIDE)
+        if start[:1] in _PICKLE and start[8:9] != b"{":
+            return ArrayUnpickler(stream, _BESIDE).load()
     if start[:2] == _ZIP:
-        _check_zip(stream)
-        return _load(stream)
+        return _load_archive(file, "cpu", _BESIDE)
     if start[8:9] == b"{":
         return safetensors.torch.load_file(file)
-    if start.startswith(_TORCH7):
-        raise WeightsError(
-            "it is a Torch7 file (.t7), which is not read. The same networks as PyTorch files: "
-            "resnext50_32x4d.open_mmlab_in1k, resnext101_32x4d.cadene_in1k and "
-            "resnext101_64x4d.cadene_in1k of the catalog (MODEL.WEIGHTS resnext://NAME)"
-        )
-    if start[:1] not in _PICKLE:
-        raise ValueError(f"no kind of checkpoint begins with {start!r}")
-    return _read_legacy(stream) if start == _LEGACY else ArrayUnpickler(stream, _BESIDE).load()
+    raise ValueError(f"no checkpoint begins with {start!r}")
 
 
-def _load(stream: BinaryIO) -> Any:
-    stream.seek(0)
-    ignored: list[Any] = [(Ignored, name) for name in _BESIDE]
+def _load(file: Path, device: str, beside: tuple[str, ...]) -> Any:
+    ignored: list[Any] = [(Ignored, name) for name in beside]
     with torch.serialization.safe_globals(ignored):
-        return torch.load(stream, map_location="cpu", weights_only=True)
+        # By name, not from the stream: only then does torch skip the bytes for the device "meta".
+        return torch.load(file, map_location=device, weights_only=True)
 
 
-def _check_zip(stream: BinaryIO) -> None:
-    """Refuse an archive that torch.save would not write, or whose bytes have changed since."""
-    size = stream.seek(0, io.SEEK_END)
-    with zipfile.ZipFile(stream) as archive:
+def _load_archive(file: Path, device: str, beside: tuple[str, ...]) -> Any:
+    """Load a zip archive, unless torch.save would not write it or its bytes have changed."""
+    with open_regular(file) as stream, zipfile.ZipFile(stream) as archive:
         entries = archive.infolist()
         names = [entry.filename.partition("/")[2].lower() for entry in entries]
         if "constants.pkl" in names:
             raise WeightsError("it is a program (TorchScript); save its state_dict() alone")
         if names.count("data.pkl") != 1 or len(set(names)) != len(names):
             raise WeightsError("it is a zip archive, but not one that torch.save wrote")
-        packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-        if packed or sum(entry.file_size for entry in entries) > size:
+        compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+        if compressed or sum(entry.file_size for entry in entries) > stream.seek(0, io.SEEK_END):
             raise WeightsError(
-                "it is a compressed archive, and may unpack to any size: save it with torch.save"
+                "it is compressed and may unpack to any size, as torch.save never writes: save it "
+                "with torch.save"
             )
-        damaged = archive.testzip() if any(entry.CRC for entry in entries) else None
-        if damaged is not None:
-            raise WeightsError(
-                f"its part {quoted(damaged)} has changed since it was written: fetch it again"
-            )
-        entry = entries[names.index("data.pkl")]
-        entry.CRC = entry.CRC or None  # type: ignore[assignment]  # 0: saved without checksums
-        _check_globals(io.BytesIO(archive.read(entry)))
+        # torch.load does not compare the checksums. torch.save can be told to leave them out.
+        checked = any(entry.CRC for entry in entries)
+        if device != "meta" and checked and (damaged := archive.testzip()) is not None:
+            raise WeightsError(f"its entry {quoted(damaged)} is damaged: copy or download it again")
+        program = entries[names.index("data.pkl")]
+        if not checked:
+            program.CRC = None  # type: ignore[assignment]
+        _check_globals(io.BytesIO(archive.read(program)), beside)
+    return _load(file, device, beside)
 
 
-def _check_globals(stream: BinaryIO) -> None:
-    """Refuse a pickle that asks for more than tensors; the stream is left behind its end."""
+def _check_globals(stream: BinaryIO, beside: tuple[str, ...]) -> None:
+    """Refuse a pickle that asks for more than tensors, and leave the stream behind its end."""
     for operation, argument, _ in pickletools.genops(stream):
         if operation.name == "GLOBAL":
             name = str(argument).replace(" ", ".")
-            if not _TENSOR_GLOBALS.fullmatch(name) and name not in _BESIDE:
-                raise more_than_data(name)
+            if not _TENSOR_GLOBALS.fullmatch(name) and name not in beside:
+                raise WeightsError(
+                    f"it asks for {plain(name, 80)}, and a checkpoint may only hold tensors or "
+                    "arrays in plain containers: save model.state_dict() alone"
+                )
 
 
-def _read_legacy(stream: BinaryIO) -> Any:
-    for _ in range(_LEGACY_PICKLES):
-        _check_globals(stream)
-    start = stream.tell()
-    content = _load(stream)
-    # Storages that the file does not list would be memory that nothing was read into.
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in _tensors_in(content)}
-    listed = sum(8 + storage.nbytes() for storage in storages.values() if storage.nbytes())
-    if stream.tell() - start < listed:
-        raise WeightsError("it does not hold the numbers of its tensors: fetch or make it again")
-    return content
-
-
-def _tensors_in(content: Any) -> list[torch.Tensor]:
-    """Return all tensors in containers, each visited once: they may hold one another."""
-    found, todo, seen = [], [content], set()
-    while todo:
-        value = todo.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, torch.Tensor):
-            found.append(value)
-        elif isinstance(value, (dict, list, tuple, set)):
-            todo += dict.values(value) if isinstance(value, dict) else value
-    return found
-
-
-def _unwrap(content: Any, size: int) -> tuple[dict[str, torch.Tensor], Any]:
-    """Return the weights inside the wrappers of a file of this many bytes, and the record."""
-    record = dict.get(content, "resnext_det") if isinstance(content, dict) else None
-    for _ in range(3):
-        inner = _inner(content)
-        if inner is None:
-            break
-        content = inner
-    arrays: dict[int, torch.Tensor | None] = {}  # two names may share an array
-    tensors = {}
-    for name, value in _leaves(content):
-        if isinstance(value, PickledArray):
-            if id(value) not in arrays:
-                size -= value.nbytes
-                if size < 0:
-                    raise WeightsError("its arrays claim more bytes than the file has")
-                arrays[id(value)] = value.tensor()
-            tensor = arrays[id(value)]
-        else:
-            tensor = value.detach()
-        if tensor is not None:
-            _refuse_odd(name, tensor)
-            tensors[name] = tensor
-    return without_prefix(tensors), record
-
-
-def _inner(content: Any) -> Any:
-    """Return the mapping inside a wrapper that holds the weights; None if there is no wrapper.
-
-    Raises:
-        WeightsError: several might be meant.
-    """
+def _unwrapped(content: Any) -> Any:
+    """Return the mapping with the weights inside a wrapper; the content itself if it is bare."""
     if not isinstance(content, dict):
-        return None
+        return content
+    # dict's own methods, as a file can replace those of an OrderedDict.
     mappings = {key: value for key, value in dict.items(content) if isinstance(value, dict)}
     for key in (*_WRAPPERS, *_AVERAGES):
         if key in mappings:
             return mappings[key]
-    own = len(_leaves(content))
-    found = {key: value for key, value in mappings.items() if len(_leaves(value)) > own}
+    most = _count(content)
+    found = {key: value for key, value in mappings.items() if _count(value) > most}
     if len(found) > 1:
         raise WeightsError(
-            f"several of its keys hold tensors by name ({quoted(list(found))}), none of them "
-            f"called {', '.join(_WRAPPERS)}: save the one to be used alone"
+            f"several of its keys hold tensors by name ({quoted(list(found))}) and none is called "
+            f"{', '.join(_WRAPPERS)}: save the one to use alone"
         )
-    return next(iter(found.values()), None)
+    return next(iter(found.values()), content)
 
 
-def _leaves(content: Any) -> list[tuple[Any, Any]]:
-    if not isinstance(content, dict):
-        return []
-    return [
-        (name, value)
-        for name, value in dict.items(content)
-        if isinstance(value, (torch.Tensor, PickledArray))
-    ]
+def _count(content: dict[Any, Any]) -> int:
+    return sum(isinstance(value, (Tensor, PickledArray)) for value in dict.values(content))
 
 
-def _refuse_odd(name: Any, tensor: torch.Tensor) -> None:
-    """Refuse what has no name, or no real numbers, or shows a few of them as many."""
-    if not isinstance(name, str) or len(name) > _LONGEST_NAME or not name.isprintable():
-        key = quoted(name, 80) if isinstance(name, str) else f"a key of {type(name).__name__}"
-        raise WeightsError(f"it has a tensor under {key}, which is no name")
-    if tensor.is_complex():
-        raise WeightsError(f"{name} is complex, and weights are real numbers")
-    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        shape = quoted(tuple(tensor.shape))
-        raise WeightsError(f"{name} has the shape {shape}, but shows few numbers many times")
-
-
-def without_prefix(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Remove prefixes that every single name has, once or several times."""
-    for prefix in _PREFIXES * 2:
-        if tensors and all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return dict(tensors)
+def _tensors(content: Any, size: int) -> dict[str, Tensor]:
+    """Return the tensors of a mapping from a file of this size; refuse odd ones."""
+    found: dict[str, Tensor] = {}
+    storages: dict[int, int] = {}
+    for name, value in dict.items(content) if isinstance(content, dict) else ():
+        tensor = value.tensor if isinstance(value, PickledArray) else value
+        if not isinstance(tensor, Tensor):
+            continue
+        if not isinstance(name, str) or len(name) > _LONGEST_NAME or not name.isprintable():
+            raise WeightsError(f"it has a tensor under the name {quoted(name, 80)}")
+        if tensor.is_complex():
+            raise WeightsError(f"{name} is complex, and weights are real numbers")
+        storage = tensor.untyped_storage()
+        if tensor.numel() * tensor.element_size() > storage.nbytes():
+            shape = quoted(tuple(tensor.shape))
+            raise WeightsError(f"{name} has the shape {shape}, but shows few numbers many times")
+        storages[storage.data_ptr()] = storage.nbytes()
+        found[name] = tensor.detach()
+    if sum(storages.values()) > size:
+        raise WeightsError("its tensors claim more bytes than the file has")
+    return found
