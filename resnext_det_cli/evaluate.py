@@ -5,7 +5,6 @@
     %(prog)s ... --baseline OTHER_RUN               is it better, and how surely?
     %(prog)s ... --images val2017 --output FOLDER   write figures and a report
     %(prog)s ... --json                             figures for a program
-    %(prog)s --run FOLDER --output FOLDER           a run of Detectron2's trainer
 
 Annotations and results are in COCO's formats. By default this evaluates every one of boxes, masks
 and keypoints that both files hold. --proposals computes the class-agnostic average recall of 100,
@@ -28,9 +27,7 @@ RESAMPLES = 1000
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--annotations", type=Path, metavar="JSON")
     parser.add_argument("--results", type=Path, metavar="JSON")
-    parser.add_argument(
-        "--run", type=Path, metavar="DIR", help="a run's folder, also one of Detectron2's trainer"
-    )
+    parser.add_argument("--run", type=Path, metavar="DIR", help="take both from an evaluated run")
     parser.add_argument("--iou-type", nargs="+", choices=KINDS, help="what to evaluate")
     parser.add_argument(
         "--oks-sigmas", nargs="+", type=float, default=[], help="of keypoints other than COCO's 17"
@@ -90,13 +87,20 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     """Evaluate and print; write a report if --output asks for one."""
+    import logging
+
+    from resnext_det.errors import quoted
     from resnext_det.evaluation.annotations import read_ground_truth
-    from resnext_det.evaluation.coco import Protocol
-    from resnext_det.evaluation.compare import compare_with, comparison_document, difference_table
-    from resnext_det.evaluation.detections import check_detections, read_detections
+    from resnext_det.evaluation.coco import Engine, Protocol, proposal_figures, proposal_table
+    from resnext_det.evaluation.compare import (
+        compare,
+        comparison_document,
+        difference_table,
+        read_baseline,
+    )
+    from resnext_det.evaluation.detections import read_detections, suspicions
     from resnext_det.evaluation.error_analysis import error_table
-    from resnext_det.evaluation.evaluator import Engine, evaluate_detections, write_evaluated
-    from resnext_det.evaluation.figures import proposal_figures, proposal_table
+    from resnext_det.evaluation.evaluator import evaluate_detections, write_evaluated
     from resnext_det.evaluation.results_file import INFERENCE
     from resnext_det.files import check_writable, file_digest
     from resnext_det.report.page import write_report
@@ -106,22 +110,20 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         check_writable(arguments.output, "--output")
     results = arguments.results
     truth = read_ground_truth(arguments.annotations)
-    detections = read_detections(
-        results, classes=not arguments.proposals, numbers=truth.text_numbers
-    )
+    detections = read_detections(results, truth, with_classes=not arguments.proposals)
     print(f"{len(detections):,} detections: {results}")
     print(f"{len(truth.image_ids):,} images: {truth.file}")
+    engine = Engine(arguments.engine, arguments.cross_check)
     if arguments.proposals:
-        check_detections(detections, truth, str(results), classes=False)
-        settings = {"engine": arguments.engine, "cross_check": arguments.cross_check}
-        recall = proposal_figures(truth, detections, **settings)
+        recall = proposal_figures(truth, detections, engine)
         print(f"\n{proposal_table(recall)}")
         return {"proposals": recall}
-    engine = Engine(arguments.engine, arguments.cross_check)
+    for suspicion in suspicions(truth, detections):
+        logging.getLogger(__name__).warning("%s: %s", quoted(results), suspicion)
     evaluated = {}
     for kind in _kinds(arguments, truth, detections):
         protocol = Protocol.of(kind, tuple(arguments.oks_sigmas))
-        found = evaluate_detections(truth, detections, engine, str(results), protocol)
+        found = evaluate_detections(truth, detections, protocol, engine)
         print(f"\n{kind}\n{found.figures.table()}")
         print(f"\n{error_table(found.details)}")
         evaluated[kind] = found
@@ -129,9 +131,8 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         print("\nhotcoco and pycocotools agree.")
     document = {kind: each.figures.document() for kind, each in evaluated.items()}
     if arguments.baseline:
-        differences = compare_with(
-            arguments.baseline, truth, detections, arguments.resamples, arguments.seed
-        )
+        before = read_baseline(arguments.baseline, truth)
+        differences = compare(truth, before, detections, arguments.resamples, arguments.seed)
         print(f"\nbbox, against {arguments.baseline}\n{difference_table(differences)}")
         document["baseline"] = comparison_document(arguments.baseline, differences)
     if arguments.output:
@@ -151,43 +152,24 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _find_files(arguments: argparse.Namespace) -> tuple[str, str]:
     """Set annotations, results and images from --run; return the data set and the weights."""
-    from detectron2.data import DatasetCatalog, MetadataCatalog
+    from resnext_det.errors import DatasetError, plain, quoted
+    from resnext_det.evaluation.results_file import read_metrics
 
-    from resnext_det.errors import DatasetError, quoted
-    from resnext_det.evaluation.results_file import find_stock_run, metrics_file, read_metrics
-
-    run: Path | None = arguments.run
-    if not run:
+    if not arguments.run:
         return arguments.annotations.stem, ""
-    if metrics_file(run):
-        metrics = read_metrics(run)
-        if len(metrics.evaluations) != 1:
-            names = ", ".join(quoted(each.name) for each in metrics.evaluations)
-            raise DatasetError(
-                f"{quoted(run)} holds detections on {names or 'no data set'}, and one is evaluated "
-                "at a time: name both --annotations and --results instead of --run."
-            )
-        (evaluation,) = metrics.evaluations
-        arguments.results = evaluation.detections
-        arguments.annotations = arguments.annotations or evaluation.annotations
-        if arguments.output:
-            arguments.images = arguments.images or evaluation.images
-        return evaluation.name, metrics.weights
-    stock = find_stock_run(run)
-    arguments.results = stock.results
-    arguments.oks_sigmas = arguments.oks_sigmas or list(stock.sigmas)
-    weights = run / "model_final.pth"
-    if not arguments.annotations:
-        metadata = MetadataCatalog.get(stock.dataset)
-        if stock.dataset not in DatasetCatalog or "json_file" not in metadata.as_dict():
-            raise DatasetError(
-                f"the run was tested on {quoted(stock.dataset)}, which has no annotation file "
-                "registered here: name the file, --annotations JSON."
-            )
-        arguments.annotations = Path(metadata.json_file)
-        if not arguments.images and arguments.output and metadata.get("image_root"):
-            arguments.images = Path(metadata.image_root)
-    return stock.dataset, str(weights) if weights.is_file() else ""
+    metrics = read_metrics(arguments.run)
+    if len(metrics.evaluations) != 1:
+        names = ", ".join(plain(each.name) for each in metrics.evaluations)
+        raise DatasetError(
+            f"{quoted(arguments.run)} was evaluated on {names or 'no data set'}, and --run takes a "
+            "run with one: name --annotations and --results instead."
+        )
+    (evaluation,) = metrics.evaluations
+    arguments.results = evaluation.detections
+    arguments.annotations = arguments.annotations or evaluation.annotations
+    if arguments.output:
+        arguments.images = arguments.images or evaluation.images
+    return evaluation.name, metrics.weights
 
 
 def _kinds(arguments: argparse.Namespace, truth: Any, detections: Any) -> tuple[str, ...]:

@@ -87,7 +87,7 @@ def _check(cfg: Any, arguments: argparse.Namespace, world_size: int) -> None:
     from resnext_det.engine.schedule import scale
     from resnext_det.engine.setup import check_folder
     from resnext_det.engine.writers import check_wandb
-    from resnext_det.evaluation.evaluator import Engine
+    from resnext_det.evaluation.coco import Engine
 
     check_expectations(cfg)
     refuse_impossible(cfg, world_size, training=not arguments.eval_only)

@@ -141,7 +141,7 @@ def test_files_that_cannot_be_evaluated_are_named(
     done = tool("evaluate.py", arguments)
     assert done.returncode == 2
     assert "images that" in done.stderr.splitlines()[-1]
-    assert "Take the annotations of the images" in done.stderr.splitlines()[-1]
+    assert "Name the annotations of these images" in done.stderr.splitlines()[-1]
 
 
 def test_expected_results_decide_the_exit_code_and_a_trainings_config_stays(

@@ -119,7 +119,8 @@ def by_faster_coco_eval(document: dict[str, Any], detections: Detections) -> tup
 
 def from_files(annotations: Path, results: Path) -> tuple[float, ...]:
     """Do all that tools/evaluate.py --output does but the page, and return the 12 figures."""
-    truth, detections = read_ground_truth(annotations), read_detections(results)
+    truth = read_ground_truth(annotations)
+    detections = read_detections(results, truth)
     evaluated = {"bbox": evaluate_detections(truth, detections)}
     with tempfile.TemporaryDirectory() as folder:
         write_evaluated(Path(folder), "made_up", {}, truth, results, evaluated, {"images": ""})
@@ -130,7 +131,7 @@ def from_files(annotations: Path, results: Path) -> tuple[float, ...]:
 def subjects(files: tuple[Path, Path], *, slow: bool) -> dict[str, Callable[[], tuple[float, ...]]]:
     """Return what is timed, by name."""
     truth: GroundTruth = read_ground_truth(files[0])
-    detections: Detections = read_detections(files[1]).in_order(truth.image_ids)
+    detections: Detections = read_detections(files[1], truth).in_order(truth)
     found: dict[str, Callable[[], tuple[float, ...]]] = {
         "hotcoco": lambda: by_hotcoco(truth, detections).summary
     }

@@ -20,8 +20,12 @@ from resnext_det.engine.classes import check_classes
 from resnext_det.engine.recorded_config import check_same_function
 from resnext_det.engine.trainer import Trainer
 from resnext_det.errors import ConfigError, quoted
-from resnext_det.evaluation.coco import COCO_KEYPOINTS, FIGURES, KEYPOINT_FIGURES
-from resnext_det.evaluation.figures import PROPOSAL_FIGURES
+from resnext_det.evaluation.coco import (
+    COCO_KEYPOINTS,
+    FIGURES,
+    KEYPOINT_FIGURES,
+    PROPOSAL_FIGURES,
+)
 from resnext_det.weights.loading import load_weights
 
 logger = logging.getLogger(__name__)

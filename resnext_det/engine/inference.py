@@ -26,8 +26,8 @@ from resnext_det.engine.stopping import SIGNALS
 from resnext_det.engine.train_loop import unwrap
 from resnext_det.environment import commit, versions
 from resnext_det.errors import EvaluationError
+from resnext_det.evaluation.annotations import ImageKey
 from resnext_det.evaluation.evaluator import DetectionEvaluator
-from resnext_det.evaluation.predictions import ImageKey
 from resnext_det.files import file_digest
 
 logger = logging.getLogger(__name__)

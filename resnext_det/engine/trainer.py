@@ -50,7 +50,8 @@ from resnext_det.engine.train_loop import (
     unwrap,
 )
 from resnext_det.engine.writers import History, Writers, build_writers, writing_period
-from resnext_det.evaluation.evaluator import DetectionEvaluator, Engine
+from resnext_det.evaluation.coco import Engine
+from resnext_det.evaluation.evaluator import DetectionEvaluator
 from resnext_det.evaluation.results_file import INFERENCE
 from resnext_det.files import free_bytes
 from resnext_det.weights.loading import load_weights

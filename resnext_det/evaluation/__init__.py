@@ -1,1 +1,1 @@
-"""From detections to COCO's figures, and to where a detector errs."""
+"""Detections in, COCO's figures out, and where a detector errs."""

@@ -1,12 +1,10 @@
-"""COCO's protocol, computed by hotcoco (fast) or by pycocotools (the reference), or by both."""
+"""COCO's figures, computed by hotcoco (fast), by pycocotools (the reference), or by both."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import hotcoco
@@ -14,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from tabulate import tabulate
 
-from resnext_det.errors import DatasetError, EvaluationError, quoted
+from resnext_det.errors import ConfigError, DatasetError, EvaluationError, plain, quoted
 from resnext_det.evaluation.annotations import GroundTruth
 from resnext_det.evaluation.detections import Detections
 
-logger = logging.getLogger(__name__)
-
+ENGINES = ("hotcoco", "pycocotools")
 FIGURES = (
     *("AP", "AP50", "AP75", "APs", "APm", "APl"),
     *("AR1", "AR10", "AR100", "ARs", "ARm", "ARl"),
@@ -31,12 +29,30 @@ KEYPOINT_FIGURES = (
     *("AR", "AR50", "AR75", "ARm", "ARl"),
 )
 """The 10 figures of keypoints."""
-
-DEFAULT_LIMITS = (1, 10, 100)
-KEYPOINT_LIMITS = (20,)
-_AGREEMENT = 1e-12
-"""Both add the same numbers, in orders of their own: more than rounding is a difference."""
 COCO_KEYPOINTS = 17
+LIMITS = (100, 300, 1000)
+"""Proposals per image of which the average recall is computed."""
+_SIZES = ("", "s", "m", "l")
+PROPOSAL_FIGURES = tuple(f"AR{size}@{limit}" for limit in LIMITS for size in _SIZES)
+
+_ROUNDING = 1e-12  # both engines add the same numbers in different orders
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What computes the figures.
+
+    Attributes:
+        name: "hotcoco", or "pycocotools", which takes a hundred times as long.
+        cross_check: compute by both, and refuse any difference.
+    """
+
+    name: str = "hotcoco"
+    cross_check: bool = False
+
+    def __post_init__(self) -> None:
+        if self.name not in ENGINES:
+            raise ConfigError(f"unknown engine {quoted(self.name)}: name {' or '.join(ENGINES)}.")
 
 
 @dataclass(frozen=True)
@@ -44,27 +60,26 @@ class Protocol:
     """What is computed.
 
     Attributes:
-        limits: the numbers of detections per image (and class) that recall is computed for; the
-            last holds for precision.
+        kind: "bbox", "segm" or "keypoints".
+        limits: detections per image and class for which recall is computed; the last one also
+            holds for precision.
         by_class: False for proposals, which have no class.
-        kind: what is compared: "bbox", "segm" or "keypoints".
-        sigmas: of K keypoints, for their similarity (OKS); empty for COCO's 17.
+        sigmas: of the keypoints, for their similarity (OKS); empty for COCO's 17.
     """
 
-    limits: tuple[int, ...] = DEFAULT_LIMITS
-    by_class: bool = True
     kind: str = "bbox"
+    limits: tuple[int, ...] = (1, 10, 100)
+    by_class: bool = True
     sigmas: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, kind: str, sigmas: tuple[float, ...] = ()) -> Protocol:
-        """Return COCO's own protocol for a kind."""
-        limits = KEYPOINT_LIMITS if kind == "keypoints" else DEFAULT_LIMITS
-        return cls(limits, kind=kind, sigmas=sigmas if kind == "keypoints" else ())
+        """Return COCO's own protocol for a kind; `sigmas` matter to keypoints only."""
+        return cls(kind, (20,), sigmas=sigmas) if kind == "keypoints" else cls(kind)
 
     @property
     def figures(self) -> tuple[str, ...]:
-        """Return the names of what COCO's summary has, none for proposals."""
+        """Return the names of the figures in COCO's summary, none for proposals."""
         if not self.by_class:
             return ()
         return KEYPOINT_FIGURES if self.kind == "keypoints" else FIGURES
@@ -72,13 +87,12 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Accumulated:
-    """Precision and recall by everything, as pycocotools orders them; -1 without any object.
+    """What an engine accumulates, in pycocotools' layout; -1 where there are no objects.
 
     Attributes:
         precision: (IoU thresholds, recalls, classes, areas, limits).
         recall: (IoU thresholds, classes, areas, limits).
-        summary: COCO's 12 figures (10 of keypoints), -1 where there is nothing to find; empty for
-            proposals.
+        summary: `Protocol.figures`, from 0 to 1.
     """
 
     precision: NDArray[np.float64]
@@ -86,21 +100,68 @@ class Accumulated:
     summary: tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class ClassFigures:
+    """One class: figures in percent (None without objects), and the number of objects.
+
+    APs, APm and APl are of objects below 32 x 32 pixels, up to 96 x 96, and larger; AR is the
+    recall with 100 detections per image (20 for keypoints) over IoU 0.50 to 0.95. Crowds do not
+    count as objects, nor objects without keypoints if these are evaluated.
+    """
+
+    name: str
+    AP: float | None
+    AP50: float | None
+    APs: float | None
+    APm: float | None
+    APl: float | None
+    AR: float | None
+    instances: int
+
+
+@dataclass(frozen=True)
+class Figures:
+    """COCO's figures by name and by class, in percent; None where there are no objects."""
+
+    figures: dict[str, float | None]
+    per_class: tuple[ClassFigures, ...]
+
+    def table(self) -> str:
+        """Return the figures and the classes as text for a terminal."""
+        names = list(self.figures)
+        halves = names[: len(names) // 2], names[len(names) // 2 :]
+        tables = [
+            tabulate([[shown(self.figures[n]) for n in half]], headers=half) for half in halves
+        ]
+        rows = [
+            [plain(name), *map(shown, values), instances]
+            for name, *values, instances in (asdict(each).values() for each in self.per_class)
+        ]
+        headers = ["class", "AP", "AP50", "APs", "APm", "APl", "AR", "instances"]
+        return "\n\n".join([*tables, tabulate(rows, headers=headers, disable_numparse=True)])
+
+    def flat(self) -> dict[str, float]:
+        """Return all by name, classes as AP-NAME, NaN for None, as Detectron2's evaluator does."""
+        values = self.figures | {f"AP-{row.name}": row.AP for row in self.per_class}
+        return {name: float("nan") if v is None else v for name, v in values.items()}
+
+    def document(self) -> dict[str, Any]:
+        """Return the figures as metrics.json holds them."""
+        return {"figures": self.figures, "per_class": [asdict(row) for row in self.per_class]}
+
+
+def shown(value: float | None) -> str:
+    """Return a percentage for a table: two digits, or a dash for None."""
+    return "-" if value is None else f"{value:.2f}"
+
+
 def hotcoco_evaluation(
     truth: GroundTruth, detections: Detections, protocol: Protocol = Protocol()
 ) -> hotcoco.COCOeval:
-    """Match detections with the truth and accumulate, by hotcoco.
-
-    Args:
-        truth: the annotations.
-        detections: of its images.
-        protocol: what is computed.
-
-    Returns:
-        hotcoco's evaluation, to which it can put further questions.
+    """Match and accumulate by hotcoco, whose result answers further questions.
 
     Raises:
-        DatasetError: hotcoco refuses them.
+        DatasetError: the annotations or detections cannot be evaluated this way.
     """
     _check_kind(truth, detections, protocol)
     try:
@@ -114,40 +175,129 @@ def hotcoco_evaluation(
         evaluation.evaluate()
         evaluation.accumulate()
     except (ValueError, KeyError, RuntimeError) as error:
-        raise DatasetError(f"cannot evaluate against {truth.file}: {error}") from error
+        raise DatasetError(
+            f"cannot evaluate against {quoted(truth.file)}: {quoted(error)}"
+        ) from error
     return evaluation
 
 
+def _accumulated(evaluation: Any, protocol: Protocol) -> Accumulated:
+    """Summarise an evaluation of either engine."""
+    summary = []
+    if protocol.figures:
+        with contextlib.redirect_stdout(io.StringIO()):  # both print a table
+            evaluation.summarize()
+        summary = list(evaluation.stats)
+    arrays = evaluation.eval
+    return Accumulated(
+        np.asarray(arrays["precision"]), np.asarray(arrays["recall"]), tuple(map(float, summary))
+    )
+
+
+def by_hotcoco(
+    truth: GroundTruth, detections: Detections, protocol: Protocol = Protocol()
+) -> Accumulated:
+    """Evaluate by hotcoco."""
+    return _accumulated(hotcoco_evaluation(truth, detections, protocol), protocol)
+
+
+def by_pycocotools(
+    truth: GroundTruth, detections: Detections, protocol: Protocol = Protocol()
+) -> Accumulated:
+    """Evaluate by pycocotools; 500,000 detections take about half a minute."""
+    _check_kind(truth, detections, protocol)
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
+        annotations = COCO()
+        annotations.dataset = _document(truth, protocol.kind)
+        annotations.createIndex()
+        if len(detections):
+            results = annotations.loadRes(_results(detections, protocol.kind))
+        else:  # loadRes looks at the first detection
+            results = COCO()
+            results.dataset = {**annotations.dataset, "annotations": []}
+            results.createIndex()
+        evaluation = COCOeval(annotations, results, protocol.kind)
+        evaluation.params.maxDets = list(protocol.limits)
+        evaluation.params.useCats = int(protocol.by_class)
+        if protocol.sigmas:
+            evaluation.params.kpt_oks_sigmas = np.array(protocol.sigmas)
+        evaluation.evaluate()
+        evaluation.accumulate()
+    return _accumulated(evaluation, protocol)
+
+
+def compute(
+    truth: GroundTruth,
+    detections: Detections,
+    protocol: Protocol = Protocol(),
+    engine: Engine = Engine(),
+) -> tuple[Accumulated, hotcoco.COCOeval]:
+    """Evaluate by an engine, or by both.
+
+    Args:
+        truth: the annotations.
+        detections: sorted; see `Detections.in_order`.
+        protocol: what is computed.
+        engine: by which.
+
+    Returns:
+        What the engine accumulated; and in any case hotcoco's evaluation, for error analysis.
+
+    Raises:
+        DatasetError: the annotations or detections cannot be evaluated this way.
+        EvaluationError: the engines differ, in any class, area, threshold or recall.
+    """
+    evaluation = hotcoco_evaluation(truth, detections, protocol)
+    found = _accumulated(evaluation, protocol)
+    if engine == Engine():
+        return found, evaluation
+    reference = by_pycocotools(truth, detections, protocol)
+    if engine.cross_check:
+        differing = [
+            f"{name} is {one!r} and {other!r}"
+            for name, one, other in zip(protocol.figures, found.summary, reference.summary)
+            if abs(one - other) > _ROUNDING
+        ]
+        for name in ("precision", "recall"):
+            one, other = getattr(found, name), getattr(reference, name)
+            if one.shape != other.shape or not np.allclose(one, other, rtol=0, atol=_ROUNDING):
+                differing.append(f"{name} differs")
+        if differing:
+            raise EvaluationError(
+                f"hotcoco and pycocotools differ: {'; '.join(differing)}. Trust pycocotools "
+                "(--engine pycocotools), and report the files to hotcoco's authors."
+            )
+    return (reference if engine.name == "pycocotools" else found), evaluation
+
+
 def _hotcoco_annotations(truth: GroundTruth, kind: str) -> hotcoco.COCO:
-    if kind == "keypoints":
-        return hotcoco.COCO(_document(truth, kind))
+    document = _document(truth, kind, annotations=kind != "bbox")
+    if kind != "bbox":
+        return hotcoco.COCO(document)
     objects = truth.objects
-    return hotcoco.COCO.from_arrays(
-        _images(truth),
-        [{"id": number, "name": name} for number, name in truth.categories.items()],
+    return hotcoco.COCO.from_arrays(  # a tenth of the time, which the bootstrap multiplies
+        document["images"],
+        document["categories"],
         objects.image_ids,
         objects.category_ids,
         objects.boxes,
         area=objects.areas,
         iscrowd=objects.crowds,
-        segmentation=truth.masks if kind == "segm" else None,
     )
 
 
-def _images(truth: GroundTruth) -> list[dict[str, int]]:
-    return [
-        {"id": number, "width": int(width), "height": int(height)}
-        for number, (width, height) in zip(truth.image_ids.tolist(), truth.sizes.tolist())
-    ]
-
-
-def _document(truth: GroundTruth, kind: str) -> dict[str, Any]:
-    """Return the annotations as a file has them, with ids from 1 on.
-
-    To pycocotools, an object with the id 0 counts as never found.
-    """
+def _document(truth: GroundTruth, kind: str, *, annotations: bool = True) -> dict[str, Any]:
+    """Return the ground truth in COCO's format, annotations numbered from 1."""
+    images = zip(truth.image_ids.tolist(), truth.sizes.astype(int).tolist())
+    document: dict[str, Any] = {
+        "images": [{"id": n, "width": width, "height": height} for n, (width, height) in images],
+        "categories": [{"id": n, "name": name} for n, name in truth.categories.items()],
+    }
+    if not annotations:
+        return document
     objects = truth.objects
-    columns: dict[str, list[Any]] = {
+    columns: dict[str, Any] = {
+        "id": range(1, len(objects.areas) + 1),
         "image_id": objects.image_ids.tolist(),
         "category_id": objects.category_ids.tolist(),
         "bbox": objects.boxes.tolist(),
@@ -157,23 +307,16 @@ def _document(truth: GroundTruth, kind: str) -> dict[str, Any]:
     if kind == "segm":
         columns["segmentation"] = truth.masks
     if kind == "keypoints":
-        poses = truth.poses
-        columns["keypoints"] = poses.reshape(len(poses), -1).tolist()
-        columns["num_keypoints"] = (poses[:, :, 2] > 0).sum(axis=1).tolist()
-    rows = zip(*columns.values())
-    return {
-        "images": _images(truth),
-        "categories": [{"id": n, "name": name} for n, name in truth.categories.items()],
-        "annotations": [
-            {"id": number, **dict(zip(columns, row))} for number, row in enumerate(rows, start=1)
-        ],
-    }
+        columns["keypoints"] = truth.poses.reshape(len(truth.poses), -1).tolist()
+        columns["num_keypoints"] = (truth.poses[:, :, 2] > 0).sum(axis=1).tolist()
+    document["annotations"] = [dict(zip(columns, row)) for row in zip(*columns.values())]
+    return document
 
 
 def _results(detections: Detections, kind: str) -> Any:
     """Return the detections as both engines load them.
 
-    The area of a mask is its own, and that of keypoints is their box's, as in Detectron2.
+    As in Detectron2, the area of a mask is its own, and that of keypoints is their box's.
     """
     if kind == "bbox" or not len(detections):
         return detections.table
@@ -185,18 +328,15 @@ def _results(detections: Detections, kind: str) -> Any:
 
 
 def _check_kind(truth: GroundTruth, detections: Detections, protocol: Protocol) -> None:
-    """Refuse masks of another size than their images', and keypoints of another number."""
+    """Refuse masks that do not have the size of their image, and other numbers of keypoints."""
     if protocol.kind == "segm" and detections.segmentations is not None:
-        sizes = dict(zip(truth.image_ids.tolist(), truth.sizes[:, ::-1].astype(int).tolist()))
-        found = zip(detections.image_ids.tolist(), detections.segmentations.tolist())
-        other = [(n, each["size"]) for n, each in found if each["size"] != sizes[n]]
-        if other:
-            number, size = other[0]
-            raise DatasetError(
-                f"{len(other)} of {len(detections)} masks have another size than their image in "
-                f"{truth.file}: of image {number}, height and width are {size} and "
-                f"{sizes[number]}. Resize the masks to the images."
-            )
+        sizes = truth.sizes[truth.positions(detections.image_ids)][:, ::-1].astype(int).tolist()
+        for number, size, mask in zip(detections.image_ids, sizes, detections.segmentations):
+            if mask["size"] != size:
+                raise DatasetError(
+                    f"a mask of image {number} has height and width {mask['size']}, and the image "
+                    f"{size} in {quoted(truth.file)}. Resize the masks to their images."
+                )
     if protocol.kind == "keypoints":
         count = truth.poses.shape[1]
         sigmas = len(protocol.sigmas) or COCO_KEYPOINTS
@@ -204,139 +344,73 @@ def _check_kind(truth: GroundTruth, detections: Detections, protocol: Protocol) 
         given = count if poses is None or not len(poses) else poses.shape[1]
         if not count == sigmas == given:
             raise DatasetError(
-                f"objects of {truth.file} have {count} keypoints, detections {given}, and there "
-                f"are {sigmas} sigmas: they must be as many. Set TEST.KEYPOINT_OKS_SIGMAS (in "
-                "tools/evaluate.py: --oks-sigmas) to one number for each keypoint; the default is "
-                f"COCO's for {COCO_KEYPOINTS}."
+                f"objects of {quoted(truth.file)} have {count} keypoints, detections {given}, and "
+                f"there are {sigmas} sigmas (COCO's {COCO_KEYPOINTS} by default). Give one sigma "
+                "per keypoint: TEST.KEYPOINT_OKS_SIGMAS, or --oks-sigmas of `evaluate`."
             )
 
 
-def accumulated(evaluation: hotcoco.COCOeval, protocol: Protocol = Protocol()) -> Accumulated:
-    """Return what hotcoco accumulated.
-
-    Args:
-        evaluation: of `hotcoco_evaluation`.
-        protocol: that it was made with.
-    """
-    summary: tuple[float, ...] = ()
-    if protocol.figures:
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints the table as it computes it
-            evaluation.summarize()
-        summary = tuple(float(value) for value in evaluation.stats)
-    arrays = evaluation.eval or {}
-    return Accumulated(np.asarray(arrays["precision"]), np.asarray(arrays["recall"]), summary)
-
-
-def by_hotcoco(
-    truth: GroundTruth, detections: Detections, protocol: Protocol = Protocol()
-) -> Accumulated:
-    """Return what hotcoco accumulates; the arguments are those of `hotcoco_evaluation`."""
-    return accumulated(hotcoco_evaluation(truth, detections, protocol), protocol)
-
-
-def by_pycocotools(
-    truth: GroundTruth, detections: Detections, protocol: Protocol = Protocol()
-) -> Accumulated:
-    """Return what pycocotools accumulates; the arguments are those of `hotcoco_evaluation`.
-
-    500,000 detections take it over a minute.
-    """
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints each of its steps
-        annotations = COCO()
-        annotations.dataset = _document(truth, protocol.kind)
-        annotations.createIndex()
-        results = _pycocotools_results(annotations, detections, protocol.kind)
-        evaluation = COCOeval(annotations, results, protocol.kind)
-        evaluation.params.maxDets = list(protocol.limits)
-        evaluation.params.useCats = int(protocol.by_class)
-        if protocol.sigmas:
-            evaluation.params.kpt_oks_sigmas = np.array(protocol.sigmas)
-        evaluation.evaluate()
-        evaluation.accumulate()
-        summary: Sequence[float] = ()
-        if protocol.figures:
-            evaluation.summarize()
-            summary = evaluation.stats
-    arrays = evaluation.eval
-    return Accumulated(arrays["precision"], arrays["recall"], tuple(map(float, summary)))
+def figures_of(found: Accumulated, truth: GroundTruth, protocol: Protocol = Protocol()) -> Figures:
+    """Return COCO's figures in percent, overall and by class."""
+    counted = ~truth.objects.crowds
+    if protocol.kind == "keypoints":
+        counted &= (truth.poses[:, :, 2] > 0).any(axis=1)
+    # COCO ignores small objects for keypoints.
+    areas = ("", "m", "l") if protocol.kind == "keypoints" else _SIZES
+    rows = []
+    for position, (number, name) in enumerate(truth.categories.items()):
+        precision = found.precision[:, :, position, :, -1]
+        by_area = {f"AP{size}": _mean(precision[:, :, n]) for n, size in enumerate(areas)}
+        rows.append(
+            ClassFigures(
+                name,
+                **{"APs": None, **by_area},
+                AP50=_mean(precision[0, :, 0]),
+                AR=_mean(found.recall[:, position, 0, -1]),
+                instances=int((truth.objects.category_ids[counted] == number).sum()),
+            )
+        )
+    return Figures(dict(zip(protocol.figures, map(percent, found.summary))), tuple(rows))
 
 
-def _pycocotools_results(annotations: COCO, detections: Detections, kind: str) -> COCO:
-    if len(detections):
-        loaded: COCO = annotations.loadRes(_results(detections, kind))
-        return loaded
-    results = COCO()  # its loadRes takes the first detection for what all are like
-    results.dataset = {**annotations.dataset, "annotations": []}
-    results.createIndex()
-    return results
+def percent(value: float) -> float | None:
+    """Return a share in percent; None for -1, COCO's value without any object to find."""
+    return None if value < 0 else 100 * float(value)
 
 
-_Compute = Callable[[GroundTruth, Detections, Protocol], Accumulated]
-ENGINES: dict[str, _Compute] = {"hotcoco": by_hotcoco, "pycocotools": by_pycocotools}
+def _mean(values: NDArray[np.float64]) -> float | None:
+    valid = values[values > -1]
+    return 100 * float(valid.mean()) if valid.size else None
 
 
-def compute(
-    truth: GroundTruth,
-    detections: Detections,
-    protocol: Protocol = Protocol(),
-    *,
-    engine: str = "hotcoco",
-    cross_check: bool = False,
-) -> Accumulated:
-    """Accumulate by one engine, or by both.
+def proposal_figures(
+    truth: GroundTruth, proposals: Detections, engine: Engine = Engine()
+) -> dict[str, float | None]:
+    """Compute the average recall of the best 100, 300 and 1000 proposals per image.
+
+    By COCO's protocol without classes: recall averaged over IoU 0.50 to 0.95. Detectron2's own
+    evaluator instead matches each object with the proposal that overlaps it most, whatever its
+    score; the figures differ only for objects that share a proposal.
 
     Args:
         truth: the annotations.
-        detections: of its images.
-        protocol: what is computed.
-        engine: a key of `ENGINES`.
-        cross_check: compute by both, and refuse any difference.
+        proposals: all of one category of the annotations.
+        engine: by which.
+
+    Returns:
+        "AR@100", "ARs@100", "ARm@100", "ARl@100" and so on, in percent; None without objects.
 
     Raises:
-        EvaluationError: `cross_check`, and the engines differ.
+        EvaluationError: the engines differ.
     """
-    if not cross_check:
-        return ENGINES[engine](truth, detections, protocol)
-    if truth.id_faults:
-        logger.warning(
-            "%s: pycocotools by itself gives other figures: %s. They are compared with ids from 1 "
-            "on for both engines.",
-            quoted(truth.file),
-            "; ".join(truth.id_faults),
-        )
-    found = {name: each(truth, detections, protocol) for name, each in ENGINES.items()}
-    check_agreement(found["hotcoco"], found["pycocotools"], protocol.figures)
-    return found[engine]
+    protocol = Protocol(limits=LIMITS, by_class=False)
+    found, _ = compute(truth, proposals.in_order(truth), protocol, engine)
+    recalls = found.recall[:, 0].transpose(2, 1, 0).reshape(len(PROPOSAL_FIGURES), -1)
+    return dict(zip(PROPOSAL_FIGURES, map(_mean, recalls)))
 
 
-def check_agreement(one: Accumulated, other: Accumulated, figures: Sequence[str] = FIGURES) -> None:
-    """Refuse two accumulations that differ, in any class, area, threshold or recall.
-
-    Args:
-        one: by hotcoco.
-        other: by pycocotools, of the same annotations and detections.
-        figures: names of their summaries.
-
-    Raises:
-        EvaluationError: they differ; the message says where.
-    """
-    differing = [
-        f"{name} is {ours!r} and {theirs!r}"
-        for name, ours, theirs in zip(figures, one.summary, other.summary)
-        if abs(ours - theirs) > _AGREEMENT
-    ]
-    for what, mine, yours in (
-        ("precision", one.precision, other.precision),
-        ("recall", one.recall, other.recall),
-    ):
-        if mine.shape != yours.shape:
-            differing.append(f"{what} has the shapes {mine.shape} and {yours.shape}")
-            continue
-        off = int((np.abs(mine - yours) > _AGREEMENT).sum())
-        if off:
-            differing.append(f"{off} of {mine.size} values of {what}")
-    if differing:
-        raise EvaluationError(
-            f"hotcoco and pycocotools differ: {'; '.join(differing)}. Trust pycocotools (--engine "
-            "pycocotools), and report it to hotcoco with the files."
-        )
+def proposal_table(figures: dict[str, float | None]) -> str:
+    """Return the figures as text for a terminal, a row for each number of proposals."""
+    rows = [[limit, *(shown(figures[f"AR{size}@{limit}"]) for size in _SIZES)] for limit in LIMITS]
+    headers = ["proposals", "AR", "ARs", "ARm", "ARl"]
+    return tabulate(rows, headers=headers, disable_numparse=True)

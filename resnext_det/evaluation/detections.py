@@ -1,10 +1,10 @@
-"""Detections of many images, as arrays, and in COCO's results format."""
+"""Detections of many images, as arrays and in COCO's results format."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 from resnext_det.data.record_forms import GREATEST_ID
 from resnext_det.errors import DatasetError, quoted
 from resnext_det.evaluation.annotations import GroundTruth
+from resnext_det.files import open_regular
 
-_LISTED = 5
 KINDS = ("bbox", "segm", "keypoints")
 """What can be evaluated, by COCO's names."""
 
-Numbers = Mapping[Any, int]
-"""Of images, by their ids in an annotation file; see `GroundTruth.numbers`."""
+_KEYS = ("bbox", "segmentation", "keypoints")
+_LISTED = 5
+_INVALID = (KeyError, TypeError, ValueError, OverflowError)
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,14 @@ class Detections:
     """N detected objects, or proposals.
 
     Attributes:
-        image_ids: (N,).
-        category_ids: (N,), as the annotations number them.
+        image_ids: (N,), numbers of `GroundTruth.numbers`.
+        category_ids: (N,), as in the annotations.
         boxes: (N, 4): x, y, width, height in pixels.
         scores: (N,).
-        segmentations: (N,) masks as COCO's compressed RLE ({"size": [height, width], "counts":
-            text}); None without masks.
+        segmentations: (N,) masks as COCO's compressed RLE, {"size": [height, width], "counts":
+            text}; None without masks.
         keypoints: (N, K, 3): x, y and score; None without keypoints.
-        boxed: False if the boxes are those of masks or keypoints, as there were no others.
+        boxed: False if the boxes only enclose the masks or keypoints.
     """
 
     image_ids: NDArray[np.int64]
@@ -52,75 +53,54 @@ class Detections:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Return what they hold, of `KINDS`."""
+        """Return what can be evaluated, of `KINDS`."""
         held = self.boxed, self.segmentations is not None, self.keypoints is not None
         return tuple(kind for kind, is_held in zip(KINDS, held) if is_held)
 
     @classmethod
     def of(
-        cls,
-        results: Sequence[dict[str, Any]],
-        *,
-        classes: bool = True,
-        numbers: Numbers | None = None,
+        cls, results: Sequence[Any], truth: GroundTruth, *, with_classes: bool = True
     ) -> Detections:
-        """Return the detections of a list in COCO's results format.
+        """Check results in COCO's format.
 
         Args:
-            results: each with image_id, category_id, score, and bbox (x, y, width, height),
-                segmentation (compressed RLE), keypoints (x, y, score, ...), or several of them.
-            classes: False for proposals, whose category_id is not looked at.
-            numbers: of the images; None if their ids are numbers.
+            results: dicts with image_id, category_id, score, and one or more of bbox (x, y,
+                width, height), segmentation (compressed RLE) and keypoints (x, y, score, ...).
+            truth: the annotations, for the ids.
+            with_classes: False for proposals, whose category_id is ignored.
 
         Raises:
-            DatasetError: one has not this form; the message shows it.
+            DatasetError: a result is malformed, or of an unknown image or class.
         """
-        reading = _Reading(_held(results), classes, numbers)
+        keys = _keys(results)
         try:
-            table = reading.table(results)
-            sound = _are_sound(table)
-            poses = None
-            if "keypoints" in reading.held:
-                poses = _numbers([each["keypoints"] for each in results])
-                poses = poses.reshape(len(results), -1, 3)
-                sound = sound and bool(np.isfinite(poses).all())
-        except (KeyError, TypeError, ValueError, OverflowError):
-            sound = False
-        if not sound:
-            raise DatasetError(_complaint(results, reading))
-        found = replace(cls.of_table(table), keypoints=poses, boxed="bbox" in reading.held)
-        if "segmentation" not in reading.held:
-            return found
-        masks = np.empty(len(results), np.object_)
-        masks[:] = [each["segmentation"] for each in results]
-        return replace(found, segmentations=masks)
-
-    @classmethod
-    def of_table(cls, table: NDArray[np.float64]) -> Detections:
-        """Return the detections of a table.
-
-        Args:
-            table: (N, 7): image_id, x, y, width, height, score, category_id, as pycocotools and
-                hotcoco take it.
-        """
-        ids = table[:, [0, 6]].astype(np.int64)
-        return cls(ids[:, 0], ids[:, 1], table[:, 1:5], table[:, 5])
+            found = _parsed(results, keys, truth, with_classes)
+        except _INVALID:
+            bad = _first_malformed(results, keys, truth, with_classes)
+            raise DatasetError(
+                f"detection {bad} of {len(results)} is malformed: {quoted(results[bad])}. Give "
+                "image_id and category_id (whole numbers), score and bbox (x, y, width, height in "
+                "pixels), all finite; segmentation (compressed RLE) and keypoints (x, y, score, "
+                "...; of one length) in all detections or in none."
+            ) from None
+        _check_known(found, truth)
+        return found
 
     @property
     def table(self) -> NDArray[np.float64]:
-        """Return the detections as `of_table` takes them."""
+        """Return (N, 7): image, x, y, width, height, score, category, as both engines load it."""
         return np.column_stack([self.image_ids, self.boxes, self.scores, self.category_ids])
 
-    def results(self, image_keys: Mapping[int, int | str] | None = None) -> list[dict[str, Any]]:
+    def results(self, truth: GroundTruth | None = None) -> list[dict[str, Any]]:
         """Return the detections in COCO's results format.
 
         Args:
-            image_keys: ids of the images in the annotation file by `image_ids`; None if they are
-                the same.
+            truth: whose own ids of images are to be used; None for their numbers.
         """
         ids: list[Any] = self.image_ids.tolist()
-        if image_keys is not None:
-            ids = [image_keys[each] for each in ids]
+        if truth is not None and truth.has_text_ids:
+            keys = {number: key for key, number in truth.numbers.items()}
+            ids = [keys[each] for each in ids]
         columns = {"image_id": ids, "category_id": self.category_ids.tolist()}
         if self.boxed:
             columns["bbox"] = self.boxes.tolist()
@@ -131,7 +111,7 @@ class Detections:
             columns["keypoints"] = self.keypoints.reshape(len(self), -1).tolist()
         return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
-    def where(self, kept: NDArray[np.bool_] | NDArray[np.int64]) -> Detections:
+    def where(self, kept: NDArray[np.bool_] | NDArray[np.intp]) -> Detections:
         """Return some of the detections: `kept` is a mask (N,), or row numbers."""
         return Detections(
             self.image_ids[kept],
@@ -143,200 +123,182 @@ class Detections:
             self.boxed,
         )
 
-    def in_order(self, image_ids: NDArray[np.int64]) -> Detections:
-        """Return the detections in the order of their images; those of one keep their own.
-
-        Args:
-            image_ids: (M,), all that there are.
-        """
-        ranks = np.argsort(image_ids, kind="stable")
-        places = ranks[np.searchsorted(image_ids[ranks], self.image_ids)]
-        return self.where(np.argsort(places, kind="stable"))
+    def in_order(self, truth: GroundTruth) -> Detections:
+        """Sort by image, in the order of the annotation file; stable within an image."""
+        return self.where(np.argsort(truth.positions(self.image_ids), kind="stable"))
 
 
-_KEYS = ("bbox", "segmentation", "keypoints")
-
-
-def _held(results: Sequence[Any]) -> frozenset[str]:
-    """Return which of `_KEYS` results have; boxes if none."""
-    keys: set[str] = set()
-    for each in results:
-        if isinstance(each, dict):
-            keys.update(each)
-    held = {key for key in _KEYS if key in keys}
-    # pycocotools' loadRes adds every box's outline as a polygon to the results that it is given;
-    # and "keypoints": [] is as good as none.
-    held -= {
+def _keys(results: Sequence[Any]) -> list[str]:
+    """Return which of `_KEYS` the results hold; boxes if none."""
+    # pycocotools' loadRes adds polygons to the results that it is given: only RLE counts.
+    types = {"bbox": list, "segmentation": dict, "keypoints": list}
+    held = [
         key
-        for key, kind in (("segmentation", dict), ("keypoints", list), ("bbox", list))
-        if key in held
-        and not any(
-            isinstance(each, dict) and isinstance(each.get(key), kind) and each[key]
+        for key in _KEYS
+        if any(
+            isinstance(each, dict) and isinstance(each.get(key), types[key]) and each[key]
             for each in results
         )
-    }
-    return frozenset(held or {"bbox"})
+    ]
+    return held or ["bbox"]
 
 
-@dataclass(frozen=True)
-class _Reading:
-    """How a result becomes a row of numbers; `held` are those of `_KEYS` that all must have."""
-
-    held: frozenset[str]
-    classes: bool
-    numbers: Numbers | None
-
-    def table(self, results: Sequence[dict[str, Any]]) -> NDArray[np.float64]:
-        """Return what `Detections.of_table` takes."""
-        images = [each["image_id"] for each in results]
-        if self.numbers is not None:
-            images = [self.numbers[each] for each in images]  # KeyError: not of the annotations
-        classes = [each["category_id"] if self.classes else 0 for each in results]
-        scores = [each["score"] for each in results]
-        if "segmentation" in self.held:
-            for each in results:
-                _check_mask(each["segmentation"])
-        boxes = _numbers(self._boxes(results))
-        if boxes.shape != (len(results), 4) and len(results):
-            raise ValueError("no boxes")
-        columns = [_numbers(each).reshape(len(results), 1) for each in (images, scores, classes)]
-        return np.hstack([columns[0], boxes.reshape(-1, 4), *columns[1:]])
-
-    def _boxes(self, results: Sequence[dict[str, Any]]) -> list[Any]:
-        if "bbox" in self.held:
-            return [each["bbox"] for each in results]
-        if "segmentation" in self.held:
-            return [hotcoco.mask.to_bbox(each["segmentation"]) for each in results]
-        boxes = []
-        for each in results:  # as pycocotools does
-            points = np.array(each["keypoints"], np.float64).reshape(-1, 3)[:, :2]
-            low, high = points.min(axis=0), points.max(axis=0)
-            boxes.append([*low, *(high - low)])
-        return boxes
+def _parsed(
+    results: Sequence[Any], keys: Sequence[str], truth: GroundTruth, with_classes: bool
+) -> Detections:
+    """Convert results that all hold `keys`; raises one of `_INVALID` if any is malformed."""
+    count = len(results)
+    images = [each["image_id"] for each in results]
+    if truth.has_text_ids:
+        images = [truth.numbers[each] for each in images]
+    masks, poses = None, None
+    if "segmentation" in keys:
+        masks = np.empty(count, np.object_)
+        masks[:] = [_checked_mask(each["segmentation"]) for each in results]
+    if "keypoints" in keys:
+        length = len(results[0]["keypoints"])
+        poses = _numbers([each["keypoints"] for each in results], (count, length))
+        poses = poses.reshape(count, -1, 3)
+    if "bbox" in keys:
+        boxes = _numbers([each["bbox"] for each in results], (count, 4))
+    elif masks is not None:
+        boxes = np.array([hotcoco.mask.to_bbox(each) for each in masks], np.float64)
+    else:  # the extent of the keypoints, as in pycocotools
+        assert poses is not None
+        low, high = poses[..., :2].min(axis=1), poses[..., :2].max(axis=1)
+        boxes = np.hstack([low, high - low])
+    categories = [each["category_id"] if with_classes else 0 for each in results]
+    ids = _numbers([images, categories], (2, count))
+    scores = _numbers([each["score"] for each in results], (count,))
+    if (boxes[:, 2:] < 0).any() or (ids % 1).any() or (np.abs(ids) > GREATEST_ID).any():
+        raise ValueError("negative sides, or ids that are not whole numbers")
+    image_ids, category_ids = ids.astype(np.int64)
+    if not with_classes:
+        category_ids[:] = next(iter(truth.categories))
+    return Detections(image_ids, category_ids, boxes, scores, masks, poses, "bbox" in keys)
 
 
-def _check_mask(value: object) -> None:
-    """Refuse what is no compressed RLE."""
-    if not isinstance(value, dict) or not isinstance(value.get("counts"), str):
-        raise TypeError("no compressed RLE")
-    size = value.get("size")
-    if not isinstance(size, list) or [type(side) for side in size] != [int, int] or min(size) < 1:
-        raise ValueError("no height and width")
-    hotcoco.mask.area(value)  # refuses what does not fill height and width
+def _first_malformed(
+    results: Sequence[Any], keys: Sequence[str], truth: GroundTruth, with_classes: bool
+) -> int:
+    """Return the position of the first result that cannot be parsed, by bisection."""
+    sound, unsound = 0, len(results)  # results[:sound] can be parsed, results[:unsound] cannot
+    while unsound - sound > 1:
+        middle = (sound + unsound) // 2
+        try:
+            _parsed(results[:middle], keys, truth, with_classes)
+            sound = middle
+        except _INVALID:
+            unsound = middle
+    return unsound - 1
 
 
-def _numbers(rows: Sequence[object]) -> NDArray[np.float64]:
-    """Return numbers as an array; text is none, though numpy would read it."""
-    numbers = np.array(rows) if rows else np.zeros(0)
-    if numbers.dtype.kind not in "fiu":
-        raise TypeError(f"no numbers: {numbers.dtype}")
+def _checked_mask(value: Any) -> dict[str, Any]:
+    """Return a compressed RLE that is safe to decode."""
+    height, width = value["size"]
+    if not (type(height) is type(width) is int and min(height, width) > 0):
+        raise ValueError("invalid size of a mask")
+    if not isinstance(value["counts"], str):
+        raise TypeError("uncompressed mask")
+    hotcoco.mask.area(value)  # raises unless the runs fill height x width
+    return {"size": [height, width], "counts": value["counts"]}
+
+
+def _numbers(rows: Sequence[object], shape: tuple[int, ...]) -> NDArray[np.float64]:
+    """Return finite numbers of a shape; NumPy alone would convert text and truth values."""
+    numbers = np.array(rows) if rows else np.zeros(shape)
+    if numbers.dtype.kind not in "fiu" or numbers.shape != shape or not np.isfinite(numbers).all():
+        raise ValueError("not finite numbers of the shape")
     return numbers.astype(np.float64)
 
 
-def _are_sound(table: NDArray[np.float64]) -> bool:
-    """Tell whether a table as `of_table` takes it holds nothing but finite numbers, boxes, ids."""
-    ids = table[:, [0, 6]]
-    return bool(
-        np.isfinite(table).all()
-        and (table[:, 3:5] >= 0).all()
-        and (ids == np.floor(ids)).all()
-        and (np.abs(ids) <= GREATEST_ID).all()
-    )
-
-
-def _complaint(results: Sequence[dict[str, Any]], reading: _Reading) -> str:
-    points = None
-    for position, each in enumerate(results):
-        try:
-            sound = _are_sound(reading.table([each]))
-            if "keypoints" in reading.held:
-                pose = _numbers(each["keypoints"]).reshape(-1, 3)
-                points = len(pose) if points is None else points
-                sound = sound and len(pose) == points and bool(np.isfinite(pose).all())
-        except (KeyError, TypeError, ValueError, OverflowError):
-            sound = False
-        if not sound:
-            return (
-                f"detection {position} of {len(results)} has not the form of COCO's results: "
-                f"{quoted(each)}. It takes image_id and category_id (whole numbers), score, and "
-                "bbox (x, y, width and height in pixels), all finite; and segmentation (compressed "
-                "RLE) and keypoints (x, y, score, ...) in all detections or in none."
-            )
-    return "the detections have not the form of COCO's results."
-
-
-def read_detections(
-    file: Path, *, classes: bool = True, numbers: Numbers | None = None
-) -> Detections:
-    """Read a file in COCO's results format.
-
-    Args:
-        file: JSON: a list of objects with image_id, category_id, bbox and score, as this package,
-            Detectron2 (coco_instances_results.json), mmdetection and others write it.
-        classes: False for proposals, whose category_id is not looked at.
-        numbers: of the images, by the ids that the file has; None if these are numbers.
-
-    Returns:
-        The detections, in the order of the file.
-
-    Raises:
-        DatasetError: the file is missing, no JSON, or not in this format.
-    """
-    try:
-        content = json.loads(file.read_bytes())
-    except FileNotFoundError as error:
-        raise DatasetError(f"the detections {file} are not there.") from error
-    except (ValueError, RecursionError, OSError) as error:
-        raise DatasetError(f"the detections {file} are not JSON: {error}") from error
-    if not isinstance(content, list):
-        keys = f" with {', '.join(list(content)[:_LISTED])}" if isinstance(content, dict) else ""
-        raise DatasetError(
-            f"{file} holds a {type(content).__name__}{keys}, and detections are a list, each with "
-            "image_id, category_id, bbox and score."
-        )
-    try:
-        return Detections.of(content, classes=classes, numbers=numbers)
-    except DatasetError as error:
-        raise DatasetError(f"{file}: {error}") from error
-
-
-def check_detections(
-    detections: Detections, truth: GroundTruth, source: str, *, classes: bool = True
-) -> None:
-    """Refuse detections of images or classes that the annotations do not have.
-
-    pycocotools refuses other images as well; other classes it leaves out without a word.
-
-    Args:
-        detections: of which figures are wanted.
-        truth: the annotations.
-        source: where the detections are from, for the message.
-        classes: False for proposals, which have none.
-
-    Raises:
-        DatasetError: there are such; the message lists the first.
-    """
-    for kind, given, known, advice in (
-        (
-            "images",
-            detections.image_ids,
-            truth.image_ids,
-            "Take the annotations of the images that were detected on.",
-        ),
+def _check_known(detections: Detections, truth: GroundTruth) -> None:
+    """Refuse other images and classes; pycocotools ignores other classes silently."""
+    for what, given, known, advice in (
+        ("images", detections.image_ids, truth.image_ids, "Name the annotations of these images."),
         (
             "classes",
             detections.category_ids,
-            np.array(list(truth.categories), np.int64) if classes else detections.category_ids,
-            "A category_id is the annotations' own, such as COCO's 1 to 90, and not a model's "
-            "class, which is counted from 0.",
+            np.array(list(truth.categories)),
+            "Write the annotations' own category_id, such as COCO's 1 to 90, not the model's "
+            "class, which counts from 0.",
         ),
     ):
-        strange = np.setdiff1d(given, known)
-        if len(strange):
-            of = int(np.isin(given, strange).sum())
-            shown = ", ".join(str(number) for number in strange[:_LISTED])
+        unknown = np.setdiff1d(given, known)
+        if len(unknown):
+            listed = ", ".join(map(str, unknown[:_LISTED]))
+            more = ", ..." if len(unknown) > _LISTED else ""
             raise DatasetError(
-                f"{source}: {of} of {len(given)} detections are of {len(strange)} {kind} that "
-                f"{truth.file} does not have: {shown}{', ...' if len(strange) > _LISTED else ''}. "
+                f"{int(np.isin(given, unknown).sum())} of {len(given)} detections are of "
+                f"{len(unknown)} {what} that {quoted(truth.file)} does not list: {listed}{more}. "
                 f"{advice}"
             )
+
+
+def read_detections(file: Path, truth: GroundTruth, *, with_classes: bool = True) -> Detections:
+    """Read a file in COCO's results format, such as Detectron2's coco_instances_results.json.
+
+    Args:
+        file: a JSON list; see `Detections.of`.
+        truth: the annotations of the images.
+        with_classes: False for proposals, whose category_id is ignored.
+
+    Raises:
+        DatasetError: the file cannot be read, or holds other things than such detections.
+    """
+    try:
+        with open_regular(file) as stream:
+            content = json.loads(stream.read())
+    except (ValueError, RecursionError, OSError) as error:
+        raise DatasetError(
+            f"the detections {quoted(file)} cannot be read: {quoted(error)}. Give a JSON file in "
+            "COCO's results format."
+        ) from error
+    if not isinstance(content, list):
+        raise DatasetError(
+            f"{quoted(file)} holds {quoted(content)} instead of a list of detections. Give each "
+            "image_id, category_id, bbox and score."
+        )
+    try:
+        return Detections.of(content, truth, with_classes=with_classes)
+    except DatasetError as error:
+        raise DatasetError(f"{quoted(file)}: {error}") from error
+
+
+def suspicions(truth: GroundTruth, detections: Detections) -> Iterator[str]:
+    """Yield the usual mistakes in writing detections that these seem to show.
+
+    Args:
+        truth: the annotations.
+        detections: of its images.
+    """
+    if not len(detections):
+        return
+    boxes, scores = detections.boxes, detections.scores
+    if scores.max() > 1:
+        yield (
+            f"scores go up to {scores.max():.4g}: scores are expected from 0 to 1. COCO's figures "
+            "depend on their order alone, the confused classes on a score of 0.5."
+        )
+    if boxes.max() <= 2:
+        yield (
+            f"no box coordinate is above {boxes.max():.3g}: boxes look normalised. Multiply x and "
+            "width by the image's width, y and height by its height."
+        )
+        return
+    sizes = truth.sizes[truth.positions(detections.image_ids)]
+    known = (sizes > 0).all(axis=1)
+    outside = known & (boxes[:, :2] + boxes[:, 2:] / 2 > sizes).any(axis=1)
+    beyond = known & (boxes[:, :2] + boxes[:, 2:] > 1.1 * sizes).any(axis=1)
+    corners = (boxes[:, :2] < boxes[:, 2:]).all(axis=1) & (boxes[:, 2:] <= 1.1 * sizes).all(axis=1)
+    if beyond.mean() > 0.1 and corners.mean() > 0.9:
+        yield (
+            f"{beyond.sum()} of {len(boxes)} boxes reach beyond their images, and almost none "
+            "if read as corners x1, y1, x2, y2. COCO's boxes are x, y, width, height: subtract x1 "
+            "from x2 and y1 from y2."
+        )
+    elif outside.mean() > 0.1:
+        yield (
+            f"the centres of {outside.sum()} of {len(boxes)} boxes lie outside their images: "
+            "scale boxes of resized images back to the size in the annotations."
+        )

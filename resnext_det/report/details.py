@@ -283,7 +283,8 @@ def _confusion(entry: Mapping[str, Any]) -> Confusion:
 def _errors(entries: list[Mapping[str, Any]]) -> list[ErrorBar]:
     bars = []
     for entry in entries:
-        name, meaning = ERROR_KINDS[entry["kind"]]
+        name = entry["kind"]
+        meaning = ERROR_KINDS[name]
         cost = float(entry["cost"])
         if not math.isfinite(cost):
             raise ValueError("the cost of an error is no number")

@@ -14,7 +14,7 @@ from resnext_det.console import progress_bar
 from resnext_det.data.record_forms import leads_out
 from resnext_det.errors import DatasetError
 from resnext_det.evaluation.annotations import GroundTruth, read_ground_truth
-from resnext_det.evaluation.detections import Detections, check_detections, read_detections
+from resnext_det.evaluation.detections import Detections, read_detections
 from resnext_det.evaluation.results_file import DatasetMetrics
 from resnext_det.report.matching import MATCHED_FROM, Labelled, compare
 from resnext_det.report.pictures import Entry, make_entry, picture_file
@@ -144,8 +144,7 @@ def _read(evaluation: DatasetMetrics) -> tuple[GroundTruth, Detections]:
             f"{error} Put the annotations back, or evaluate again with those you have."
         ) from error
     try:
-        detections = read_detections(evaluation.detections, numbers=truth.text_numbers)
-        check_detections(detections, truth, str(evaluation.detections))
+        detections = read_detections(evaluation.detections, truth)
     except DatasetError as error:
         raise DatasetError(f"{error} To mend it, evaluate the run again.") from error
     return truth, detections

@@ -12,7 +12,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from resnext_det.errors import ResNeXtError
-from resnext_det.evaluation.figures import LIMITS, Figures
+from resnext_det.evaluation.coco import LIMITS, Figures
 from resnext_det.evaluation.results_file import (
     DatasetMetrics,
     Scalars,

@@ -19,7 +19,7 @@ from pycocotools.cocoeval import COCOeval
 
 from resnext_det.data.annotations import read_annotations
 from resnext_det.data.health import Health, examine
-from resnext_det.evaluation.evaluator import evaluate_boxes
+from resnext_det.evaluation.annotations import read_ground_truth
 
 ROOT = Path(__file__).resolve().parents[2]
 Document = dict[str, Any]
@@ -375,7 +375,7 @@ def test_what_costs_a_perfect_detector_its_figure_is_found(
 
 def test_what_else_stands_in_the_file_does_not_matter(on_disk: Callable[[Document], Path]) -> None:
     document = sound() | {"info": {"year": "2022"}}  # as text, where COCO's have a number
-    assert evaluate_boxes(on_disk(document), []).figures["AP"] == 0
+    assert len(read_ground_truth(on_disk(document)).image_ids) == 3
     assert not examine(document, training=False).errors
 
 

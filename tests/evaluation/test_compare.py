@@ -1,9 +1,10 @@
+"""Paired comparison: every draw by pycocotools, and an interval that counts repeated images."""
+
 from __future__ import annotations
 
 import dataclasses
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,144 +14,128 @@ from resnext_det.data.columns import Columns
 from resnext_det.data.toy import ToySpec, write_toy_coco
 from resnext_det.errors import DatasetError
 from resnext_det.evaluation.annotations import GroundTruth, read_ground_truth
-from resnext_det.evaluation.coco import by_hotcoco, by_pycocotools
-from resnext_det.evaluation.compare import (
-    _resampled,
-    compare,
-    compare_with,
-    difference_table,
-)
+from resnext_det.evaluation.coco import by_pycocotools
+from resnext_det.evaluation.compare import _resampled, compare, difference_table, read_baseline
 from resnext_det.evaluation.detections import Detections
 from resnext_det.evaluation.evaluator import evaluate_detections, write_evaluated
-from resnext_det.evaluation.results_file import write_detections
 
 
 @pytest.fixture(scope="module")
 def truth(tmp_path_factory: pytest.TempPathFactory) -> GroundTruth:
-    root = write_toy_coco(
-        tmp_path_factory.mktemp("toy") / "coco", ToySpec(train_images=1, val_images=30)
-    )
+    spec = ToySpec(train_images=1, val_images=30)
+    root = write_toy_coco(tmp_path_factory.mktemp("toy") / "coco", spec)
     return read_ground_truth(root / "annotations" / "instances_val2017.json")
 
 
-def detections(truth: GroundTruth, noise: float, seed: int = 0) -> Detections:
-    """What a detector finds that places boxes so badly, in shares of their size."""
-    generator = np.random.default_rng(seed)
+def detections(truth: GroundTruth, noise: float) -> Detections:
+    """Every object, misplaced by a share of its size."""
+    generator = np.random.default_rng(0)
     objects = truth.objects
     boxes = objects.boxes.copy()
     boxes[:, :2] += generator.normal(0, noise, (len(boxes), 2)) * boxes[:, 2:]
-    scores = generator.random(len(boxes))
-    return Detections(objects.image_ids, objects.category_ids, boxes, scores)
+    return Detections(objects.image_ids, objects.category_ids, boxes, generator.random(len(boxes)))
 
 
-def duplicated(truth: GroundTruth, found: Detections, drawn: list[int]) -> tuple[float, ...]:
-    """The reference's 12 figures of images drawn with replacement, each copy a new image."""
-    objects, ids = truth.objects, range(len(drawn))
-    truths = [np.flatnonzero(objects.image_ids == image) for image in drawn]
-    founds = [np.flatnonzero(found.image_ids == image) for image in drawn]
-    many, rows = np.concatenate(truths), np.concatenate(founds)
-    kept = dataclasses.replace(
-        objects.where(np.isin(np.arange(len(objects.areas)), [])),
-        image_ids=np.repeat(ids, [len(each) for each in truths]),
-        category_ids=objects.category_ids[many],
-        boxes=objects.boxes[many],
-        areas=objects.areas[many],
-        crowds=objects.crowds[many],
+def by_reference(truth: GroundTruth, found: Detections, drawn: list[int]) -> tuple[float, ...]:
+    """pycocotools' 12 figures of images drawn with replacement, each copy a new image."""
+    rows = [np.flatnonzero(truth.objects.image_ids == image) for image in drawn]
+    objects = dataclasses.replace(
+        truth.objects.where(np.concatenate(rows)),
+        image_ids=np.repeat(range(len(drawn)), [len(each) for each in rows]),
     )
     again = dataclasses.replace(
         truth,
-        image_ids=np.arange(len(drawn)),
-        image_keys=tuple(range(len(drawn))),
-        file_names=("",) * len(drawn),
+        numbers={n: n for n in range(len(drawn))},
         sizes=np.zeros((len(drawn), 2)),
-        objects=kept,
+        objects=objects,
     )
-    image_ids = np.repeat(ids, [len(each) for each in founds])
-    shown = Detections(image_ids, found.category_ids[rows], found.boxes[rows], found.scores[rows])
+    rows = [np.flatnonzero(found.image_ids == image) for image in drawn]
+    image_ids = np.repeat(range(len(drawn)), [len(each) for each in rows])
+    shown = dataclasses.replace(found.where(np.concatenate(rows)), image_ids=image_ids)
     return by_pycocotools(again, shown).summary
 
 
-def test_every_draw_has_the_reference_s_figures(truth: GroundTruth) -> None:
-    found = detections(truth, 0.12).in_order(truth.image_ids)
+def test_every_draw_has_the_figures_of_pycocotools(truth: GroundTruth) -> None:
+    found = detections(truth, 0.12).in_order(truth)
     generator = np.random.default_rng(3)
     images = len(truth.image_ids)
     counts = np.stack([generator.multinomial(images, [1 / images] * images) for _ in range(4)])
     counts[0] = 0
-    counts[0, [2, 5]] = images - 3, 3  # two images alone
+    counts[0, [2, 5]] = images - 3, 3  # two images only
     for count, figures in zip(counts, _resampled(truth, found, counts)):
         drawn = np.repeat(truth.image_ids, count).tolist()
-        assert figures == pytest.approx(duplicated(truth, found, drawn), abs=1e-12)
+        assert figures == pytest.approx(by_reference(truth, found, drawn), abs=1e-12)
 
 
-def one_object_each(
-    images: int, found: Sequence[Sequence[bool]]
-) -> tuple[GroundTruth, list[Detections]]:
+def one_object_each(found: list[np.ndarray]) -> tuple[GroundTruth, list[Detections]]:
     """Images of one object each, and detectors that find some of them and nothing else."""
-    ids = np.arange(1, images + 1)
+    images = len(found[0])
+    ids, ones = np.arange(1, images + 1), np.ones(images, np.int64)
     boxes = np.tile([10.0, 10, 60, 60], (images, 1))
-    ones = np.ones(images, np.int64)
-    objects = Columns(ids, ones, boxes, boxes[:, 2] * boxes[:, 3], ones == 0)
     truth = GroundTruth(
-        Path("a.json"),
-        "",
-        ids,
-        tuple(ids.tolist()),
-        ("",) * images,
-        np.full((images, 2), 100.0),
-        {1: "cat"},
-        objects,
+        file=Path("a.json"),
+        sha256="",
+        numbers={n: n for n in ids.tolist()},
+        file_names=(),
+        sizes=np.full((images, 2), 100.0),
+        categories={1: "cat"},
+        objects=Columns(ids, ones, boxes, np.full(images, 3600.0), ones == 0),
     )
     whole = Detections(ids, ones, boxes, np.full(images, 0.9))
-    return truth, [whole.where(np.array(each)) for each in found]
+    return truth, [whole.where(each) for each in found]
 
 
-def test_a_difference_that_may_be_chance_is_not_called_certain() -> None:
-    """Half of 200 images are found against 60 % of them; 45 images are found by both."""
-    generator = np.random.default_rng(5)
-    images = 200
-    position = np.arange(images)
+def test_interval_is_that_of_a_bootstrap_by_hand() -> None:
+    """One detector finds half of 200 images, the other 60 %, 45 images are found by both."""
+    position = np.arange(200)
     found = [position < 100, (position >= 55) & (position < 175)]
-    truth, (before, now) = one_object_each(images, found)
-    first, second = (compare(truth, before, now, 1000, seed) for seed in (0, 1))
-    # Only one class and no false positives: AP is the share found, at 101 recalls.
-    draws = generator.integers(0, images, (20_000, images))
+    truth, (before, now) = one_object_each(found)
+    first, second = (compare(truth, before, now, 1000, seed)[0] for seed in (0, 1))
+    # With one class and no false positives, AP is the share found.
+    draws = np.random.default_rng(5).integers(0, 200, (20_000, 200))
     differences = 100 * (found[1][draws].mean(axis=1) - found[0][draws].mean(axis=1))
     lower, upper = np.percentile(differences, [2.5, 97.5])
     assert lower < 0 < upper
-    for each in first[0], second[0]:
+    for each in first, second:
         assert each.figure == "AP"
         assert not each.certain
         assert (each.lower, each.upper) == pytest.approx((lower, upper), abs=2)
-    assert (first[0].lower, first[0].upper) != (second[0].lower, second[0].upper)
+    assert (first.lower, first.upper) != (second.lower, second.upper)
 
 
 @pytest.mark.parametrize(("images", "differing"), [(10, 10), (200, 5)])
-def test_few_images_are_no_evidence(images: int, differing: int) -> None:
+def test_few_images_give_no_interval(images: int, differing: int) -> None:
     missed = np.arange(images) < differing
-    truth, (before, now) = one_object_each(images, [~missed, missed | True])
-    found = compare(truth, before, now, resamples=200)[0]
+    truth, (before, now) = one_object_each([~missed, missed | True])
+    found = compare(truth, before, now, resamples=20)[0]
     assert found.difference is not None
     assert found.difference > 0
     assert found.lower is None
-    assert not found.certain
     assert "too few images" in difference_table((found,))
 
 
-def test_the_figures_are_those_of_both(truth: GroundTruth) -> None:
+def test_compares_all_figures(truth: GroundTruth) -> None:
+    areas = truth.objects.areas.clip(33.0**2, 95.0**2)
+    areas[0] = 200.0**2
+    truth = dataclasses.replace(truth, objects=dataclasses.replace(truth.objects, areas=areas))
     before, now = detections(truth, 0.2), detections(truth, 0.02)
-    found = compare(truth, before, now, resamples=50)
-    assert [each.figure for each in found][:3] == ["AP", "AP50", "AP75"]
-    for position, each in enumerate(found):
-        for value, part in ((each.before, before), (each.now, now)):
-            summary = by_hotcoco(truth, part).summary[position]
-            assert value == (None if summary < 0 else pytest.approx(100 * summary))
-        if each.before is not None and each.now is not None:
-            assert each.difference == each.now - each.before
-    assert found[0].certain
-    assert "may be chance" not in difference_table(found).splitlines()[2]
+    found = {each.figure: each for each in compare(truth, before, now, resamples=50)}
+    for each, one, other in zip(
+        found.values(), by_pycocotools(truth, before).summary, by_pycocotools(truth, now).summary
+    ):
+        if one < 0:
+            assert each.before is each.now is each.difference is None
+        else:
+            assert (each.before, each.now) == pytest.approx((100 * one, 100 * other))
+            assert each.difference == pytest.approx(100 * (other - one))
+    assert found["AP"].certain
+    assert found["APm"].certain
+    assert "may be chance" not in difference_table((found["AP"],))
+    assert found["APl"].lower is None  # most draws lack the only large object
+    assert found["APs"].difference is None
 
 
-def test_a_detector_is_no_better_than_itself(truth: GroundTruth) -> None:
+def test_a_detector_equals_itself(truth: GroundTruth) -> None:
     same = detections(truth, 0.1)
     for each in compare(truth, same, same, resamples=20):
         assert not each.certain
@@ -159,57 +144,25 @@ def test_a_detector_is_no_better_than_itself(truth: GroundTruth) -> None:
     assert compare(truth, same, same, resamples=0)[0].lower is None
 
 
-def run_folder(folder: Path, truth: GroundTruth, found: Detections) -> Path:
-    evaluated = evaluate_detections(truth, found)
-    description = {"weights": "a.pth"}
-    images = {"images": str(folder)}
-    write_evaluated(folder, "toy", description, truth, found, {"bbox": evaluated}, images)
-    return folder / "metrics.json"
-
-
-def test_an_earlier_run_is_a_baseline(truth: GroundTruth, tmp_path: Path) -> None:
-    before, now = detections(truth, 0.2), detections(truth, 0.1)
-    metrics = run_folder(tmp_path, truth, before)
-    expected = compare(truth, before, now, resamples=5)
-    assert compare_with(metrics, truth, now, resamples=5) == expected
-    assert compare_with(tmp_path, truth, now, resamples=5) == expected
-
-
-def test_other_annotations_are_no_baseline(truth: GroundTruth, tmp_path: Path) -> None:
-    now = detections(truth, 0.1)
-    metrics = run_folder(tmp_path, truth, now)
-    file = tmp_path / "other.json"
-    shutil.copy(truth.file, file)
-    assert compare_with(metrics, read_ground_truth(file), now, resamples=0)  # a copy of the same
-    document = json.loads(file.read_text())
+def test_reads_a_baseline(truth: GroundTruth, tmp_path: Path) -> None:
+    found = detections(truth, 0.2)
+    evaluated = {"bbox": evaluate_detections(truth, found)}
+    images = {"images": str(tmp_path)}
+    write_evaluated(tmp_path, "toy", {"weights": "a.pth"}, truth, found, evaluated, images)
+    metrics, other = tmp_path / "metrics.json", tmp_path / "other.json"
+    shutil.copy(truth.file, other)
+    for run in (tmp_path, metrics):
+        for same in (truth, read_ground_truth(other)):  # a copy is the same
+            assert np.array_equal(read_baseline(run, same).table, found.table)
+    document = json.loads(other.read_text())
     document["annotations"].pop()
-    file.write_text(json.dumps(document))
-    with pytest.raises(DatasetError, match=r"was made with other annotations than .*other\.json"):
-        compare_with(metrics, read_ground_truth(file), now)
-    with pytest.raises(DatasetError, match=r"neither a run.s folder nor the metrics\.json"):
-        compare_with(file, truth, now)
-    with pytest.raises(DatasetError, match="evaluate the run first"):
-        compare_with(tmp_path / "nowhere" / "metrics.json", truth, now)
-
-
-def test_detections_that_were_written_over_are_no_baseline(
-    truth: GroundTruth, tmp_path: Path
-) -> None:
-    metrics = run_folder(tmp_path, truth, detections(truth, 0.2))
-    write_detections(tmp_path / "detections_toy.json", detections(truth, 0.1))
-    with pytest.raises(DatasetError, match=r"detections_toy\.json has changed since"):
-        compare_with(metrics, truth, detections(truth, 0.1), resamples=0)
-
-
-def test_a_size_that_most_draws_lack_has_no_interval(truth: GroundTruth) -> None:
-    objects = truth.objects
-    areas = np.full(len(objects.areas), 50.0**2)
-    areas[0] = 200.0**2
-    one_large = dataclasses.replace(truth, objects=dataclasses.replace(objects, areas=areas))
-    before, now = detections(truth, 0.2), detections(truth, 0.02)
-    found = {each.figure: each for each in compare(one_large, before, now, resamples=20)}
-    assert found["APm"].lower is not None
-    assert found["APl"].difference is not None
-    assert found["APl"].lower is None
-    assert found["APs"].difference is None
-    assert "too few images" in difference_table((found["APl"],))
+    other.write_text(json.dumps(document))
+    with pytest.raises(DatasetError, match=r"with other annotations than .*other\.json"):
+        read_baseline(metrics, read_ground_truth(other))
+    with pytest.raises(DatasetError, match="holds no figures of an evaluation"):
+        read_baseline(tmp_path / "nowhere", truth)
+    with pytest.raises(DatasetError, match="is not what an evaluation writes"):
+        read_baseline(truth.file, truth)
+    (tmp_path / "detections_toy.json").write_text("[]")
+    with pytest.raises(DatasetError, match=r"detections_toy\.json.? has changed since"):
+        read_baseline(metrics, truth)

@@ -1,16 +1,22 @@
+"""Reading and writing detections, and the usual mistakes in them."""
+
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pycocotools.mask
 import pytest
+from numpy.typing import NDArray
 
+from resnext_det.data.toy import ToySpec, write_toy_coco
 from resnext_det.errors import DatasetError
 from resnext_det.evaluation.annotations import GroundTruth, read_ground_truth
-from resnext_det.evaluation.detections import Detections, check_detections, read_detections
-from resnext_det.evaluation.results_file import write_detections
+from resnext_det.evaluation.detections import Detections, read_detections, suspicions
 
 
 def result(image: Any = 5, category: Any = 3, bbox: Any = (1, 2, 3, 4), score: Any = 0.5) -> Any:
@@ -29,99 +35,157 @@ def truth(tmp_path: Path) -> GroundTruth:
     return read_ground_truth(tmp_path / "truth.json")
 
 
-def test_what_is_written_is_read_again_to_the_last_bit(tmp_path: Path) -> None:
+def read(truth: GroundTruth, content: object, **more: Any) -> Detections:
+    file = truth.file.with_name("detections.json")
+    file.write_text(json.dumps(content))
+    return read_detections(file, truth, **more)
+
+
+@pytest.mark.parametrize("count", [0, 50])
+def test_round_trip_is_exact(truth: GroundTruth, count: int) -> None:
     generator = np.random.default_rng(0)
-    table = np.column_stack(
-        [
-            generator.integers(0, 2**52, 50),
-            generator.uniform(0, 1e4, (50, 4)).astype(np.float32),
-            generator.random(50),
-            generator.integers(1, 91, 50),
-        ]
+    found = Detections(
+        generator.choice([2, 5], count),
+        np.full(count, 3),
+        generator.uniform(0, 1e4, (count, 4)).astype(np.float32).astype(np.float64),
+        generator.random(count),
     )
-    detections = Detections.of_table(table)
-    write_detections(tmp_path / "detections.json", detections)
-    again = read_detections(tmp_path / "detections.json")
-    assert np.array_equal(again.table, table)
-    assert [path.name for path in tmp_path.iterdir()] == ["detections.json"]
+    assert np.array_equal(read(truth, found.results()).table, found.table)
 
 
-def test_a_file_of_nothing_is_a_file(tmp_path: Path) -> None:
-    write_detections(tmp_path / "none.json", Detections.of([]))
-    assert len(read_detections(tmp_path / "none.json")) == 0
+MASK = pycocotools.mask.encode(np.eye(4, 5, dtype=np.uint8, order="F"))
+MASK["counts"] = MASK["counts"].decode()
+MALFORMED = [
+    result(image="5"),
+    result(image=1.5),
+    result(image=1e300),
+    result(category=None),
+    result(bbox=(1, 2, 3)),
+    result(bbox=(1, 2, 3, 4, 5)),
+    result(bbox=(1, 2, -3, 4)),
+    result(bbox=(1, 2, float("nan"), 4)),
+    result(bbox=[[1, 2, 3, 4]]),
+    result(score=float("inf")),
+    result(score="high"),
+    {"image_id": 5},
+    "detection",
+    [1, 2],
+    *(
+        {**result(), "segmentation": mask}
+        for mask in (
+            {**MASK, "counts": "zzzz"},
+            {**MASK, "counts": [1, 19]},
+            {**MASK, "size": [4, -5]},
+            {**MASK, "size": [4]},
+            {**MASK, "size": [4.0, 5]},
+            {"size": [4, 5]},
+        )
+    ),
+    {**result(), "keypoints": [1, 2]},
+    {**result(), "keypoints": [1, 2, None]},
+]
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
-        result(image="5"),
-        result(image=1.5),
-        result(image=1e300),
-        result(category=None),
-        result(bbox=(1, 2, 3)),
-        result(bbox=(1, 2, 3, 4, 5)),
-        result(bbox=(1, 2, -3, 4)),
-        result(bbox=(1, 2, float("nan"), 4)),
-        result(bbox=[[1, 2, 3, 4]]),
-        result(score=float("inf")),
-        result(score="high"),
-        {"image_id": 5},
-        "detection",
-        [1, 2],
-    ],
-)
-def test_what_is_malformed_is_shown(tmp_path: Path, bad: object) -> None:
-    file = tmp_path / "detections.json"
-    for content, position in ([result(), bad, result()], 1), ([bad], 0):
-        file.write_text(json.dumps(content))
-        with pytest.raises(DatasetError, match=rf"detections\.json: detection {position} of"):
-            read_detections(file)
+@pytest.mark.parametrize("bad", MALFORMED)
+def test_shows_malformed_detections(truth: GroundTruth, bad: Any) -> None:
+    others = {"segmentation": MASK, "keypoints": [1, 2, 0.5]}
+    good = {**result(), **{key: value for key, value in others.items() if key in bad}}
+    for content, position in ([good, good, bad, good], 2), ([bad], 0), ([bad] * 7, 0):
+        message = rf"detections\.json: detection {position} of {len(content)} is malformed"
+        with pytest.raises(DatasetError, match=message):
+            read(truth, content)
 
 
-def test_boxes_with_five_numbers_throughout_are_no_boxes(tmp_path: Path) -> None:
-    file = tmp_path / "detections.json"
-    file.write_text(json.dumps([result(bbox=(1, 2, 3, 4, 5))] * 7))
-    with pytest.raises(DatasetError, match="detection 0 of 7"):
-        read_detections(file)
+def test_keypoints_have_one_length(truth: GroundTruth) -> None:
+    rows = [{**result(), "keypoints": [1, 2, 0.5] * count} for count in (2, 2, 3)]
+    assert read(truth, rows[:2]).kinds == ("bbox", "keypoints")
+    with pytest.raises(DatasetError, match="detection 2 of 3"):
+        read(truth, rows)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"annotations": [], "images": []}', "holds a dict with annotations, images"),
-        ("3", "holds a int"),
-        ("[{", "not JSON"),
-        ("[" * 100_000, "not JSON"),
-    ],
-)
-def test_what_is_no_list_of_detections_is_refused(tmp_path: Path, text: str, message: str) -> None:
+@pytest.mark.parametrize("text", ['{"annotations": []}', "3", "[{", "[" * 100_000])
+def test_refuses_other_files(truth: GroundTruth, tmp_path: Path, text: str) -> None:
     (tmp_path / "a.json").write_text(text)
-    with pytest.raises(DatasetError, match=message):
-        read_detections(tmp_path / "a.json")
-    with pytest.raises(DatasetError, match="are not there"):
-        read_detections(tmp_path / "b.json")
+    with pytest.raises(DatasetError, match=r"a\.json"):
+        read_detections(tmp_path / "a.json", truth)
+    with pytest.raises(DatasetError, match=r"b\.json.*No such file"):
+        read_detections(tmp_path / "b.json", truth)
 
 
-def test_detections_stand_in_the_order_of_the_images(truth: GroundTruth) -> None:
+def test_sorts_by_image(truth: GroundTruth) -> None:
     rows = [result(2, score=0.1), result(5, score=0.2), result(2, score=0.3), result(5, score=0.4)]
-    ordered = Detections.of(rows).in_order(truth.image_ids)
+    ordered = Detections.of(rows, truth).in_order(truth)
     assert ordered.image_ids.tolist() == [5, 5, 2, 2]
     assert ordered.scores.tolist() == [0.2, 0.4, 0.1, 0.3]
 
 
-def test_other_images_and_classes_are_refused(truth: GroundTruth) -> None:
-    check_detections(Detections.of([result()]), truth, "mine.json")
-    with pytest.raises(DatasetError, match=r"mine\.json: 2 of 3 .* 1 images that .*: 7\. Take"):
-        check_detections(Detections.of([result(), result(7), result(7)]), truth, "mine.json")
-    with pytest.raises(DatasetError, match=r"1 of 2 .* 1 classes .*: 0\. A category_id is"):
-        check_detections(Detections.of([result(), result(category=0)]), truth, "mine.json")
+def test_refuses_unknown_images_and_classes(truth: GroundTruth) -> None:
+    with pytest.raises(DatasetError, match=r"2 of 3 .* 1 images that .*: 7\. Name"):
+        read(truth, [result(), result(7), result(7)])
+    with pytest.raises(DatasetError, match=r"1 of 2 .* 1 classes .*: 0\. Write the annotations'"):
+        read(truth, [result(), result(category=0)])
 
 
-def test_proposals_need_no_class(tmp_path: Path, truth: GroundTruth) -> None:
+def test_proposals_need_no_class(truth: GroundTruth) -> None:
     rows = [result(category="none"), {k: v for k, v in result().items() if k != "category_id"}]
-    (tmp_path / "a.json").write_text(json.dumps(rows))
-    proposals = read_detections(tmp_path / "a.json", classes=False)
-    assert proposals.category_ids.tolist() == [0, 0]
-    check_detections(proposals, truth, "a.json", classes=False)
+    assert read(truth, rows, with_classes=False).category_ids.tolist() == [3, 3]
     with pytest.raises(DatasetError, match="detection 0 of 2"):
-        read_detections(tmp_path / "a.json")
+        read(truth, rows)
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> GroundTruth:
+    spec = ToySpec(train_images=1, val_images=15)
+    root = write_toy_coco(tmp_path_factory.mktemp("toy") / "coco", spec)
+    return read_ground_truth(root / "annotations" / "instances_val2017.json")
+
+
+def detections(truth: GroundTruth, noise: float) -> Detections:
+    """Every object, misplaced by a share of its sides, and as many boxes of nothing."""
+    generator = np.random.default_rng(1)
+    objects = truth.objects
+    boxes = objects.boxes + generator.normal(0, noise, objects.boxes.shape) * np.tile(
+        objects.boxes[:, 2:], 2
+    )
+    boxes[:, 2:] = boxes[:, 2:].clip(1)
+    sizes = truth.sizes[truth.positions(objects.image_ids)]
+    sides = sizes * generator.uniform(0.05, 0.9, sizes.shape)
+    nothing = np.hstack([generator.random(sizes.shape) * (sizes - sides), sides])
+    return Detections(
+        np.tile(objects.image_ids, 2),
+        np.tile(objects.category_ids, 2),
+        np.concatenate([boxes, nothing]),
+        generator.random(2 * len(boxes)),
+    )
+
+
+Boxes = NDArray[np.float64]
+WRITTEN: dict[str, Callable[[Boxes, Boxes], Boxes]] = {
+    "corners x1, y1, x2, y2": lambda boxes, sizes: np.hstack(
+        [boxes[:, :2], boxes[:, :2] + boxes[:, 2:]]
+    ),
+    "look normalised": lambda boxes, sizes: boxes / np.tile(sizes, 2),
+    "boxes of resized images": lambda boxes, sizes: boxes * (800 / sizes.min(axis=1)[:, None]),
+}
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+@pytest.mark.parametrize("message", WRITTEN)
+def test_suspects_boxes_in_another_form(toy: GroundTruth, message: str, noise: float) -> None:
+    found = detections(toy, noise)
+    boxes = WRITTEN[message](found.boxes, toy.sizes[toy.positions(found.image_ids)])
+    (said,) = suspicions(toy, dataclasses.replace(found, boxes=boxes))
+    assert message in said
+
+
+def test_suspects_percentages_as_scores(toy: GroundTruth) -> None:
+    found = detections(toy, 0.0)
+    (said,) = suspicions(toy, dataclasses.replace(found, scores=100 * found.scores))
+    assert "scores go up to" in said
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05, 0.2])
+def test_does_not_suspect_plausible_detections(toy: GroundTruth, noise: float) -> None:
+    found = detections(toy, noise)
+    for count in (0, 1, 3, len(found)):
+        assert not list(suspicions(toy, found.where(np.arange(count))))

@@ -1,3 +1,5 @@
+"""Errors of every kind, one of each; curves over the score against pycocotools."""
+
 from __future__ import annotations
 
 import contextlib
@@ -11,18 +13,20 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from resnext_det.evaluation.annotations import GroundTruth, read_ground_truth
+from resnext_det.evaluation.annotations import read_ground_truth
 from resnext_det.evaluation.detections import Detections
-from resnext_det.evaluation.error_analysis import ErrorAnalysis, error_table
-from resnext_det.evaluation.evaluator import evaluate_detections
+from resnext_det.evaluation.error_analysis import Details, error_table
+from resnext_det.evaluation.evaluator import Evaluated, evaluate_detections
 
+Document = dict[str, Any]
 CAT, DOG = 1, 2
-# One cat and one dog are found, another cat and another dog are not.
-OBJECTS = [
-    (CAT, [0, 0, 100, 100]),
-    (DOG, [200, 0, 100, 100]),
-    (CAT, [0, 200, 100, 100]),
-    (DOG, [400, 0, 50, 50]),
+CATEGORIES = [{"id": n, "name": name} for n, name in ((CAT, "cat"), (DOG, "dog"), (5, "owl"))]
+# One cat is found; another cat and two dogs are not.
+OBJECTS: list[Document] = [
+    {"category_id": CAT, "bbox": [0, 0, 100, 100]},
+    {"category_id": DOG, "bbox": [200, 0, 100, 100]},
+    {"category_id": CAT, "bbox": [0, 200, 100, 100]},
+    {"category_id": DOG, "bbox": [400, 0, 50, 50]},
 ]
 DETECTIONS = {
     "right": (CAT, [0, 0, 100, 100], 0.95),
@@ -34,122 +38,96 @@ DETECTIONS = {
 }
 
 
-def truth_of(tmp_path: Path) -> GroundTruth:
-    document = {
-        "images": [{"id": 1}, {"id": 2}],
-        "categories": [
-            {"id": CAT, "name": "cat"},
-            {"id": DOG, "name": "dog"},
-            {"id": 5, "name": "owl"},
-        ],
-        "annotations": [
-            {"id": n, "image_id": 1, "category_id": kind, "bbox": box, "area": box[2] * box[3]}
-            for n, (kind, box) in enumerate(OBJECTS, start=1)
-        ],
-    }
-    (tmp_path / "truth.json").write_text(json.dumps(document))
-    return read_ground_truth(tmp_path / "truth.json")
-
-
-def details(tmp_path: Path, *names: str) -> ErrorAnalysis:
-    found = [
-        {"image_id": 1, "category_id": kind, "bbox": box, "score": score}
-        for kind, box, score in (DETECTIONS[name] for name in names)
+def evaluated(
+    tmp_path: Path, found: list[tuple[int, list[float], float]], objects: list[Document] = OBJECTS
+) -> Evaluated:
+    annotations = [
+        {"id": n, "image_id": 1, "area": each["bbox"][2] * each["bbox"][3], **each}
+        for n, each in enumerate(objects, start=1)
     ]
-    return evaluate_detections(truth_of(tmp_path), Detections.of(found)).details
+    document = {"images": [{"id": 1}, {"id": 2}], "categories": CATEGORIES}
+    (tmp_path / "truth.json").write_text(json.dumps({**document, "annotations": annotations}))
+    truth = read_ground_truth(tmp_path / "truth.json")
+    rows = [
+        {"image_id": 1, "category_id": kind, "bbox": bbox, "score": score}
+        for kind, bbox, score in found
+    ]
+    return evaluate_detections(truth, Detections.of(rows, truth))
 
 
-def test_every_kind_of_error_is_told_from_the_others(tmp_path: Path) -> None:
-    counts = {error.kind: error.count for error in details(tmp_path, *DETECTIONS).errors}
-    # The dog at the right and the lower cat are explained by a wrong class and a wrong place.
+def details(tmp_path: Path, *names: str) -> Details:
+    return evaluated(tmp_path, [DETECTIONS[name] for name in names]).details
+
+
+def test_tells_kinds_of_errors_apart(tmp_path: Path) -> None:
+    found = details(tmp_path, *DETECTIONS)
+    counts = {error["kind"]: error["count"] for error in found["errors"]}
+    # The dog on the right is missed; the wrong class and place explain the other two objects.
     assert counts == {"Cls": 1, "Loc": 1, "Both": 1, "Dupe": 1, "Bkg": 1, "Miss": 1}
-    assert {error.kind: error.count for error in details(tmp_path, "right").errors} == {
+    assert "wrong class, IoU of 0.5 or more" in error_table(found)
+    assert {error["kind"]: error["count"] for error in details(tmp_path, "right")["errors"]} == {
         **dict.fromkeys(counts, 0),
         "Miss": 3,
     }
 
 
-def test_what_an_error_costs(tmp_path: Path) -> None:
-    # Of two cats one is found: 51 of 101 recalls have a precision of 1. Without dogs, AP50 is half.
-    right = details(tmp_path, "right", "Bkg")
-    costs = {error.kind: error.cost for error in right.errors}
-    assert costs["Bkg"] == pytest.approx(0)  # a false dog, and no dog found: nothing to win
-    # With all that was missed out of the count, one cat of one is found, and no dog is left.
+def test_costs_of_errors(tmp_path: Path) -> None:
+    errors = details(tmp_path, "right", "Bkg")["errors"]
+    costs = {error["kind"]: error["cost"] for error in errors}
+    assert costs["Bkg"] == pytest.approx(0)  # a false dog where no dog is found: nothing to win
+    # Half of the cats are found, so AP50 is 50.5 of cats and 0 of dogs; without misses 100 and 0.
     assert costs["Miss"] > 10
 
 
 def test_confused_classes(tmp_path: Path) -> None:
-    confusion = details(tmp_path, *DETECTIONS).confusion
-    expected = np.zeros((4, 4), int)
+    confusion = details(tmp_path, *DETECTIONS)["confusion"]
+    assert confusion["classes"] == ["cat", "dog", "owl", "background"]
     cat, dog, _, background = range(4)
-    expected[cat, cat] = 1
-    expected[dog, cat] = 1
-    expected[background, cat] = 2  # the second one, and the one in the wrong place
-    expected[background, dog] = 2
-    expected[cat, background] = expected[dog, background] = 1  # found by none
-    assert confusion.tolist() == expected.tolist()
+    expected = np.zeros((4, 4), int)
+    expected[cat, cat] = expected[dog, cat] = 1
+    expected[background, cat] = expected[background, dog] = 2
+    expected[cat, background] = expected[dog, background] = 1
+    assert confusion["counts"] == expected.tolist()
+    low = evaluated(tmp_path, [(CAT, OBJECTS[1]["bbox"], 0.49)]).details["confusion"]
+    assert low["counts"][dog] == [0, 0, 0, 2]
 
 
-def test_detections_of_low_score_are_not_confused(tmp_path: Path) -> None:
-    found = [{"image_id": 1, "category_id": CAT, "bbox": OBJECTS[1][1], "score": 0.49}]
-    confusion = evaluate_detections(truth_of(tmp_path), Detections.of(found)).details.confusion
-    assert confusion[1].tolist() == [0, 0, 0, 2]
-
-
-def test_a_detection_in_a_crowd_is_no_mistake(tmp_path: Path) -> None:
-    truth_of(tmp_path)
-    file = tmp_path / "truth.json"
-    document = json.loads(file.read_text())
-    document["annotations"][0]["iscrowd"] = 1
-    file.write_text(json.dumps(document))
-    rows = [
-        {"image_id": 1, "category_id": kind, "bbox": [10, 10, 30, 30], "score": 0.9}
-        for kind in (CAT, DOG)
-    ]
-    found = evaluate_detections(read_ground_truth(file), Detections.of(rows)).details.confusion
-    background = 3
-    assert found[background].tolist() == [0, 1, 0, 0]  # the crowd is of cats
+def test_detections_in_a_crowd_are_not_confused(tmp_path: Path) -> None:
+    crowd = [{**OBJECTS[0], "iscrowd": 1}]
+    rows = [(kind, [10.0, 10, 30, 30], 0.9) for kind in (CAT, DOG)]
+    counts = evaluated(tmp_path, rows, crowd).details["confusion"]["counts"]
+    assert counts[-1] == [0, 1, 0, 0]  # the crowd is of cats
 
 
 def test_curves(tmp_path: Path) -> None:
     found = details(tmp_path, *DETECTIONS)
-    assert set(found.curves) == {"", "cat", "dog"}  # there is no owl
-    cats = found.curves["cat"]["0.50"]
-    # The first detection is right, and nothing after it.
-    assert cats.tolist() == pytest.approx([100.0] * 51 + [0.0] * 50)
-    assert found.curves["dog"]["0.50"].tolist() == [0.0] * 101
-    assert found.curves[""]["0.50"].tolist() == pytest.approx((cats / 2).tolist())
-    assert found.recalls[[0, 50, 100]].tolist() == [0, 0.5, 1]
-    beside = evaluate_detections(
-        truth_of(tmp_path),
-        Detections.of(
-            [{"image_id": 1, "category_id": CAT, "bbox": [17, 0, 100, 100], "score": 0.9}]
-        ),
-    ).details  # IoU 83 / 117: right from 0.50 to 0.70
-    assert [beside.curves["cat"][key][0] for key in ("0.50", "0.75", "0.50:0.95")] == [
-        pytest.approx(value) for value in (100, 0, 50)
-    ]
+    curves = found["curves"]
+    assert set(curves) == {"", "cat", "dog"}  # there is no owl
+    cats = curves["cat"]["0.50"]  # the first detection is right, and none after it
+    assert cats == [100.0] * 51 + [0.0] * 50
+    assert curves["dog"]["0.50"] == [0.0] * 101
+    assert curves[""]["0.50"] == [value / 2 for value in cats]
+    assert [found["recalls"][n] for n in (0, 50, 100)] == [0, 0.5, 1]
+    beside = evaluated(tmp_path, [(CAT, [17, 0, 100, 100], 0.9)]).details["curves"]["cat"]
+    # IoU 83 / 117: right from 0.50 to 0.70
+    assert [beside[key][0] for key in ("0.50", "0.75", "0.50:0.95")] == [100, 0, 50]
 
 
-def test_what_is_saved_is_json_and_says_what_it_is(tmp_path: Path) -> None:
-    found = details(tmp_path, *DETECTIONS)
-    document: dict[str, Any] = json.loads(json.dumps(found.document(truth_of(tmp_path))))
-    assert document["confusion"]["classes"] == ["cat", "dog", "owl", "background"]
-    assert document["confusion"]["score"] == 0.5
-    assert len(document["recalls"]) == len(document["curves"]["cat"]["0.75"]) == 101
-    assert {entry["kind"] for entry in document["errors"]} >= {"Cls", "Miss"}
-    assert "wrong class, an IoU of 0.5 or more" in error_table(found)
-
-
-def test_without_any_object_there_are_no_curves(tmp_path: Path) -> None:
-    truth_of(tmp_path)
-    file = tmp_path / "truth.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"annotations": []}))
-    found = evaluate_detections(read_ground_truth(file), Detections.of([]))
-    assert found.details.curves == {}
+def test_without_objects(tmp_path: Path) -> None:
+    found = evaluated(tmp_path, [], objects=[])
+    assert found.details["curves"] == found.details["by_score"] == {}
     assert found.figures.figures["AP"] is None
     assert found.figures.per_class[0].AP is None
     assert "-" in found.figures.table()
+
+
+@pytest.mark.parametrize("rows", [[], ["Bkg"]])
+def test_without_correct_detections(tmp_path: Path, rows: list[str]) -> None:
+    found = evaluated(tmp_path, [DETECTIONS[name] for name in rows])
+    assert found.figures.figures["AP"] == 0
+    curve = found.details["by_score"][""]
+    assert curve["best"] is None
+    assert max(curve["precision"]) == max(curve["recall"]) == 0
 
 
 def counted_at(
@@ -161,29 +139,27 @@ def counted_at(
     return found / max(len(kept), 1), found / objects, 2 * found / (len(kept) + objects)
 
 
-def test_precision_recall_and_f1_over_the_score_agree_with_pycocotools(tmp_path: Path) -> None:
+def test_curves_over_the_score_agree_with_pycocotools(tmp_path: Path) -> None:
     generator = np.random.default_rng(3)
-    annotations: list[dict[str, Any]] = []
-    rows: list[dict[str, Any]] = []
+    annotations: list[Document] = []
+    rows: list[Document] = []
     for image in range(1, 13):
         for _ in range(6):
             box = [*generator.uniform(0, 150, 2).tolist(), *generator.uniform(8, 60, 2).tolist()]
-            kind, crowd = int(generator.choice([CAT, DOG])), int(generator.random() < 0.15)
-            number = len(annotations) + 1
-            place = {"image_id": image, "category_id": kind}
-            more = {"id": number, "area": box[2] * box[3], "iscrowd": crowd}
-            annotations.append({**place, **more, "bbox": box})
+            place = {"image_id": image, "category_id": int(generator.choice([CAT, DOG]))}
+            more = {"area": box[2] * box[3], "iscrowd": int(generator.random() < 0.15)}
+            annotations.append({"id": len(annotations) + 1, **place, **more, "bbox": box})
             for _ in range(3):
                 moved = [*(np.array(box[:2]) + generator.normal(0, 6, 2)).tolist(), *box[2:]]
                 score = round(float(generator.random()), 1 + int(generator.integers(2)))  # ties
                 rows.append({**place, "bbox": moved, "score": score})
     file = tmp_path / "truth.json"
     images = [{"id": n, "width": 200, "height": 200} for n in range(1, 13)]
-    categories = [{"id": n, "name": name} for n, name in ((CAT, "cat"), (DOG, "dog"), (5, "owl"))]
-    document = {"images": images, "categories": categories, "annotations": annotations}
+    document = {"images": images, "categories": CATEGORIES, "annotations": annotations}
     file.write_text(json.dumps(document))
-    found = evaluate_detections(read_ground_truth(file), Detections.of(rows)).details.by_score
-    assert set(found) == {"", "cat", "dog"}  # there is no owl
+    truth = read_ground_truth(file)
+    found = evaluate_detections(truth, Detections.of(rows, truth)).details["by_score"]
+    assert set(found) == {"", "cat", "dog"}
 
     with contextlib.redirect_stdout(io.StringIO()):
         reference = COCO(str(file))
@@ -198,27 +174,16 @@ def test_precision_recall_and_f1_over_the_score_agree_with_pycocotools(tmp_path:
             if each is None or each["category_id"] not in kinds:
                 continue
             objects += int((np.array(each["gtIgnore"]) == 0).sum())
-            ignored = each["dtIgnore"][0]
-            scored += [
-                (score, match > 0)
-                for score, match, ignore in zip(each["dtScores"], each["dtMatches"][0], ignored)
-                if not ignore
-            ]
-
+            columns = each["dtScores"], each["dtMatches"][0], each["dtIgnore"][0]
+            scored += [(score, match > 0) for score, match, ignore in zip(*columns) if not ignore]
         curve = found[name]
-        for number, threshold in enumerate(np.arange(101) / 100):
-            precision, recall, _ = counted_at(float(threshold), scored, objects)
-            assert curve.precision[number] == pytest.approx(precision)
-            assert curve.recall[number] == pytest.approx(recall)
-        assert curve.best is not None
-        f1 = {score: counted_at(score, scored, objects)[2] for score, _ in scored}
-        assert curve.best.f1 == pytest.approx(max(f1.values()))
-        found_there = curve.best.precision, curve.best.recall, curve.best.f1
-        assert found_there == pytest.approx(counted_at(curve.best.score, scored, objects))
-
-
-@pytest.mark.parametrize("rows", [[], ["Bkg"]])
-def test_without_a_correct_detection_no_threshold_is_best(tmp_path: Path, rows: list[str]) -> None:
-    curve = details(tmp_path, *rows).by_score[""]
-    assert curve.best is None
-    assert curve.precision.max() == curve.recall.max() == 0
+        for number in range(101):
+            precision, recall, _ = counted_at(number / 100, scored, objects)
+            assert curve["precision"][number] == pytest.approx(precision, abs=0.006)
+            assert curve["recall"][number] == pytest.approx(recall, abs=0.006)
+        best = curve["best"]
+        assert best["f1"] == pytest.approx(
+            max(counted_at(s, scored, objects)[2] for s, _ in scored)
+        )
+        found_there = best["precision"], best["recall"], best["f1"]
+        assert found_there == pytest.approx(counted_at(best["score"], scored, objects))

@@ -12,9 +12,10 @@ import pytest
 
 from resnext_det.data.toy import ToySpec, write_toy_coco
 from resnext_det.evaluation.annotations import read_ground_truth
+from resnext_det.evaluation.coco import Engine
 from resnext_det.evaluation.compare import compare, comparison_document
 from resnext_det.evaluation.detections import Detections
-from resnext_det.evaluation.evaluator import Engine, evaluate_detections, write_evaluated
+from resnext_det.evaluation.evaluator import evaluate_detections, write_evaluated
 
 CLASSES = (
     *("class 1", "class 2", "class 10", "apple", "Banana", "cherry", "dog", "zebra"),
@@ -41,7 +42,7 @@ def evaluated_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path.write_text(json.dumps(document))
     truth = read_ground_truth(path)
     folder = root / "run"
-    old, new = (Detections.of(_erring(document, generator, share)) for share in (0.5, 0.3))
+    old, new = (Detections.of(_erring(document, generator, share), truth) for share in (0.5, 0.3))
     description = {"weights": "weights.pth"}
     arguments = "toy_val", description, truth
     first = {"bbox": evaluate_detections(truth, old)}

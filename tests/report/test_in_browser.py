@@ -174,7 +174,7 @@ def boxes(run: Path) -> dict[str, tuple[list[Labelled], list[Labelled]]]:
     """Return true boxes and predictions by file name, read anew."""
     evaluation = read_metrics(run).evaluations[0]
     truth = read_ground_truth(evaluation.annotations)
-    detections = read_detections(evaluation.detections)
+    detections = read_detections(evaluation.detections, truth)
     found: dict[str, tuple[list[Labelled], list[Labelled]]] = {}
     for image_id, name in zip(truth.image_ids.tolist(), truth.file_names):
         true = [
