@@ -52,7 +52,7 @@ def add_own_data(parser: argparse.ArgumentParser, *, training: bool = True) -> N
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that `resnext_det.engine.job.Job.of` reads."""
+    """Add the flags that `resnext_det.engine.launch.Job.of` reads."""
     group = parser.add_argument_group("processes")
     group.add_argument(
         "--num-gpus",

@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     import time
 
     from resnext_det.config import load_config
-    from resnext_det.engine.evaluating import of_run
+    from resnext_det.engine.evaluate import of_run
     from resnext_det.engine.predictor import Predictor, with_threshold
     from resnext_det.errors import plain
     from resnext_det.visualize.camera import open_camera

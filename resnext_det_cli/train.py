@@ -51,9 +51,8 @@ def run(arguments: argparse.Namespace) -> None:
     from resnext_det.console import json_alone
     from resnext_det.data import custom
     from resnext_det.data.annotations import forget, read_json
-    from resnext_det.engine.evaluating import of_run
-    from resnext_det.engine.job import Job
-    from resnext_det.engine.launch import run_everywhere
+    from resnext_det.engine.evaluate import of_run
+    from resnext_det.engine.launch import Job, run_everywhere
     from resnext_det.evaluation.results_file import metrics_file
 
     with json_alone(arguments.json) as print_json:
@@ -83,7 +82,7 @@ def _check(cfg: Any, arguments: argparse.Namespace, world_size: int) -> None:
     """Fail now, once for all processes, on what would end the run later."""
     from resnext_det.config_use import refuse_impossible
     from resnext_det.data.checks import check_datasets
-    from resnext_det.engine.evaluating import check_expectations, last_checkpoint
+    from resnext_det.engine.evaluate import check_expectations, last_checkpoint
     from resnext_det.engine.schedule import scale
     from resnext_det.engine.setup import check_folder
     from resnext_det.engine.writers import check_wandb
@@ -115,7 +114,7 @@ def _work(cfg: Any, arguments: argparse.Namespace) -> None:
     from detectron2.utils import comm
 
     from resnext_det.data import custom
-    from resnext_det.engine.evaluating import evaluate
+    from resnext_det.engine.evaluate import evaluate
     from resnext_det.engine.setup import set_up
     from resnext_det.engine.trainer import Trainer
 

@@ -1,4 +1,4 @@
-"""Run a function in every process of a job with torch's elastic launcher.
+"""Start the processes of a job with torch's elastic launcher.
 
 The first failure on each machine is reported once and determines the exit code. SIGTERM and Ctrl-C
 are forwarded to all processes.
@@ -6,23 +6,22 @@ are forwarded to all processes.
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import contextlib
-import json
 import logging
 import multiprocessing
 import os
-import secrets
+import re
 import signal
-import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from types import FrameType
 from typing import Any, NoReturn
-from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -33,17 +32,137 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from resnext_det.data.workers import end_with_parent
-from resnext_det.engine.explanations import explain, says_lost_contact
-from resnext_det.engine.job import Job
+from resnext_det.engine.explanations import OUT_OF_MEMORY_KILLER, explain, says_lost_contact
 from resnext_det.engine.stopping import SAME_SIGNAL, SIGNALS, STOPPED
-from resnext_det.errors import TrainingError, reported
+from resnext_det.errors import ConfigError, TrainingError, reported
 
+# Set for every process by torchrun and by the elastic launcher.
+_TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+_ADDRESS = re.compile(r"tcp://(?:\[[0-9a-fA-F:.%]+\]|[^\s:/?#@\[\]]+):([0-9]{1,5})/?")
 # These loggers repeat, at length, failures that are reported here in one line.
 _NOISY = ("torch.distributed.elastic", "torch.multiprocessing.spawn")
 
-# Seconds.
-_RETRY = 0.2
-_ECHO = 5.0  # grace period for the process that caused a lost connection to report first
+_LONGEST_TIMEOUT = 7 * 24 * 3600.0  # seconds
+_ECHO = 5.0  # seconds for the process that caused a lost connection to report first
+
+
+@dataclass(frozen=True)
+class Job:
+    """The processes of a distributed job.
+
+    Attributes:
+        processes: processes per machine, one per GPU if there are GPUs.
+        machines: number of machines.
+        machine_rank: rank of this machine, from 0.
+        dist_url: rendezvous address: "auto" (single machine), or tcp://HOST:PORT of machine 0.
+        timeout: seconds to wait for the other machines and processes at startup.
+        local_rank: this process's rank on its machine if torchrun started it, else None.
+    """
+
+    processes: int = 1
+    machines: int = 1
+    machine_rank: int = 0
+    dist_url: str = "auto"
+    timeout: float = 600.0
+    local_rank: int | None = None
+
+    @property
+    def world_size(self) -> int:
+        """The number of processes across all machines."""
+        return self.processes * self.machines
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> Job:
+        """Read the process flags of the command line, or torchrun's environment.
+
+        Raises:
+            ConfigError: a value is out of range, there are fewer GPUs than processes, dist_url is
+                malformed or missing, or a flag contradicts torchrun.
+        """
+        if os.environ.keys() >= _TORCHRUN:
+            job = cls._of_torchrun(arguments)
+        else:
+            job = cls._of_flags(arguments)
+        if arguments.dist_timeout is not None:
+            job = replace(job, timeout=arguments.dist_timeout)
+        if not 0 < job.timeout <= _LONGEST_TIMEOUT:
+            raise ConfigError(
+                f"--dist-timeout is {job.timeout:g}: use seconds, more than 0 and up to "
+                f"{_LONGEST_TIMEOUT:.0f}."
+            )
+        if 0 < (gpus := torch.cuda.device_count()) < job.processes:
+            raise ConfigError(
+                f"--num-gpus is {job.processes}, but PyTorch sees {gpus} GPUs here: use {gpus} or "
+                "fewer, or check `nvidia-smi` and CUDA_VISIBLE_DEVICES."
+            )
+        return job
+
+    @classmethod
+    def _of_flags(cls, arguments: argparse.Namespace) -> Job:
+        processes = 1 if arguments.num_gpus is None else arguments.num_gpus
+        machines = 1 if arguments.num_machines is None else arguments.num_machines
+        job = cls(
+            processes, machines, arguments.machine_rank or 0, _address(arguments.dist_url or "auto")
+        )
+        if processes < 1 or not 0 <= job.machine_rank < machines:
+            raise ConfigError(
+                f"--num-gpus is {processes}, --num-machines {machines} and --machine-rank "
+                f"{job.machine_rank}: use 1 or more processes (on the CPU if there are no "
+                "GPUs), 1 or more machines, and ranks from 0 to --num-machines - 1."
+            )
+        if machines > 1 and job.dist_url == "auto":
+            raise ConfigError(
+                f"--num-machines {machines} needs --dist-url tcp://HOST:PORT with the host name of "
+                "machine 0 and a free port, the same on every machine."
+            )
+        return job
+
+    @classmethod
+    def _of_torchrun(cls, arguments: argparse.Namespace) -> Job:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        rank, size, local, processes = (int(os.environ[name]) for name in names)
+        if size % processes or local != rank % processes:
+            raise ConfigError(
+                f"torchrun started process {rank} of {size} as {local} of {processes} on this "
+                "machine, but Detectron2 needs the same number of processes on every machine."
+            )
+        job = cls(
+            processes, size // processes, rank // processes, _address("env://"), local_rank=local
+        )
+        url = arguments.dist_url
+        for flag, given, started in (
+            ("--num-gpus", arguments.num_gpus, job.processes),
+            ("--num-machines", arguments.num_machines, job.machines),
+            ("--machine-rank", arguments.machine_rank, job.machine_rank),
+            ("--dist-url", None if url in (None, "auto") else _address(url), job.dist_url),
+        ):
+            if given not in (None, started):
+                raise ConfigError(
+                    f"{flag} is {given}, but torchrun started this job with {started}: omit {flag} "
+                    "or start without torchrun."
+                )
+        return job
+
+
+def _address(url: str) -> str:
+    """Return "auto" or a tcp:// address, resolving env://."""
+    if url == "auto":
+        return url
+    if url == "env://":
+        host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+        if not host or not port:
+            raise ConfigError(
+                "--dist-url env:// needs MASTER_ADDR and MASTER_PORT: set both, or use --dist-url "
+                "tcp://HOST:PORT."
+            )
+        url = f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+    match = _ADDRESS.fullmatch(url)
+    if match is None or not 0 < int(match[1]) < 2**16:
+        raise ConfigError(
+            f"--dist-url is {url!r}: use tcp://HOST:PORT with a port from 1 to 65535, env:// or "
+            "auto."
+        )
+    return url.rstrip("/")
 
 
 def run_everywhere(
@@ -91,17 +210,20 @@ def _explained() -> Iterator[None]:
 
 def _launch(function: Callable[..., None], arguments: tuple[Any, ...], job: Job) -> int:
     """Start this machine's processes and return the exit code of the job."""
-    _silence(*_NOISY)
+    if "LOGLEVEL" not in os.environ:  # with which users ask torch for these messages
+        for name in _NOISY:
+            logging.getLogger(name).addHandler(logging.NullHandler())
+            logging.getLogger(name).propagate = False
+    is_single = job.dist_url == "auto"
     with forwarded_signals() as signals, reported(), _explained():
-        # Static rendezvous assigns ranks by --machine-rank, not by order of arrival.
-        endpoint = "localhost:0" if job.dist_url == "auto" else urlsplit(job.dist_url).netloc
         config = LaunchConfig(
             min_nodes=job.machines,
             max_nodes=job.machines,
             nproc_per_node=job.processes,
             run_id="resnext_det",
-            rdzv_backend="c10d" if job.dist_url == "auto" else "static",
-            rdzv_endpoint=endpoint,
+            # Static rendezvous assigns ranks by --machine-rank, not by order of arrival.
+            rdzv_backend="c10d" if is_single else "static",
+            rdzv_endpoint="localhost:0" if is_single else job.dist_url.removeprefix("tcp://"),
             rdzv_configs={"rank": job.machine_rank, "timeout": max(1, round(job.timeout))},
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
@@ -110,16 +232,12 @@ def _launch(function: Callable[..., None], arguments: tuple[Any, ...], job: Job)
         # Before PyTorch 2.9 they cannot be disabled.
         if hasattr(config, "signals_to_handle"):
             config.signals_to_handle = "SIGHUP,SIGQUIT"
-        # On machine 0 this hosts the store, which must live as long as the job.
-        store = meet(job) if job.machines > 1 else None
         try:
             codes = elastic_launch(config, _work)(function, arguments, job)
         except ChildFailedError as error:
             return _failed(error.get_first_failure()[1].exitcode, signals)
         except SignalException as error:
             return 128 + error.sigval
-        finally:
-            del store
     return max(code or 0 for code in codes.values())
 
 
@@ -132,33 +250,24 @@ def _failed(code: int, signals: list[int]) -> int:
         return code
     if signals:
         return 128 + signals[-1]
+    reason = "see the output above"
+    if code == -signal.SIGKILL:
+        reason = OUT_OF_MEMORY_KILLER
     with reported(128 - code):
-        raise TrainingError(f"a training process was killed (signal {-code}); {_reason(-code)}.")
-
-
-def _reason(number: int) -> str:
-    if number == signal.SIGKILL:
-        return (
-            "this is mostly the kernel's out-of-memory killer (see `dmesg`): put fewer images into "
-            "a micro-batch (SOLVER.IMS_PER_MICRO_BATCH N), load with fewer workers "
-            "(DATALOADER.NUM_WORKERS N) or close other programs"
-        )
-    if number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        return "it was sent from outside, to this process alone"
-    return "a fault in a library or a driver: its stack is above"
+        raise TrainingError(f"a process of this job was killed by signal {-code}, {reason}.")
 
 
 def _work(function: Callable[..., None], arguments: tuple[Any, ...], job: Job) -> int:
     """Run one process of a job; return its exit code once all processes have finished."""
     end_with_parent(signal.SIGTERM)
-    # By default each process uses a thread per core and they oversubscribe the CPU: on two cores, a
-    # two-process update of the toy detector on 2 images takes 2.4 to 8.6 s, or 0.2 to 0.35 s with
-    # one thread each. A number set by the user or by torchrun is kept.
+    # Each process would use a thread per core. On two cores, a two-process update of the toy
+    # detector takes 2.4 to 8.6 s like that, and 0.2 to 0.35 s with one thread each.
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // job.processes))
     with reported(), _explained():
-        store = _join(job)
+        store = _store(job)
     try:
+        _join(store, job)
         try:
             function(*arguments)
             code = 0
@@ -170,29 +279,38 @@ def _work(function: Callable[..., None], arguments: tuple[Any, ...], job: Job) -
         comm.synchronize()
     except Exception as error:
         _report(error, store, job)
-    _part()
+    # Destroy the groups, so that their threads end before the interpreter does.
+    comm._LOCAL_PROCESS_GROUP = None  # Detectron2's second reference to the group
+    comm.create_local_process_group.cache_clear()
+    dist.destroy_process_group()
     _leave_destructors(0)
     return code
 
 
-def _join(job: Job) -> Any:
-    """Initialize the process group as Detectron2's launch does and return its store.
+def _store(job: Job) -> Any:
+    """Return the store that all processes share."""
+    start = timedelta(seconds=job.timeout)
+    store, _, _ = next(dist.rendezvous("env://", timeout=start))  # type: ignore[attr-defined]
+    # torchrun's store survives a restart (PyTorch 2.14). Without a prefix, gloo would spend half an
+    # hour connecting to the addresses of the previous attempt.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"attempt/{attempt}", store)  # type: ignore[attr-defined]
 
-    Raises:
-        TrainingError: a process did not join within `job.timeout`.
-    """
+
+def _join(store: Any, job: Job) -> None:
+    """Initialize the process groups as Detectron2's launch does."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     has_gpu = torch.cuda.is_available()
     if has_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     start = timedelta(seconds=job.timeout)
-    met = dist.rendezvous("env://", timeout=start)  # type: ignore[attr-defined]
-    store, rank, size = next(met)
-    # torchrun's store survives a restart (PyTorch 2.14). Without a prefix, gloo would spend half an
-    # hour connecting to the addresses of the previous attempt.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"attempt/{attempt}", store)  # type: ignore[attr-defined]
     store.set(f"process/{rank}", "here")
-    _wait_for_all(store, "process", size, job)
+    store.wait([f"process/{each}" for each in range(size)], start)
+    if size != job.world_size:
+        raise ConfigError(
+            f"{size} processes were started, but --num-machines {job.machines} --num-gpus "
+            f"{job.processes} makes {job.world_size}: use the same values on every machine."
+        )
     dist.init_process_group(
         "nccl" if has_gpu else "gloo",
         store=store,
@@ -202,14 +320,6 @@ def _join(job: Job) -> Any:
     )
     comm.create_local_process_group(job.processes)
     comm.synchronize()
-    return store
-
-
-def _part() -> None:
-    """Destroy the process group, so that its threads end before the interpreter does."""
-    comm._LOCAL_PROCESS_GROUP = None  # Detectron2's second reference to the group
-    comm.create_local_process_group.cache_clear()
-    dist.destroy_process_group()
 
 
 def _report(error: Exception, store: Any, job: Job) -> NoReturn:
@@ -247,90 +357,6 @@ def _leave_destructors(code: int) -> None:
         atexit.register(os._exit, code)
 
 
-def meet(job: Job) -> Any:
-    """Wait for every machine of a job and return their shared store.
-
-    Raises:
-        TrainingError: a machine did not join within `job.timeout`, two have the same rank, or they
-            disagree on the number of machines or processes.
-    """
-    host, port = job.meeting_point
-    key = f"machine/{job.machine_rank}"
-    own = {"machines": job.machines, "processes": job.processes, "host": socket.gethostname()}
-    ours = json.dumps({**own, "token": secrets.token_hex(8)})
-    try:
-        store = dist.TCPStore(  # type: ignore[attr-defined]
-            host,
-            port,
-            None,
-            job.machine_rank == 0,
-            timedelta(seconds=job.timeout),
-            wait_for_workers=False,
-            multi_tenant=True,
-        )
-        held = store.compare_set(key, "", ours).decode()
-        if held != ours:
-            raise TrainingError(
-                f"two machines were started with --machine-rank {job.machine_rank}, the other is "
-                f"{json.loads(held)['host']!r}: number them from 0 to {job.machines - 1}. If that "
-                "one has ended, start machine 0 again, too."
-            )
-        try:
-            _wait_for_all(store, "machine", job.machines, job)
-        except (KeyboardInterrupt, SystemExit):
-            with contextlib.suppress(dist.DistError):
-                store.delete_key(key)  # so that this machine can be restarted
-            raise
-        for rank in range(job.machines):
-            _check_agreement_of_machines(job, rank, json.loads(store.get(f"machine/{rank}")))
-    except (dist.DistNetworkError, dist.DistStoreError) as error:
-        if job.machine_rank == 0:
-            raise
-        raise TrainingError(
-            f"machine 0 gave no answer at {job.dist_url} within {job.timeout:g} s "
-            f"(--dist-timeout), or ended: {str(error).splitlines()[0]} {_expected(job)} Start the "
-            "same command on machine 0 with --machine-rank 0, and check its output, its name, the "
-            "port and the firewall."
-        ) from error
-    return store
-
-
-def _wait_for_all(store: Any, what: str, number: int, job: Job) -> None:
-    """Wait until every machine or process has registered in the store.
-
-    Polls, since `store.wait` prints a C++ stack to the terminal on timeout.
-    """
-    keys = [f"{what}/{each}" for each in range(number)]
-    deadline = time.monotonic() + job.timeout
-    while missing := [str(each) for each, key in enumerate(keys) if not store.check([key])]:
-        if time.monotonic() > deadline:
-            plural = {"machine": "machines", "process": "processes"}[what]
-            raise TrainingError(
-                f"{what if len(missing) == 1 else plural} {', '.join(missing)} did not come within "
-                f"{job.timeout:g} s (--dist-timeout): {number - len(missing)} of {number} {plural} "
-                f"are there. {_expected(job)} Start the same command on every machine with its "
-                "--machine-rank, and check the output of those missing and the firewall."
-            )
-        time.sleep(_RETRY)
-
-
-def _expected(job: Job) -> str:
-    return (
-        f"{job.machines} machines with {job.processes} processes each are expected, "
-        f"{job.world_size} in all."
-    )
-
-
-def _check_agreement_of_machines(job: Job, rank: int, said: Mapping[str, Any]) -> None:
-    if (said["machines"], said["processes"]) != (job.machines, job.processes):
-        raise TrainingError(
-            f"the machines do not agree: machine {rank} was started with --num-machines "
-            f"{said['machines']} --num-gpus {said['processes']}, machine {job.machine_rank} with "
-            f"--num-machines {job.machines} --num-gpus {job.processes}. Give every machine the "
-            "same."
-        )
-
-
 @contextlib.contextmanager
 def forwarded_signals() -> Iterator[list[int]]:
     """Forward the first SIGTERM or SIGINT to the children as SIGTERM; kill them on the second.
@@ -338,36 +364,27 @@ def forwarded_signals() -> Iterator[list[int]]:
     Yields:
         The signals received so far.
     """
-    came: list[int] = []
+    received: list[int] = []
     first = 0.0
 
     def forward(number: int, frame: FrameType | None) -> None:
         nonlocal first
-        if came and time.monotonic() - first < SAME_SIGNAL:
+        if received and time.monotonic() - first < SAME_SIGNAL:
             return
         children = multiprocessing.active_children()
         for child in children:
-            if came:
+            if received:
                 child.kill()
             else:
                 child.terminate()
         first = first or time.monotonic()
-        came.append(number)
+        received.append(number)
         if not children:
             sys.exit(128 + number)
 
     before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield came
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _silence(*names: str) -> None:
-    """Keep loggers off the terminal, unless the user set LOGLEVEL."""
-    if "LOGLEVEL" in os.environ:
-        return
-    for name in names:
-        logging.getLogger(name).addHandler(logging.NullHandler())
-        logging.getLogger(name).propagate = False

@@ -1,4 +1,4 @@
-"""Pictures -> boxes, classes and scores, with masks and keypoints if the detector has them."""
+"""Run a trained detector on pictures."""
 
 from __future__ import annotations
 
@@ -29,22 +29,16 @@ logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
-_WITHOUT_CLASSES = {
-    "ProposalNetwork": "proposals without classes",
-    "SemanticSegmentor": "a class for each pixel, and no boxes",
-}
-_THRESHOLDS = ("ROI_HEADS", "RETINANET")
-
 
 @dataclass(frozen=True)
 class Detection:
-    """One found object.
+    """A detected object.
 
     Attributes:
         box: x, y, width, height in pixels of the picture.
         name: of the class.
         score: 0 to 1.
-        category_index: of the class among the model's outputs, from 0.
+        category_index: index of the class among the model's outputs.
         mask: (height, width) of the picture; None without a mask head.
         keypoints: (K, 3), x and y in pixels and a score; None without a keypoint head.
     """
@@ -58,77 +52,62 @@ class Detection:
 
 
 class Predictor:
-    """Runs a trained detector on single pictures.
+    """Runs a trained detector on pictures, with the results of Detectron2's `DefaultPredictor`.
 
     Attributes:
         model: the detector.
-        report: what was loaded, in words.
+        report: which weights were loaded, to print.
         connections: pairs of keypoints that a line connects.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
         """Build the detector and load MODEL.WEIGHTS.
 
-        Args:
-            cfg: the config it was trained with; class names come from the checkpoint, or from
-                DATASETS.TEST where it holds none.
+        Class names come from the checkpoint, or from DATASETS.TEST if it records none.
 
         Raises:
-            ConfigError: the network is none that gives boxes and classes, or INPUT.FORMAT is one
-                that it does not take, or the detector was trained with other settings.
+            ConfigError: the network does not detect objects, does not take INPUT.FORMAT, or was
+                trained with other settings.
             WeightsError: the weights do not fill the whole detector.
         """
         check_pixel_format(cfg.INPUT.FORMAT, len(cfg.MODEL.PIXEL_MEAN))
-        architecture = cfg.MODEL.META_ARCHITECTURE
-        if architecture in _WITHOUT_CLASSES:
-            raise _no_boxes(architecture, _WITHOUT_CLASSES[architecture])
-        self._architecture = architecture
+        self._architecture = cfg.MODEL.META_ARCHITECTURE
+        if self._architecture in ("ProposalNetwork", "SemanticSegmentor"):
+            raise self._no_detections()
         if cfg.MODEL.WEIGHTS:
             check_same_function(cfg)
         if cfg.TEST.AUG.ENABLED:
-            logger.warning("TEST.AUG.ENABLED is for evaluations: pictures are not augmented here.")
+            logger.warning("TEST.AUG.ENABLED applies to evaluations only, not to predictions")
         self.model = build_detector(cfg).eval()
         self.report = load_weights(self.model, cfg, whole_detector=True)
-        self._names = _class_names(cfg)
         self.connections = keypoint_connections(cfg)
+        self._names = _class_names(cfg)
         self._resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
         self._format = cfg.INPUT.FORMAT
 
     def __call__(self, picture: Image.Image) -> list[Detection]:
-        """Find the objects of a picture.
+        """Return the objects in a picture, best first.
 
         Args:
-            picture: of 8 bits a channel, taken as its pixels lie; its EXIF orientation is ignored.
-                `resnext_det.images.read_picture` reads any file as an evaluation does.
-
-        Returns:
-            The detections, best first.
+            picture: 8 bits per channel. Its EXIF orientation is ignored; use
+                `resnext_det.images.read_picture` to read files as in an evaluation.
 
         Raises:
-            DatasetError: the picture has more than 8 bits a channel, or nothing is left of it
-                once it is resized.
+            DatasetError: the picture cannot be converted or resized.
         """
         return self.detect([self.record(picture)])[0]
 
     def record(self, picture: Image.Image) -> Record:
-        """Resize a picture to the size that the network takes.
-
-        Args:
-            picture: as for a call.
-
-        Returns:
-            A record of Detectron2: "image" of shape (channels, height, width), and the picture's
-            size.
+        """Return a Detectron2 record: the resized "image" as (C, H, W), and the original size.
 
         Raises:
-            DatasetError: the picture has more than 8 bits a channel, or nothing is left of it
-                once it is resized.
+            DatasetError: the picture cannot be converted or resized.
         """
         width, height = picture.size
         try:
             pixels = as_array(picture, self._format)
             resized = self._resize.get_transform(pixels).apply_image(pixels)
-        except (ValueError, RuntimeError) as error:  # such as a strip of which nothing is left
+        except (ValueError, RuntimeError) as error:  # for example a strip that would vanish
             raise DatasetError(
                 f"a picture of {width} x {height} pixels cannot be converted to "
                 f"{self._format} and resized: {quoted(error)}"
@@ -138,21 +117,10 @@ class Predictor:
 
     @torch.no_grad()
     def detect(self, records: Sequence[Record]) -> list[list[Detection]]:
-        """Run the network on a batch.
-
-        Args:
-            records: of `record`, one per picture.
-
-        Returns:
-            The detections of each picture, best first.
-
-        Raises:
-            ConfigError: the network is none that gives boxes and classes.
-        """
+        """Return the objects in each picture of a batch of `record`s, best first."""
         outputs = self.model(list(records))
-        for output in outputs:
-            if "instances" not in output:
-                raise _no_boxes(self._architecture, ", ".join(output) or "nothing")
+        if not all("instances" in output for output in outputs):
+            raise self._no_detections()
         return [self._detections(output["instances"].to("cpu")) for output in outputs]
 
     def _detections(self, found: Instances) -> list[Detection]:
@@ -171,46 +139,34 @@ class Predictor:
     def _name(self, label: int) -> str:
         return self._names[label] if label < len(self._names) else f"class {label}"
 
+    def _no_detections(self) -> ConfigError:
+        return ConfigError(
+            f"MODEL.META_ARCHITECTURE {self._architecture} does not detect objects with a box and "
+            "a class: use the config and weights of a detector, such as GeneralizedRCNN."
+        )
+
 
 def with_threshold(cfg: CfgNode, score: float) -> CfgNode:
-    """Return a config whose detector gives all that has a score, below SCORE_THRESH_TEST too.
-
-    Args:
-        cfg: it is not changed.
-        score: the lowest, 0 to 1; what is higher than the config's changes nothing.
-    """
+    """Return a copy of a config with SCORE_THRESH_TEST of at most `score`."""
     changed: CfgNode = cfg.clone()
     changed.defrost()
-    for name in _THRESHOLDS:
-        part = changed.MODEL[name]
+    for part in (changed.MODEL.ROI_HEADS, changed.MODEL.RETINANET):
         part.SCORE_THRESH_TEST = min(part.SCORE_THRESH_TEST, score)
     changed.freeze()
     return changed
 
 
 def keypoint_connections(cfg: CfgNode) -> list[tuple[int, int]]:
-    """Return the pairs of keypoints that a line connects, as the metadata of DATASETS.TEST say.
-
-    Args:
-        cfg: the config.
-    """
+    """Return the pairs of keypoints that a line connects, from the metadata of DATASETS.TEST."""
     if not cfg.MODEL.KEYPOINT_ON or not cfg.DATASETS.TEST:
         return []
     metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
     names = list(metadata.get("keypoint_names", []))
-    rules = metadata.get("keypoint_connection_rules", [])
     return [
         (names.index(one), names.index(other))
-        for one, other, _ in rules
+        for one, other, _ in metadata.get("keypoint_connection_rules", [])
         if one in names and other in names
     ]
-
-
-def _no_boxes(architecture: str, given: str) -> ConfigError:
-    return ConfigError(
-        f"MODEL.META_ARCHITECTURE {architecture} gives {given}; detections have a box and a class. "
-        "Name the config and the weights of a detector, such as GeneralizedRCNN."
-    )
 
 
 def _class_names(cfg: CfgNode) -> list[str]:

@@ -19,7 +19,6 @@ from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
-from detectron2.utils.file_io import PathManager
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
@@ -34,11 +33,10 @@ from resnext_det.data.mapper import NamingDatasetMapper
 from resnext_det.data.stream import Share, build_stream, seeded, training_records
 from resnext_det.data.workers import with_lasting_workers
 from resnext_det.engine.checkpoints import Checkpointer, Checkpoints, checkpoint_bytes
-from resnext_det.engine.classes import check_classes
 from resnext_det.engine.evaluation_hook import Evaluation, Goal, validation_losses
 from resnext_det.engine.hooks import Progress, Throughput
 from resnext_det.engine.inference import evaluate_datasets, renamed
-from resnext_det.engine.recorded_config import listed, warn_of_other_function
+from resnext_det.engine.recorded_config import check_classes, check_same_function, listed
 from resnext_det.engine.schedule import scale
 from resnext_det.engine.stopping import SIGNALS, Abandoned, Interrupted, Stop, StopOnSignal
 from resnext_det.engine.train_loop import (
@@ -144,8 +142,7 @@ class Trainer(DefaultTrainer):
         if found is None:
             logger.info("%s", load_weights(unwrap(self._trainer.model), self.cfg))
             if self.cfg.MODEL.WEIGHTS:
-                file = Path(PathManager.get_local_path(self.cfg.MODEL.WEIGHTS))
-                warn_of_other_function(self.cfg, file)
+                check_same_function(self.cfg, allow=True)
             return
         self._put_in_force(solver, base_lrs)
         self._find_best(found.file.parent)

@@ -18,8 +18,7 @@ from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, 
 from detectron2.structures import Boxes
 
 from resnext_det import load_config
-from resnext_det.engine.job import Job
-from resnext_det.engine.launch import run_everywhere
+from resnext_det.engine.launch import Job, run_everywhere
 from resnext_det.engine.setup import set_up
 from resnext_det.engine.trainer import Trainer
 

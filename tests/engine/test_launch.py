@@ -1,27 +1,34 @@
-"""Jobs of several processes: how they start, agree, are stopped, and end."""
+"""Jobs of several processes: their flags, how they start, stop and fail."""
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, Dataset
 
-from resnext_det.engine.job import Job
-from resnext_det.engine.launch import forwarded_signals, meet, run_everywhere
-from resnext_det.errors import ConfigError, TrainingError
+from resnext_det.engine.explanations import explain, says_lost_contact
+from resnext_det.engine.launch import Job, forwarded_signals, run_everywhere
+from resnext_det.errors import ConfigError
+from resnext_det_cli.flags import add_processes
 
-# A script, as the processes that it starts must be able to import what they run.
+# A module, since the started processes must be able to import what they run.
 JOB = """
-import atexit, os, signal, sys, time
+import argparse, atexit, os, signal, sys, time
 from pathlib import Path
 
 import torch
@@ -30,26 +37,26 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader
 
 from resnext_det.data.workers import with_lasting_workers
-from resnext_det.engine.job import Job
-from resnext_det.engine.launch import run_everywhere
+from resnext_det.engine.launch import Job, run_everywhere
 from resnext_det.engine.stopping import SIGNALS, is_started_by_another
-from resnext_det.errors import ConfigError
+from resnext_det.errors import ConfigError, reported
+from resnext_det_cli.flags import add_processes
 
 
-def one_after_the_other(error):
+def fail_in_turn(error):
     comm.synchronize()
     time.sleep(0.7 * (1 - comm.get_rank()))
     raise error(f"rank {comm.get_rank()} fails")
 
 
 def refused(folder):
-    # As in a training: a signal is for the next exchange of the processes.
+    # As in training: a signal takes effect at the next collective.
     with SIGNALS.listening():
-        one_after_the_other(ConfigError)
+        fail_in_turn(ConfigError)
 
 
 def killed(folder):
-    # A worker of the killed process that lives on keeps its sockets open.
+    # A worker that outlived its killed parent would keep its sockets open.
     loader = with_lasting_workers(DataLoader(range(100), num_workers=1))
     with SIGNALS.listening():
         iterator = iter(loader)
@@ -62,21 +69,21 @@ def killed(folder):
         comm.synchronize()
 
 
-def joined(folder):
+def restarted(folder):
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         if comm.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         comm.synchronize()
     total = torch.ones(1)
     dist.all_reduce(total)
-    (folder / f"joined-{comm.get_rank()}").write_text(
+    (folder / f"restarted-{comm.get_rank()}").write_text(
         f"{total.item():g} {comm.get_local_rank()} {is_started_by_another()}"
     )
-    one_after_the_other(ZeroDivisionError)
+    fail_in_turn(ZeroDivisionError)
 
 
 def until_signalled(folder, threads):
-    # As the threads of a library do that are still at it when the process leaves.
+    # As library threads do that are still running when the process exits.
     atexit.register(os.abort)
     rank = comm.get_rank()
     with SIGNALS.listening():
@@ -92,44 +99,33 @@ def until_signalled(folder, threads):
     said = f"{comm.get_local_rank()} of {comm.get_local_size()}, signal {SIGNALS.received}, "
     (folder / f"left-{rank}").write_text(f"{said}threads {shared}")
     sys.exit(75)
-"""
 
-ENDS = """
-from job import *
 
-if __name__ == "__main__":
-    for function in (refused, killed):
-        print(f"-- {function.__name__}", file=sys.stderr, flush=True)
-        try:
-            run_everywhere(function, Job(processes=2), (Path(sys.argv[1]),))
-            print("code 0", file=sys.stderr, flush=True)
-        except SystemExit as end:
-            print(f"code {end.code}", file=sys.stderr, flush=True)
-"""
-
-PARSED = """
-import argparse
-from job import *
-from resnext_det_cli.flags import add_processes
-from resnext_det.errors import reported
-
-if __name__ == "__main__":
+def main():
     parser = argparse.ArgumentParser()
     add_processes(parser)
     parser.add_argument("opts", nargs="*")
     arguments = parser.parse_intermixed_args()
-    name, folder, *more = arguments.opts
-    with reported():
-        job = Job.of(arguments)
-    run_everywhere(globals()[name], job, (Path(folder), *(int(word) for word in more)))
+    names, folder, *more = arguments.opts
+    for name in names.split(","):
+        print(f"-- {name}", file=sys.stderr, flush=True)
+        try:
+            with reported():
+                job = Job.of(arguments)
+            run_everywhere(globals()[name], job, (Path(folder), *(int(word) for word in more)))
+        except SystemExit as end:
+            print(f"code {end.code}", file=sys.stderr, flush=True)
+            code = end.code
+    sys.exit(code)
 """
+MAIN = "import job\n\nif __name__ == '__main__':\n    job.main()\n"
 
 
 @pytest.fixture
-def scripts(tmp_path: Path) -> Path:
-    for name, text in (("job", JOB), ("ends", ENDS), ("parsed", PARSED)):
-        (tmp_path / f"{name}.py").write_text(text)
-    return tmp_path
+def script(tmp_path: Path) -> Path:
+    (tmp_path / "job.py").write_text(JOB)
+    (tmp_path / "main.py").write_text(MAIN)
+    return tmp_path / "main.py"
 
 
 @pytest.fixture
@@ -139,7 +135,6 @@ def url() -> str:
 
 
 def start(*words: object) -> subprocess.Popen[str]:
-    """Start Python; the script's own folder and the package are on its path."""
     command = [sys.executable, "-W", "ignore", *(str(word) for word in words)]
     environment = dict(os.environ)
     environment.pop("OMP_NUM_THREADS", None)
@@ -159,121 +154,101 @@ def is_running(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    # A zombie waits for whoever adopted it.
+    # A zombie is waiting for the process that adopted it.
     return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
 
 
-def test_the_first_to_fail_says_why(scripts: Path) -> None:
-    """And a worker of a killed process is gone, too."""
-    told = stderr_of(start(scripts / "ends.py", scripts))
+def test_reports_first_failure_only(script: Path) -> None:
+    output = stderr_of(start(script, "refused,killed", script.parent, "--num-gpus", 2))
     refused, killed = (
         [line for line in part.splitlines() if not line.startswith("SIGTERM: saving")]
-        for part in told.split("-- ")[1:]
+        for part in output.split("-- ")[1:]
     )
     assert refused == ["refused", "error: rank 1 fails", "code 2"]
-    assert killed[0] == "killed"
-    assert killed[1].startswith("error: a training process was killed (signal 9); this is mostly")
+    assert killed[1].startswith("error: a process of this job was killed by signal 9, probably by")
     assert killed[2:] == ["code 137"]
     if sys.platform == "linux":
-        assert not any(is_running(int((scripts / f"worker{n}").read_text())) for n in (0, 1))
+        workers = [int((script.parent / f"worker{rank}").read_text()) for rank in (0, 1)]
+        assert not any(map(is_running, workers))
 
 
-def test_under_torchrun_which_starts_again_after_a_kill(scripts: Path) -> None:
+def test_torchrun_restarts_after_kill(script: Path) -> None:
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
-    words += ["--max-restarts", 1, scripts / "parsed.py", "joined", scripts, "--num-gpus", 2]
+    words += ["--max-restarts", 1, script, "restarted", script.parent, "--num-gpus", 2]
     process = start(*words)
-    told = stderr_of(process)
+    output = stderr_of(process)
     assert process.returncode == 1  # torchrun's own
-    assert told.count("ZeroDivisionError: rank") == 1
-    assert "ZeroDivisionError: rank 1 fails" in told
+    assert output.count("ZeroDivisionError: rank") == 1
+    assert "ZeroDivisionError: rank 1 fails" in output
     for rank in (0, 1):
-        assert (scripts / f"joined-{rank}").read_text() == f"2 {rank} True"
+        assert (script.parent / f"restarted-{rank}").read_text() == f"2 {rank} True"
 
 
-def test_two_machines_stop_together(scripts: Path, url: str) -> None:
-    words = [scripts / "parsed.py", "--num-machines", 2, "until_signalled", scripts]
+def test_two_machines_stop_together(script: Path, url: str) -> None:
+    words = [script, "--num-machines", 2, "until_signalled", script.parent]
     words += ["--num-gpus", 2, "--dist-url", url, torch.get_num_threads()]
     machines = [start(*words, "--machine-rank", rank) for rank in (0, 1)]
     deadline = time.monotonic() + 300
-    while not (scripts / "ready").exists() and time.monotonic() < deadline:
+    while not (script.parent / "ready").exists() and time.monotonic() < deadline:
         assert all(machine.poll() is None for machine in machines)
         time.sleep(0.1)
     machines[1].send_signal(signal.SIGTERM)
-    told = [stderr_of(machine) for machine in machines]
-    assert told[0] == "" and all("SIGTERM: saving" in line for line in told[1].splitlines())
+    first, second = (stderr_of(machine).splitlines() for machine in machines)
+    assert first == ["-- until_signalled", "code 75"]
+    assert all("SIGTERM: saving" in line for line in second[1:-1])
     assert [machine.returncode for machine in machines] == [75, 75]
-    assert (scripts / "saved").exists()
+    assert (script.parent / "saved").exists()
     for rank in range(4):
-        number = signal.SIGTERM * (rank // 2)  # the second machine was signalled
-        said = f"{rank % 2} of 2, signal {number}, threads True"
-        assert (scripts / f"left-{rank}").read_text() == said
+        number = signal.SIGTERM * (rank // 2)  # only the second machine was signalled
+        expected = f"{rank % 2} of 2, signal {number}, threads True"
+        assert (script.parent / f"left-{rank}").read_text() == expected
 
 
-def told_by(*machines: Job) -> list[str]:
-    """Let machines meet, and return what each is told: "" if all is well."""
-
-    def told(job: Job) -> str:
-        try:
-            stores.append(meet(job))
-        except TrainingError as error:
-            return str(error)
-        return ""
-
-    stores: list[object] = []  # that of machine 0 serves the others
-    with ThreadPoolExecutor(len(machines)) as threads:
-        return list(threads.map(told, machines))
+@pytest.mark.parametrize("rank", [0, 1])
+def test_reports_missing_machine(rank: int, url: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        run_everywhere(print, Job(2, 2, rank, url, timeout=1))
+    assert end.value.code == 2
+    assert "\nerror: not all processes joined" in "\n" + capfd.readouterr().err
 
 
-def test_machines_meet_in_any_order(url: str) -> None:
-    assert told_by(*(Job(2, 3, rank, url, timeout=30) for rank in (2, 0, 1))) == ["", "", ""]
+def test_reports_machines_that_disagree(
+    url: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a process that the elastic launcher started, with --num-gpus 1 on another machine."""
+    monkeypatch.setattr("resnext_det.engine.launch.end_with_parent", lambda number: None)
+    environment = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1"}
+    for name, value in {**environment, "MASTER_PORT": url.rpartition(":")[2]}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(SystemExit) as end:
+        run_everywhere(print, Job(2, 2, 0, url, timeout=1, local_rank=0))
+    assert end.value.code == 2
+    assert "error: 1 processes were started, but --num-machines 2 --num-gpus 2 makes 4" in (
+        capfd.readouterr().err
+    )
 
 
-def test_a_machine_is_missing(url: str) -> None:
-    told = told_by(Job(2, 4, 0, url, timeout=1), Job(2, 4, 2, url, timeout=1))
-    assert "machines 1, 3 did not come within 1 s (--dist-timeout): 2 of 4 machines" in told[0]
-    assert "4 machines with 2 processes each are expected, 8 in all" in told[0]
-    assert told[1]
-
-
-def test_machine_0_is_missing(url: str) -> None:
-    (told,) = told_by(Job(2, 2, 1, url, timeout=0.2))
-    assert f"machine 0 gave no answer at {url} within 0.2 s" in told
-    assert "4 in all" in told
-
-
-def test_machines_that_disagree(url: str) -> None:
-    told = told_by(Job(2, 2, 0, url, timeout=30), Job(4, 2, 1, url, timeout=30))
-    assert any("--num-machines 2 --num-gpus 4" in line for line in told)
-    assert all(told)
-
-
-def test_two_machines_with_one_rank(url: str) -> None:
-    told = told_by(*(Job(1, 3, rank, url, timeout=2) for rank in (0, 1, 1)))
-    assert sum("two machines were started with --machine-rank 1" in line for line in told) == 1
-
-
-def test_a_second_signal_waits_no_longer() -> None:
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which a new process takes over
+def test_second_signal_kills() -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # inherited by the new process
     stubborn = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(300,))
     stubborn.start()
     signal.signal(signal.SIGTERM, before)
-    with forwarded_signals() as came:
+    with forwarded_signals() as received:
         signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)  # at once: the same
-        assert came == [signal.SIGTERM]
+        signal.raise_signal(signal.SIGTERM)  # repeated at once: counts as the first
+        assert received == [signal.SIGTERM]
         stubborn.join(1.5)
         assert stubborn.is_alive()
         signal.raise_signal(signal.SIGINT)
-        assert came == [signal.SIGTERM, signal.SIGINT]
         stubborn.join(60)
-        with pytest.raises(SystemExit) as end:  # there is nobody left to forward it to
+        with pytest.raises(SystemExit) as end:  # no process is left to forward it to
             signal.raise_signal(signal.SIGINT)
     assert end.value.code == 128 + signal.SIGINT
     assert stubborn.exitcode == -signal.SIGKILL
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_one_process_is_this_one(capsys: pytest.CaptureFixture[str]) -> None:
+def test_single_process_runs_in_place(capsys: pytest.CaptureFixture[str]) -> None:
     seen: list[int] = []
     run_everywhere(seen.append, Job(), (os.getpid(),))
     assert seen == [os.getpid()]
@@ -284,10 +259,151 @@ def test_one_process_is_this_one(capsys: pytest.CaptureFixture[str]) -> None:
     def out_of_memory() -> None:
         torch.empty(2**46)
 
-    for function, said in ((refused, "no such thing"), (out_of_memory, "this machine has no mem")):
+    for function, message in ((refused, "no such thing"), (out_of_memory, "this machine is out")):
         with pytest.raises(SystemExit) as end:
             run_everywhere(function, Job())
         assert end.value.code == 2
-        assert capsys.readouterr().err.startswith(f"error: {said}")
+        assert capsys.readouterr().err.startswith(f"error: {message}")
     with pytest.raises(ZeroDivisionError):
         run_everywhere(divmod, Job(), (1, 0))
+
+
+def parse(words: str) -> Job:
+    parser = argparse.ArgumentParser()
+    add_processes(parser)
+    return Job.of(parser.parse_args(words.split()))
+
+
+def test_reads_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse("") == Job()
+    assert parse("--num-gpus 2 --dist-timeout 7") == Job(2, timeout=7)
+    words = "--num-machines 3 --machine-rank 2 --num-gpus 4 --dist-url "
+    assert parse(f"{words} tcp://[::1]:29500/") == Job(4, 3, 2, "tcp://[::1]:29500")
+    monkeypatch.setenv("MASTER_ADDR", "fe80::1")
+    with pytest.raises(ConfigError, match="needs MASTER_ADDR and MASTER_PORT"):
+        parse(f"{words} env://")
+    monkeypatch.setenv("MASTER_PORT", "1234")
+    assert parse(f"{words} env://").dist_url == "tcp://[fe80::1]:1234"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--num-gpus 0", "--num-gpus is 0"),
+        ("--num-machines 0", "--num-machines 0"),
+        ("--machine-rank 2 --num-machines 2 --dist-url tcp://a:1", "--machine-rank 2"),
+        ("--num-machines 2", "needs --dist-url tcp://HOST:PORT"),
+        ("--dist-timeout 0", "--dist-timeout is 0"),
+        ("--dist-timeout nan", "--dist-timeout is nan"),
+        ("--dist-url host:29500", "--dist-url is 'host:29500'"),
+        ("--dist-url tcp://host:70000", "port from 1 to 65535"),
+        ("--dist-url tcp://:29500", "tcp://HOST:PORT"),
+        ("--dist-url tcp://host:29500?rank=3", "tcp://HOST:PORT"),
+        ("--dist-url file:///tmp/meet", "tcp://HOST:PORT"),
+        ("--num-gpus 3", "PyTorch sees 2 GPUs here"),
+    ],
+)
+def test_refuses_flags(words: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError) as refused:
+        parse(words)
+    assert message in str(refused.value)
+
+
+def test_torchrun_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "RANK": "5",
+        "WORLD_SIZE": "6",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "node0",
+        "MASTER_PORT": "29500",
+    }.items():
+        monkeypatch.setenv(name, value)
+    expected = Job(2, 3, 2, "tcp://node0:29500", timeout=9, local_rank=1)
+    agreeing = "--num-gpus 2 --num-machines 3 --machine-rank 2 --dist-url tcp://node0:29500"
+    for words in ("", agreeing):
+        assert parse(f"{words} --dist-timeout 9") == expected
+    for words in ("--num-gpus 1", "--num-machines 2", "--machine-rank 0", "--dist-url tcp://a:1"):
+        with pytest.raises(ConfigError, match="but torchrun started this job with"):
+            parse(words)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match="same number of processes on every machine"):
+        parse("")
+
+
+class Killed(Dataset[int]):
+    """A data set whose loader workers are killed."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> int:
+        os.kill(os.getpid(), self._number)
+        return index
+
+
+def lose_worker(number: int) -> None:
+    next(iter(DataLoader(Killed(number), num_workers=1)))
+
+
+def occupy_port() -> None:
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    dist.TCPStore("127.0.0.1", server.port, is_master=True, wait_for_workers=False)
+
+
+def wait_for_clients() -> None:
+    dist.TCPStore("127.0.0.1", 0, 2, is_master=True, timeout=timedelta(seconds=0.5))
+
+
+def exhaust_memory() -> None:
+    torch.empty(2**46)
+
+
+def reduce_with_peer(peer_is_gone: bool) -> None:
+    """All-reduce in one of two gloo members, which live in threads instead of processes."""
+    store, patience = dist.HashStore(), timedelta(seconds=60 if peer_is_gone else 0.1)
+    with ThreadPoolExecutor(2) as threads:
+        group, peer = threads.map(
+            lambda rank: dist.ProcessGroupGloo(store, rank, 2, patience), (0, 1)
+        )
+    if peer_is_gone:
+        del peer
+    group.allreduce([torch.ones(1)]).wait()
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "message", "is_lost"),
+    [
+        (lose_worker, (signal.SIGKILL,), "out-of-memory killer", False),
+        (lose_worker, (signal.SIGABRT,), "worker died; .*error was: DataLoader worker", False),
+        (exhaust_memory, (), "this machine is out of memory", False),
+        (occupy_port, (), "the rendezvous port is in use", False),
+        (wait_for_clients, (), "not all processes joined", False),
+        (reduce_with_peer, (False,), "one process did not respond", True),
+        (reduce_with_peer, (True,), "another process of this job ended", True),
+    ],
+)
+def test_explains_errors_of_pytorch(
+    function: Callable[..., None], arguments: tuple[object, ...], message: str, is_lost: bool
+) -> None:
+    with pytest.raises(RuntimeError) as raised:
+        function(*arguments)
+    wrapped = ValueError("something else")
+    wrapped.__cause__ = raised.value
+    for error in (raised.value, wrapped):
+        assert (explanation := explain(error)) is not None
+        assert re.search(message, explanation)
+        assert says_lost_contact(error) is is_lost
+
+
+@pytest.mark.parametrize(
+    "error",
+    [KeyError(), ConnectionResetError(104, "Connection reset by peer")],  # of a network service
+)
+def test_leaves_other_errors_unexplained(error: Exception) -> None:
+    assert explain(error) is None
+    assert not says_lost_contact(error)

@@ -1,7 +1,8 @@
-"""A detector is used, and a training resumed, under the settings that its checkpoint records."""
+"""Checkpoints are used and resumed with the config and classes that they record."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,23 @@ import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.events import EventStorage
+from torch import nn
 
 from resnext_det import load_config
 from resnext_det.checkpoint_file import read_run
+from resnext_det.data.checks import check_datasets
 from resnext_det.data.registered import datasets_root, register_datasets
-from resnext_det.engine.evaluating import evaluate, last_checkpoint
+from resnext_det.engine.checkpoints import Checkpointer
+from resnext_det.engine.evaluate import evaluate, last_checkpoint
 from resnext_det.engine.predictor import Predictor
-from resnext_det.engine.recorded_config import function_changes
+from resnext_det.engine.recorded_config import check_classes, function_changes
 from resnext_det.engine.trainer import Trainer
-from resnext_det.errors import ConfigError, TrainingError
+from resnext_det.errors import ConfigError, DatasetError, TrainingError
 
+TOY = "faster_rcnn_X_26_8x4d_FPN_toy"
 SMALL = "SOLVER.MAX_ITER 4 SOLVER.STEPS () SOLVER.WARMUP_ITERS 0 SOLVER.IMS_PER_BATCH 2"
 SMALL += " SOLVER.BASE_LR 0.01 SOLVER.CHECKPOINT_PERIOD 2 INPUT.MIN_SIZE_TRAIN (64,)"
 SMALL += " INPUT.MAX_SIZE_TRAIN 96 TEST.EVAL_PERIOD 0 DATALOADER.NUM_WORKERS 0 SEED 3"
@@ -28,7 +35,7 @@ SMALL += " INPUT.MAX_SIZE_TRAIN 96 TEST.EVAL_PERIOD 0 DATALOADER.NUM_WORKERS 0 S
 
 def config(folder: Path, *more: Any) -> CfgNode:
     words = [*SMALL.split(), "OUTPUT_DIR", folder, "DATASETS.TEST", "()", *more]
-    return load_config("faster_rcnn_X_26_8x4d_FPN_toy", [str(word) for word in words])
+    return load_config(TOY, [str(word) for word in words])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,27 +55,19 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def copied(run: Path, tmp_path: Path) -> Path:
-    """The training as if killed after its second iteration."""
+@pytest.fixture
+def killed(run: Path, tmp_path: Path) -> Path:
+    """The same training as if killed after its second iteration."""
     folder = tmp_path / "copy"
     folder.mkdir()
     (folder / "model_0000001.pth").write_bytes((run / "model_0000001.pth").read_bytes())
     return folder
 
 
-def one_update(trainer: Trainer) -> None:
-    trainer.iter = trainer.start_iter
-    with EventStorage(trainer.start_iter) as storage:
-        trainer.storage = storage
-        trainer._trainer.iter = trainer.iter
-        trainer._trainer.storage = storage
-        trainer.run_step()
-
-
-def test_a_resume_makes_the_updates_that_the_config_names(run: Path, tmp_path: Path) -> None:
-    """By the update itself: momentum 0.5 on the old buffer, the new decay, the new rate."""
+def test_resume_uses_new_solver_settings(killed: Path) -> None:
+    """Checked by the update itself: momentum 0.5 on the old buffer, new decay, new rate."""
     words = "SOLVER.BASE_LR 0.001 SOLVER.MOMENTUM 0.5 SOLVER.WEIGHT_DECAY 0.01"
-    trainer = Trainer(config(copied(run, tmp_path), *words.split()))
+    trainer = Trainer(config(killed, *words.split()))
     trainer.resume_or_load(resume=True)
     state = trainer._trainer.optimizer.state
     before = [
@@ -77,70 +76,61 @@ def test_a_resume_makes_the_updates_that_the_config_names(run: Path, tmp_path: P
         for parameter in group["params"]
     ]
     assert len(before) > 20 and any(buffer.any() for _, _, buffer in before)
-    one_update(trainer)
+    trainer.iter = trainer.start_iter
+    with EventStorage(trainer.start_iter) as storage:
+        trainer.storage = trainer._trainer.storage = storage
+        trainer._trainer.iter = trainer.iter
+        trainer.run_step()
     for parameter, weight, buffer in before:
         expected = 0.5 * buffer + parameter.grad + 0.01 * weight
         torch.testing.assert_close(state[parameter]["momentum_buffer"], expected)
         torch.testing.assert_close(parameter.detach(), weight - 0.001 * expected)
 
 
-def test_unchanged_settings_resume_to_the_same_bits(run: Path, tmp_path: Path) -> None:
-    folder = copied(run, tmp_path)
-    trainer = Trainer(config(folder))
+def test_resume_with_same_settings_gives_same_bits(run: Path, killed: Path) -> None:
+    trainer = Trainer(config(killed))
     trainer.resume_or_load(resume=True)
     trainer.train()
-    ours, theirs = (torch.load(each / "model_final.pth") for each in (folder, run))
+    ours, theirs = (torch.load(each / "model_final.pth") for each in (killed, run))
     assert all(torch.equal(ours["model"][name], theirs["model"][name]) for name in ours["model"])
     groups = (each["trainer"]["_trainer"]["optimizer"]["param_groups"] for each in (ours, theirs))
     assert next(groups) == next(groups)
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ("MODEL.BACKBONE.FREEZE_AT 4", "MODEL.BACKBONE.FREEZE_AT was 0 and is 4"),
-        ("SOLVER.BIAS_LR_FACTOR 2.0", "SOLVER.BIAS_LR_FACTOR was 1.0 and is 2.0"),
         ("SEED 4", "SEED was 3 and is 4"),
         ("MODEL.PIXEL_STD [1.0,1.0,1.0]", "MODEL.PIXEL_STD was"),
+        ("", "in another order"),
     ],
 )
-def test_what_a_resume_cannot_change_is_refused(
-    words: str, said: str, run: Path, tmp_path: Path
-) -> None:
-    trainer = Trainer(config(copied(run, tmp_path), *words.split()))
-    with pytest.raises(ConfigError, match=said):
+def test_resume_refuses_other_settings(words: str, message: str, killed: Path) -> None:
+    trainer = Trainer(config(killed, *words.split()))
+    if not words:
+        trainer.checkpointer._class_names = tuple(reversed(trainer.checkpointer._class_names))
+    with pytest.raises((ConfigError, DatasetError), match=message):
         trainer.resume_or_load(resume=True)
 
 
-def test_permuted_classes_are_refused(run: Path, tmp_path: Path) -> None:
-    trainer = Trainer(config(copied(run, tmp_path)))
-    trainer.checkpointer._class_names = tuple(reversed(trainer.checkpointer._class_names))
-    with pytest.raises(ConfigError, match=r"trained on 6 classes.*first that differs"):
-        trainer.resume_or_load(resume=True)
-
-
-OTHER_FUNCTION = [
-    ("MODEL.PIXEL_STD", [1.0, 1.0, 1.0]),
-    ("MODEL.PIXEL_MEAN", [0.0, 0.0, 0.0]),
-    ("INPUT.FORMAT", "RGB"),
-    ("MODEL.RESNETS.STRIDE_IN_1X1", True),
-    ("MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS", (1.0, 1.0, 1.0, 1.0)),
-    ("MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO", 2),
-    ("MODEL.ANCHOR_GENERATOR.SIZES", [[8], [16], [32], [64], [128]]),
-    ("MODEL.RPN.BBOX_REG_WEIGHTS", (2.0, 2.0, 2.0, 2.0)),
-]
-
-
-@pytest.mark.parametrize(("key", "value"), OTHER_FUNCTION, ids=[key for key, _ in OTHER_FUNCTION])
-def test_a_detector_is_not_evaluated_as_another_function(
-    key: str, value: object, run: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("MODEL.PIXEL_STD", [1.0, 1.0, 1.0]),
+        ("INPUT.FORMAT", "RGB"),
+        ("MODEL.RESNETS.STRIDE_IN_1X1", True),
+        ("MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO", 2),
+        ("MODEL.ANCHOR_GENERATOR.SIZES", [[8], [16], [32], [64], [128]]),
+    ],
+)
+def test_refuses_other_function(key: str, value: object, run: Path, tmp_path: Path) -> None:
     more = [key, value, "MODEL.RESNEXT.ALLOW_STRIDE_IN_1X1", True]
     more += ["MODEL.WEIGHTS", run / "model_final.pth"]
     cfg = config(tmp_path, *more)
-    for road in (evaluate, Predictor):
+    for use in (evaluate, Predictor):
         with pytest.raises(ConfigError, match=rf"{key} was .* and is .*ALLOW_OTHER_FUNCTION"):
-            road(cfg)
+            use(cfg)
     Predictor(config(tmp_path, *more, "MODEL.RESNEXT.ALLOW_OTHER_FUNCTION", True))
 
 
@@ -152,8 +142,8 @@ MODEL.ROI_MASK_HEAD.CONV_DIM 7 MODEL.BACKBONE.NAME build_resnet_fpn_backbone
 MODEL.ROI_HEADS.IOU_THRESHOLDS [0.6]"""
 
 
-def test_only_what_changes_the_function_counts() -> None:
-    """A key that nobody thought of counts, those of other architectures do not."""
+def test_function_depends_on_network_only() -> None:
+    """Unknown keys count, those of other architectures do not."""
     cfg = config(Path("run"))
     recorded = cfg.dump()
     changed = cfg.clone()
@@ -171,20 +161,19 @@ def test_only_what_changes_the_function_counts() -> None:
     assert function_changes(get_cfg().dump(), get_cfg()) == {}
 
 
-def test_the_best_survives_a_continuation_by_stock_detectron2(run: Path, tmp_path: Path) -> None:
-    """Stock checkpoints hold no record of it; model_best.pth does."""
-    folder = copied(run, tmp_path)
-    trainer = Trainer(config(folder))
+def test_best_survives_training_by_stock_detectron2(killed: Path) -> None:
+    """Stock checkpoints do not record it; model_best.pth does."""
+    trainer = Trainer(config(killed))
     trainer.resume_or_load(resume=True)
     (hook,) = [each for each in trainer._hooks if type(each).__name__ == "Evaluation"]
     hook.best, hook.best_iteration = 42.0, 1
     trainer.checkpointer.save("model_best", iteration=1)
     stock = DetectionCheckpointer(
-        trainer._trainer.model, str(folder), optimizer=trainer._trainer.optimizer
+        trainer._trainer.model, str(killed), optimizer=trainer._trainer.optimizer
     )
     stock.save("model_0000002", iteration=2)
-    assert read_run(folder / "model_0000002.pth") is None
-    again = Trainer(config(folder))
+    assert read_run(killed / "model_0000002.pth") is None
+    again = Trainer(config(killed))
     again.checkpointer.checkpointables.pop("trainer")
     again.checkpointer.add_checkpointable("optimizer", again._trainer.optimizer)
     again.resume_or_load(resume=True)
@@ -193,15 +182,85 @@ def test_the_best_survives_a_continuation_by_stock_detectron2(run: Path, tmp_pat
     assert (hook.best, hook.best_iteration) == (42.0, 1)
 
 
-def test_an_evaluation_takes_the_checkpoint_that_a_resume_would(run: Path, tmp_path: Path) -> None:
-    folder = copied(run, tmp_path)
-    cfg = config(folder)
-    (folder / "model_final.pth").write_bytes(b"damaged")
+def test_evaluates_checkpoint_that_resume_would_load(killed: Path, tmp_path: Path) -> None:
+    cfg = config(killed)
+    (killed / "model_final.pth").write_bytes(b"damaged")
     for pointer in (b"model_final.pth", b"\xff\x00" * 100, b"../model_0000001.pth"):
-        (folder / "last_checkpoint").write_bytes(pointer)
-        assert last_checkpoint(cfg) == folder / "model_0000001.pth"
-    (folder / "model_0000001.pth").write_bytes(b"")
+        (killed / "last_checkpoint").write_bytes(pointer)
+        assert last_checkpoint(cfg) == killed / "model_0000001.pth"
+    (killed / "model_0000001.pth").write_bytes(b"")
     with pytest.raises(TrainingError, match=r"no checkpoint of .* can be resumed"):
         last_checkpoint(cfg)
     with pytest.raises(ConfigError, match="holds no checkpoint"):
         last_checkpoint(config(tmp_path / "empty"))
+
+
+@pytest.fixture
+def animals(toy_data: None) -> Iterator[str]:
+    """A data set with the classes cat, dog and owl."""
+    name = "animals_test"
+    DatasetCatalog.register(name, list)
+    MetadataCatalog.get(name).thing_classes = ["cat", "dog", "owl"]
+    yield name
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)
+
+
+@pytest.mark.parametrize(
+    ("learned", "message"),
+    [
+        ("cat dog owl", ""),
+        ("", ""),  # as in checkpoints of other programs
+        ("dog cat owl", "in another order: class 0 is 'dog' and 'cat'"),
+        ("cat hound owl", "class 1 is 'hound' and 'dog'"),
+        ("cat dog", r"differ: only in data set .*: 'owl'"),
+    ],
+)
+def test_compares_recorded_classes(
+    learned: str, message: str, animals: str, tmp_path: Path
+) -> None:
+    checkpointer = Checkpointer(nn.Linear(2, 2), tmp_path, class_names=learned.split())
+    checkpointer.save("model_final", iteration=1)
+    words = ["MODEL.WEIGHTS", tmp_path / "model_final.pth", "DATASETS.TRAIN", "()"]
+    cfg = config(tmp_path, *words, "DATASETS.TEST", f"('{animals}',)")
+    if not message:
+        check_classes(cfg)
+        return
+    with pytest.raises(DatasetError, match=message):
+        check_classes(cfg)
+
+
+def test_compares_classes_of_training_and_test_data(datasets: Path, tmp_path: Path) -> None:
+    """The number of classes is right, so AP would just be near 0."""
+    toy = datasets / "toy_coco"
+    document = json.loads((toy / "annotations" / "instances_val2017.json").read_text())
+    one, other = document["categories"][:2]
+    one["name"], other["name"] = other["name"], one["name"]
+    swapped = tmp_path / "swapped.json"
+    swapped.write_text(json.dumps(document))
+    trained = toy / "annotations" / "instances_train2017.json"
+    names = ["classes_train", "classes_test"]
+    register_coco_instances(names[0], {}, str(trained), str(toy / "train2017"))
+    register_coco_instances(names[1], {}, str(swapped), str(toy / "val2017"))
+    trained_on = ["DATASETS.TRAIN", f"('{names[0]}',)", "DATASETS.TEST", f"('{names[1]}',)"]
+    cfg = config(tmp_path / "run", *trained_on)
+    model = nn.Linear(2, 2)
+    untrained = config(tmp_path, "DATASETS.TRAIN", "()", "DATASETS.TEST", f"{tuple(names)}")
+    try:
+        for use in (
+            lambda: check_datasets(cfg, names),
+            lambda: Trainer(cfg),
+            lambda: Trainer.test(cfg, model),
+            lambda: Trainer.test(untrained, model),
+        ):
+            with pytest.raises(DatasetError, match="another order: class 0 is 'circle' and 'squ"):
+                use()
+        # Those of the model count, and not those of the weights that its training started from.
+        learned = ["square", "circle", "triangle", "star", "cross", "crescent"]
+        check_classes(cfg, learned=learned)
+        with pytest.raises(DatasetError, match="data set classes_train"):
+            check_classes(untrained, learned=learned)
+    finally:
+        for name in names:
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)

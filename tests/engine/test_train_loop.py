@@ -347,8 +347,7 @@ from detectron2.utils import comm
 sys.path.insert(0, {tests!r})
 import test_train_loop as tested
 from resnext_det.data.stream import Share
-from resnext_det.engine.job import Job
-from resnext_det.engine.launch import run_everywhere
+from resnext_det.engine.launch import Job, run_everywhere
 from resnext_det.engine.train_loop import Arithmetic, TrainLoop
 from resnext_det.errors import TrainingError
 

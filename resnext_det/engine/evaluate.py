@@ -1,0 +1,135 @@
+"""Evaluate a trained detector, given its config or the folder of its run."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+
+from resnext_det.backbones import build_detector
+from resnext_det.checkpoint_file import iteration_of, read_outline
+from resnext_det.config import complete
+from resnext_det.config_use import idle_warning, refuse_impossible
+from resnext_det.engine.checkpoints import last_good
+from resnext_det.engine.inference import renamed
+from resnext_det.engine.recorded_config import check_classes, check_same_function
+from resnext_det.engine.trainer import Trainer
+from resnext_det.errors import ConfigError, quoted
+from resnext_det.evaluation.coco import COCO_KEYPOINTS
+from resnext_det.weights.loading import load_weights
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
+    """Evaluate MODEL.WEIGHTS on every data set of DATASETS.TEST.
+
+    Args:
+        cfg: the config.
+        resume: evaluate the last checkpoint of OUTPUT_DIR instead of MODEL.WEIGHTS.
+
+    Returns:
+        {"bbox": {"AP": ...}} in percent, by data set if there are several; with TEST.AUG.ENABLED
+        also the figures of test-time augmentation, such as "bbox_TTA".
+
+    Raises:
+        WeightsError: the weights do not fill the whole detector.
+        ConfigError: `resume` without a checkpoint in OUTPUT_DIR, or settings that change the
+            function of the detector.
+        DatasetError: the data has other classes than the weights.
+    """
+    refuse_impossible(cfg, comm.get_world_size(), training=False)
+    if (warning := idle_warning(cfg)) is not None:
+        logger.warning("%s", warning)
+    if resume:
+        cfg = renamed(cfg, str(last_checkpoint(cfg)))
+    if cfg.MODEL.WEIGHTS:
+        check_same_function(cfg)
+    model = build_detector(cfg)
+    logger.info("%s", load_weights(model, cfg, whole_detector=True))
+    check_classes(cfg, weights=Path(PathManager.get_local_path(cfg.MODEL.WEIGHTS)))
+    results = Trainer.test(cfg, model)
+    if cfg.TEST.AUG.ENABLED:
+        results = {**results, **Trainer.test_with_TTA(cfg, model)}
+    return results
+
+
+def of_run(folder: Path) -> tuple[Path, Path]:
+    """Return the config and the weights of a run.
+
+    The weights are model_final.pth, or the last good checkpoint if that is newer or the training
+    was not finished.
+
+    Args:
+        folder: OUTPUT_DIR of a training.
+
+    Raises:
+        ConfigError: the folder, its config or its weights are missing.
+        TrainingError: all checkpoints are damaged.
+    """
+    config, final = folder / "config.yaml", folder / "model_final.pth"
+    weights = last_good(folder)
+    if final.is_file() and (weights is None or _iteration(final) >= _iteration(weights)):
+        weights = final
+    if not config.is_file() or weights is None:
+        missing = "checkpoint" if config.is_file() else "config.yaml"
+        raise ConfigError(
+            f"--run {quoted(folder)} holds no {missing}: use OUTPUT_DIR of a training, or "
+            "--config-file and MODEL.WEIGHTS."
+        )
+    return config, weights
+
+
+def _iteration(file: Path) -> int:
+    found = iteration_of(read_outline(file))
+    return -1 if found is None else found
+
+
+def last_checkpoint(cfg: CfgNode) -> Path:
+    """Return the last good checkpoint of OUTPUT_DIR, which a training would resume from.
+
+    Raises:
+        ConfigError: there is none.
+        TrainingError: all checkpoints are damaged.
+    """
+    file = last_good(Path(cfg.OUTPUT_DIR))
+    if file is None:
+        raise ConfigError(
+            f"--resume: {cfg.OUTPUT_DIR} holds no checkpoint. Set OUTPUT_DIR to the folder of a "
+            "training, or omit --resume and set MODEL.WEIGHTS FILE."
+        )
+    return file
+
+
+def check_expectations(cfg: CfgNode) -> None:
+    """Refuse settings that would fail an evaluation, or a training at its first one.
+
+    Raises:
+        ConfigError: the model cannot be evaluated, or not with these sigmas, or there is no data
+            set for validation losses.
+    """
+    cfg = complete(cfg)
+    if not cfg.DATASETS.TEST:
+        if cfg.TEST.VALIDATION_LOSS:
+            raise ConfigError(
+                "TEST.VALIDATION_LOSS is True, but DATASETS.TEST is empty: name the data set to "
+                "compute the losses of, or set it to False."
+            )
+        return
+    if cfg.MODEL.META_ARCHITECTURE == "SemanticSegmentor":
+        raise ConfigError(
+            "MODEL.META_ARCHITECTURE is SemanticSegmentor, but only boxes, masks, keypoints and "
+            "proposals can be evaluated: set DATASETS.TEST () and use Detectron2's "
+            "SemSegEvaluator."
+        )
+    keypoints, sigmas = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, cfg.TEST.KEYPOINT_OKS_SIGMAS
+    if cfg.MODEL.KEYPOINT_ON and keypoints != (len(sigmas) or COCO_KEYPOINTS):
+        raise ConfigError(
+            f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {keypoints}, but TEST.KEYPOINT_OKS_SIGMAS "
+            f"has {len(sigmas)} values: set one per keypoint, or none for COCO's {COCO_KEYPOINTS} "
+            "keypoints."
+        )

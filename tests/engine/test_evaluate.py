@@ -1,0 +1,305 @@
+"""Evaluations: resumed after a kill, shared by processes, of any model that can be evaluated."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.engine import DefaultTrainer
+from detectron2.modeling import build_model
+from torch import nn
+
+from resnext_det import load_config
+from resnext_det.engine.evaluate import check_expectations
+from resnext_det.engine.inference import state_digest
+from resnext_det.engine.trainer import Trainer
+from resnext_det.errors import ConfigError, EvaluationError
+
+TOY = "faster_rcnn_X_26_8x4d_FPN_toy"
+NAMES = ("evaluated_first", "evaluated_second")
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL, within one process."""
+
+
+@pytest.fixture
+def cfg(datasets: Path, tmp_path: Path) -> Iterator[CfgNode]:
+    """A config with the 6 images of the toy minival as test set; 12 others are registered too."""
+    toy = datasets / "toy_coco"
+    for name, split in zip(NAMES, ("val2017", "train2017")):
+        file = toy / "annotations" / f"instances_{split}.json"
+        register_coco_instances(name, {}, str(file), str(toy / split))
+    words = ["DATASETS.TEST", f"('{NAMES[0]}',)", "OUTPUT_DIR", str(tmp_path)]
+    cfg: CfgNode = load_config(TOY, [*words, "DATALOADER.NUM_WORKERS", "0"]).clone()
+    cfg.defrost()
+    yield cfg
+    for name in NAMES:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+@pytest.fixture
+def model(cfg: CfgNode) -> nn.Module:
+    torch.manual_seed(0)
+    built: nn.Module = build_model(cfg)
+    return built
+
+
+class Counting(nn.Module):
+    """A model that counts its images and is killed after the last one allowed."""
+
+    def __init__(self, model: nn.Module, last: int = 10**9) -> None:
+        super().__init__()
+        self.model, self.last, self.images = model, last, 0
+
+    def forward(self, inputs: list[dict[str, Any]]) -> Any:
+        self.images += len(inputs)
+        if self.images > self.last:
+            raise Killed
+        return self.model(inputs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model.state_dict(*args, **kwargs)
+
+
+def document(folder: Path) -> Any:
+    return json.loads((folder / "inference" / "metrics.json").read_text())
+
+
+def test_resumes_after_kill(cfg: CfgNode, model: nn.Module, tmp_path: Path) -> None:
+    whole = Counting(model)
+    expected = Trainer.test(cfg, whole)
+    assert whole.images == 6
+    entry = document(tmp_path)["datasets"][NAMES[0]]
+    assert entry["parameters"] == sum(each.numel() for each in model.parameters())
+    assert entry["seconds_per_image"] > 0
+    detections = (tmp_path / "inference" / f"detections_{NAMES[0]}.json").read_bytes()
+    assert len(json.loads(detections)) > 100  # an untrained detector detects objects everywhere
+
+    class OwnLoader(Trainer):
+        @classmethod
+        def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
+            return DefaultTrainer.build_test_loader(cfg, dataset_name)
+
+    for trainer in (Trainer, OwnLoader):
+        with pytest.raises(Killed):
+            trainer.test(cfg, Counting(model, last=4))
+        rest = Counting(model)
+        np.testing.assert_equal(trainer.test(cfg, rest), expected)
+        assert rest.images == 2
+        assert (tmp_path / "inference" / f"detections_{NAMES[0]}.json").read_bytes() == detections
+        assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_resumes_at_last_data_set(cfg: CfgNode, model: nn.Module, tmp_path: Path) -> None:
+    cfg.DATASETS.TEST = NAMES
+    with pytest.raises(Killed):
+        Trainer.test(cfg, Counting(model, last=8))
+    rest = Counting(model)
+    assert set(Trainer.test(cfg, rest)) == set(NAMES)
+    assert rest.images == 10
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("architecture", ["GeneralizedRCNN", "ProposalNetwork"])
+def test_resumes_computing_figures(
+    architecture: str, cfg: CfgNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg.MODEL.META_ARCHITECTURE = architecture
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    expected = Trainer.test(cfg, model)
+    with monkeypatch.context() as patched:
+
+        def killed(*_: object, **__: object) -> None:
+            raise Killed
+
+        for name in ("evaluate_detections", "proposal_figures"):
+            patched.setattr(f"resnext_det.evaluation.evaluator.{name}", killed)
+        with pytest.raises(Killed):
+            Trainer.test(cfg, model)
+    rest = Counting(model)
+    np.testing.assert_equal(Trainer.test(cfg, rest), expected)
+    assert rest.images == 0
+    if architecture == "ProposalNetwork":
+        recall = expected["box_proposals"]
+        assert 0 < recall["AR@100"] <= recall["AR@1000"] <= 100
+        written = document(tmp_path)["datasets"][NAMES[0]]["proposals"]
+        assert written["AR@300"] == recall["AR@300"]
+
+
+@pytest.mark.parametrize("change", ["weights", "size", "limit", "image"])
+def test_starts_over_if_inputs_changed(cfg: CfgNode, model: nn.Module, change: str) -> None:
+    with pytest.raises(Killed):
+        Trainer.test(cfg, Counting(model, last=4))
+    if change == "size":
+        cfg.INPUT.MIN_SIZE_TEST += 8
+    if change == "limit":
+        cfg.TEST.DETECTIONS_PER_IMAGE = 50
+    if change == "weights":
+        next(iter(model.parameters())).data.flatten()[0] += 1e-3
+    if change == "image":
+        os.utime(DatasetCatalog.get(NAMES[0])[0]["file_name"], (1, 1))
+    rest = Counting(model)
+    Trainer.test(cfg, rest)
+    assert rest.images == 6
+
+
+def test_evaluates_data_set_without_file(cfg: CfgNode, model: nn.Module, tmp_path: Path) -> None:
+    expected = Trainer.test(cfg, model)
+    records, names = DatasetCatalog.get(NAMES[0]), MetadataCatalog.get(NAMES[0]).thing_classes
+    DatasetCatalog.remove(NAMES[0])
+    MetadataCatalog.remove(NAMES[0])
+    DatasetCatalog.register(NAMES[0], lambda: records)
+    MetadataCatalog.get(NAMES[0]).thing_classes = names
+    found = Trainer.test(cfg, model)
+    # Areas are those of the boxes then, so that AP by size may differ.
+    for name in ("AP", "AP50", "AR100", f"AP-{names[0]}"):
+        assert found["bbox"][name] == pytest.approx(expected["bbox"][name], nan_ok=True)
+    DatasetCatalog.remove(NAMES[0])
+    DatasetCatalog.register(NAMES[0], lambda: records[1:])
+    with pytest.raises(EvaluationError, match="1 of 6 images were not predicted"):
+        Trainer.test(cfg, model)
+
+
+def test_metrics_file_holds_one_model(cfg: CfgNode, model: nn.Module, tmp_path: Path) -> None:
+    file = tmp_path / "inference" / "metrics.json"
+    file.parent.mkdir()
+    other = {"weights": "", "model_sha256": "0" * 64, "datasets": {"other": {}}}
+    file.write_text(json.dumps(other))
+    Trainer.test(cfg, model)
+    written = document(tmp_path)
+    assert list(written["datasets"]) == [NAMES[0]]
+    written["datasets"]["other"] = {}
+    file.write_text(json.dumps(written))
+    Trainer.test(cfg, model)
+    assert set(document(tmp_path)["datasets"]) == {NAMES[0], "other"}
+
+
+def test_digest_covers_every_tensor() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Linear(2, 2))
+    model[2].to(torch.bfloat16)
+    before = state_digest(model)
+    assert before == state_digest(model)
+    for tensor in model.state_dict().values():
+        kept = tensor.clone()
+        tensor.flatten()[-1] += 1
+        assert state_digest(model) != before
+        tensor.copy_(kept)
+    assert state_digest(model) == before
+    assert state_digest(nn.Sequential(*reversed(model))) != before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("MODEL.META_ARCHITECTURE SemanticSegmentor", "use Detectron2's SemSeg"),
+        ("MODEL.KEYPOINT_ON True MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS 5", "SIGMAS has 0 values"),
+        ("MODEL.KEYPOINT_ON True TEST.KEYPOINT_OKS_SIGMAS [0.1]", "KEYPOINTS is 17, .* 1 values"),
+        ("DATASETS.TEST () TEST.VALIDATION_LOSS True", "LOSS is True, but DATASETS.TEST is empty"),
+    ],
+)
+def test_refuses_what_cannot_be_evaluated(words: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_expectations(load_config(TOY, words.split()))
+    words = words.replace("VALIDATION_LOSS True", "VALIDATION_LOSS False")
+    check_expectations(load_config(TOY, [*words.split(), "DATASETS.TEST", "()"]))
+
+
+SHARED = """
+import sys
+from pathlib import Path
+
+import torch
+from detectron2.data.datasets import register_coco_instances
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+from torch import nn
+
+from resnext_det import load_config
+from resnext_det.engine.inference import buffers_of_first_process, model_digest
+from resnext_det.engine.launch import Job, run_everywhere
+from resnext_det.engine.trainer import Trainer
+from resnext_det.errors import EvaluationError
+
+
+def evaluate(folder):
+    # With other numbers of threads, sums are rounded differently.
+    torch.set_num_threads(1)
+    register_coco_instances("five", {}, sys.argv[2], sys.argv[3])
+    words = ["OUTPUT_DIR", folder, "DATASETS.TEST", "('five',)"]
+    cfg = load_config("faster_rcnn_X_26_8x4d_FPN_toy", [*words, "DATALOADER.NUM_WORKERS", "0"])
+    torch.manual_seed(0)
+    Trainer.test(cfg, build_model(cfg))
+    if comm.get_world_size() > 1:
+        check_buffers(cfg)
+
+
+def check_buffers(cfg):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    rank = comm.get_rank()
+    model[0].weight.data.fill_(1)
+    model[0].bias.data.fill_(1)
+    model[1].running_mean += rank
+    model[1].num_batches_tracked += rank
+    try:
+        model_digest(cfg, model)
+        raise AssertionError("did not notice different statistics")
+    except EvaluationError as error:
+        assert "different weights" in str(error)
+    try:
+        with buffers_of_first_process(model):
+            assert model[1].running_mean.tolist() == [0] * 4
+            assert model[1].num_batches_tracked == 0
+            model_digest(cfg, model)
+            raise KeyError
+    except KeyError:
+        assert model[1].running_mean.tolist() == [rank] * 4
+        assert model[1].num_batches_tracked == rank
+
+
+if __name__ == "__main__":
+    for processes in (1, 2):
+        folder = str(Path(sys.argv[1]) / str(processes))
+        run_everywhere(evaluate, Job(processes=processes), (folder,))
+"""
+
+
+def test_two_processes_give_same_bits_as_one(tmp_path: Path, datasets: Path) -> None:
+    """On 5 images, of which the processes get unequal shares."""
+    toy = datasets / "toy_coco"
+    annotations = json.loads((toy / "annotations" / "instances_train2017.json").read_text())
+    annotations["images"] = annotations["images"][:5]
+    kept = {image["id"] for image in annotations["images"]}
+    annotations["annotations"] = [
+        each for each in annotations["annotations"] if each["image_id"] in kept
+    ]
+    (tmp_path / "five.json").write_text(json.dumps(annotations))
+    (tmp_path / "shared.py").write_text(SHARED)
+    words = [tmp_path / "shared.py", tmp_path, tmp_path / "five.json", toy / "train2017"]
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    results, entries = [], []
+    for processes in ("1", "2"):
+        entry = document(tmp_path / processes)["datasets"]["five"]
+        for key in ("date", "seconds_per_image"):
+            entry.pop(key, None)
+        entries.append(entry)
+        results.append((tmp_path / processes / "inference" / "detections_five.json").read_bytes())
+    assert entries[0] == entries[1]
+    assert results[0] == results[1]
+    assert len(json.loads(results[0])) > 100
