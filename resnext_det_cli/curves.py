@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.025,
         metavar="SHARE",
-        help="window of the moving average as a share of the longest curve; 0 for none "
+        help="window of the moving average as a share of the longest training; 0 for none "
         "(default: 0.025)",
     )
 
@@ -31,9 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Plot, and name the file and any metric that a run lacks."""
     from resnext_det.errors import quoted
-    from resnext_det.visualize.plots import plot_runs, read_runs
+    from resnext_det.visualize.curves import plot_runs
 
-    runs = read_runs(arguments.runs)
-    for sentence in plot_runs(runs, arguments.output, arguments.metrics, arguments.smooth):
+    missing = plot_runs(arguments.runs, arguments.output, arguments.metrics, arguments.smooth)
+    for sentence in missing:
         print(sentence)
     print(f"Curves: {quoted(arguments.output, 4096)}")

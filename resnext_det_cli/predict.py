@@ -1,12 +1,12 @@
-"""Run a trained detector on pictures, folders, videos or a camera, and draw its detections.
+"""Run a trained detector on images, folders, videos or a camera, and draw its detections.
 
     %(prog)s --run output/run --input a.jpg clip.mp4 folder "more/*.png" --output DIR
     %(prog)s --run output/run --webcam --output DIR
     %(prog)s --config-file F --input a.jpg --output DIR --opts MODEL.WEIGHTS model_final.pth
 
-Writes each picture as .jpg, each video as .mp4 without sound, and detections.json, with masks and
-keypoints if the detector has them. The camera is recorded until Ctrl-C (not tried with a real
-camera). If an input cannot be read completely, it is named and the exit code is 1.
+Writes images as .jpg, videos as .mp4 without sound, and detections.jsonl, one JSON object per image
+or frame, with masks and keypoints if the detector has them. A camera (never tested with a real one)
+is recorded until Ctrl-C. If an input cannot be read completely, it is named and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flags.add_config(parser, run=True)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--input", nargs="+", metavar="X", help='pictures, videos, folders, or patterns ("*.jpg")'
+        "--input", nargs="+", metavar="X", help='images, videos, folders, or patterns ("*.jpg")'
     )
     source.add_argument(
         "--webcam", nargs="?", type=int, const=0, metavar="N", help="a camera (default: 0)"
@@ -63,17 +63,15 @@ def run(arguments: argparse.Namespace) -> int:
     from resnext_det.engine.evaluate import of_run
     from resnext_det.engine.predictor import Predictor, with_threshold
     from resnext_det.errors import plain
-    from resnext_det.visualize.camera import open_camera
-    from resnext_det.visualize.demonstration import Demonstration
-    from resnext_det.visualize.inputs import find_sources
-    from resnext_det.visualize.video_reading import require_av
+    from resnext_det.visualize.demo import Demo, find_sources
+    from resnext_det.visualize.video import open_camera, require_av
 
     sources = find_sources(arguments.input or [], arguments.output)
     if any(source.is_video for source in sources):
         require_av()
     if arguments.webcam is not None:
         with open_camera(arguments.webcam):
-            pass  # fails before the detector is built if there is no camera
+            pass  # a missing camera fails before the detector is built
     overrides = [*arguments.overrides, *arguments.opts]
     if arguments.run:
         arguments.config_file, weights = of_run(arguments.run)
@@ -82,37 +80,36 @@ def run(arguments: argparse.Namespace) -> int:
     predictor = Predictor(with_threshold(cfg, arguments.threshold))
     for line in str(predictor.report).splitlines():
         print(plain(line, 1000))
-    done = Demonstration(
-        predictor, arguments.output, arguments.threshold, arguments.images_per_batch
-    )
+    demo = Demo(predictor, arguments.output, arguments.threshold, arguments.images_per_batch)
     try:
         if arguments.webcam is None:
-            done.run(sources)
+            demo.run(sources)
         else:
             with open_camera(arguments.webcam) as camera:
                 name = time.strftime(f"webcam_{arguments.webcam}_%Y%m%d_%H%M%S.mp4")
-                done.run_live(camera, name)
+                demo.record(camera, name)
     finally:  # also after Ctrl-C
-        _summarize(done, arguments.output)
-    return 1 if done.problems else 0
+        _summarize(demo, arguments.output)
+    return 1 if demo.problems else 0
 
 
-def _summarize(done: Any, output: Path) -> None:
-    """Print what was drawn, how long it took, and what could not be read."""
+def _summarize(demo: Any, output: Path) -> None:
+    """Print what was drawn, how long the network took, and what could not be read."""
     import sys
 
-    from resnext_det.errors import plain
-    from resnext_det.visualize.demonstration import FILE
+    from resnext_det.errors import plain, quoted
+    from resnext_det.visualize.demo import RESULTS
 
-    print(f"drawn into {output}: {done.images} images, {done.videos} videos", end="")
-    print(f" of {done.frames} frames" if done.videos else "", end="")
-    print(f"; detections: {output / FILE}")
-    speed = done.speed
-    if speed is not None:
-        which = "the first batch left out" if speed.warm else "the first, which takes longer"
+    frames = f" of {demo.frames} frames" if demo.videos else ""
+    print(
+        f"drawn into {quoted(output)}: {demo.images} images, {demo.videos} videos{frames}; "
+        f"detections: {quoted(output / RESULTS)}"
+    )
+    seconds = demo.median_seconds
+    if seconds is not None:
         print(
-            f"network: {1000 * speed.network:.0f} ms an image (median of {speed.images}, {which}), "
-            f"{speed.images_per_second:.1f} images/s; drawing: {1000 * speed.drawing:.0f} ms"
+            f"network: {1000 * seconds:.0f} ms per image (median, first batch excluded), "
+            f"{1 / seconds:.1f} images/s"
         )
-    for problem in done.problems:
-        print(f"error: {plain(str(problem), 1000)}", file=sys.stderr)
+    for problem in demo.problems:
+        print(f"error: {plain(problem, 1000)}", file=sys.stderr)

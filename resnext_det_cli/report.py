@@ -1,9 +1,9 @@
-"""Write an HTML report of a run: figures, curves, classes and pictures in one file.
+"""Write an HTML report of a run: figures, curves, classes and images in one file.
 
     %(prog)s output/run
     %(prog)s --run output/run --output page.html
 
-The page embeds its pictures and needs no network. Evaluate the run first.
+The page embeds its images and loads nothing. Evaluate the run first.
 """
 
 from __future__ import annotations

@@ -5,8 +5,7 @@
     %(prog)s --config-file F --split test
 
 The first images are those of the first iterations of a training with the same SEED, pixel by pixel.
---split test draws the evaluated images. Writes one PNG per image and contact_sheet.png, replacing
-those of an earlier run in the same folder.
+--split test draws the evaluated images. Writes 0000.png, 0001.png, ... and contact_sheet.png.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from resnext_det_cli import flags
 
-HEADERS = ["iteration", "image id", "file", "width", "height", "boxes", "classes"]
+HEADERS = ["drawn", "iteration", "image id", "file", "width", "height", "boxes", "classes"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,14 +41,14 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
 def run(arguments: argparse.Namespace) -> None:
     """Draw, and print a table of the images."""
     from tabulate import tabulate
-    from tqdm import tqdm
 
     from resnext_det.config import load_config
+    from resnext_det.console import progress_bar
     from resnext_det.data import custom
     from resnext_det.data.checks import check_datasets
     from resnext_det.engine.train_loop import shared_seed
     from resnext_det.errors import plain, quoted
-    from resnext_det.visualize import training_images as drawing
+    from resnext_det.visualize import dataset as drawing
 
     cfg = load_config(arguments.config_file, arguments.opts)
     cfg = custom.from_arguments(cfg, arguments)
@@ -63,9 +62,10 @@ def run(arguments: argparse.Namespace) -> None:
         seed = shared_seed(cfg.SEED)
         print(f"seed {seed}{'' if cfg.SEED >= 0 else ', a random one, as SEED is negative'}")
         images = drawing.training_images(cfg, arguments.count, seed, augmented=augmented)
-    bar = tqdm(images, total=arguments.count, unit="image", disable=None)
+    bar = progress_bar(images, total=arguments.count, desc="drawing", unit="image")
     rows = [
         [
+            f"{position:04d}.png",
             "-" if image.iteration is None else image.iteration,
             quoted(image.image_id, 40),
             plain(image.file.name),
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
             len(image.objects),
             ", ".join(plain(name) for name in dict.fromkeys(each.label for each in image.objects)),
         ]
-        for image in drawing.write_images(bar, folder)
+        for position, image in enumerate(drawing.write_images(bar, folder))
     ]
     print(tabulate(rows, HEADERS, disable_numparse=True))
     print(f"\n{len(rows)} images drawn to {folder}, all of them in {folder / drawing.SHEET}")

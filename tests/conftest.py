@@ -151,9 +151,3 @@ def training_lines() -> list[str]:
         for i in range(19, 400, 20)
     ]
     return [*lines, '{"iteration": 400, "bbox/AP": 41.25, "bbox/AP50": 62.35}']
-
-
-@pytest.fixture()
-def annotation_file(run: Path) -> Path:
-    """Return the annotations that the run was evaluated with."""
-    return run.parent / "toy" / "annotations" / "instances_val2017.json"

@@ -1,1 +1,1 @@
-"""From what a run left behind to one HTML page that people read."""
+"""Turns a run's folder into one HTML page for people."""

@@ -1,51 +1,32 @@
-"""Where a detector errs, as the report shows it: curves, confused classes, kinds of errors."""
+"""Where a detector errs: charts, confused classes and kinds of errors for the report."""
 
 from __future__ import annotations
 
 import json
 import logging
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from resnext_det.evaluation.error_analysis import ERROR_KINDS
+from resnext_det.visualize.curves import Line, draw_lines, rendered
 
 logger = logging.getLogger(__name__)
 
-MOST_IN_TABLE = 20
-"""With more classes than these the numbers of the confusion are in a list, not in a table."""
-_MOST_IN_MAP = 120  # classes; beyond, a cell would be less than 5 pixels wide
+_MOST_IN_TABLE = 20  # classes; of more, only the most confused pairs are listed
 _MOST_PAIRS = 20
-_WIDTH, _HEIGHT = 300.0, 240.0  # of the precision over recall, in the units of its viewBox
-_LEVELS = 8  # of shade in the map
-
-# What details.py calls the thresholds, and the heading in the page.
-_RANGES = {"0.50": "IoU 0.50", "0.75": "IoU 0.75", "0.50:0.95": "IoU 0.50 to 0.95"}
+_IOUS = {"0.50": "IoU 0.50", "0.75": "IoU 0.75", "0.50:0.95": "IoU 0.50 to 0.95"}
 
 
 @dataclass(frozen=True)
-class RecallCurve:
-    """Precision over recall at one IoU.
-
-    Attributes:
-        name: such as "IoU 0.50".
-        path: for the d of an SVG path, in a field of 300 x 240.
-        mean: of the precisions, which is the AP at this IoU, in percent.
-    """
-
-    name: str
-    path: str
-    mean: float
-
-
-@dataclass(frozen=True)
-class ErrorBar:
-    """One kind of error: its name, what it is, how many there are, and the points they cost."""
+class ErrorKind:
+    """One kind of error: its name and meaning, how many there are, and points of AP50 lost."""
 
     name: str
     meaning: str
@@ -54,24 +35,14 @@ class ErrorBar:
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Detections of one class that sit on objects of another: how many, and of all of these."""
-
-    true: str
-    detected: str
-    count: int
-    share: float
-
-
-@dataclass(frozen=True)
 class Confusion:
-    """What was taken for what.
+    """Which classes are mistaken for which.
 
     Attributes:
         classes: K + 1 names, the last one "background".
         counts: (K + 1, K + 1): true class by detected class.
-        iou: from which on a detection may be of an object.
-        score: of the detections that count.
+        iou: lowest overlap of a detection with its object.
+        score: lowest score of the detections counted.
     """
 
     classes: tuple[str, ...]
@@ -80,213 +51,136 @@ class Confusion:
     score: float
 
     @property
-    def is_table(self) -> bool:
-        """Whether a table of all numbers can be read."""
-        return len(self.classes) - 1 <= MOST_IN_TABLE
-
-    @property
-    def is_map(self) -> bool:
-        """Whether a map of shades can be read."""
-        return len(self.classes) - 1 <= _MOST_IN_MAP
-
-    @property
     def shares(self) -> NDArray[np.float64]:
         """Each count as a share of its row, 0 to 1."""
-        rows = np.maximum(self.counts.sum(axis=1, keepdims=True), 1).astype(np.float64)
-        shares: NDArray[np.float64] = self.counts / rows
+        totals = np.maximum(self.counts.sum(axis=1, keepdims=True), 1)
+        shares: NDArray[np.float64] = self.counts / totals
         return shares
 
     @property
-    def data(self) -> dict[str, list[Any]]:
-        """The classes, and row, column and count of all cells but 0, for the page's script."""
-        filled = np.argwhere(self.counts)
-        cells = np.column_stack([filled, self.counts[tuple(filled.T)]])
-        return {"classes": list(self.classes), "cells": cells.tolist()}
+    def rows(self) -> list[tuple[str, list[tuple[int, float]]]]:
+        """Counts and shares by true class; empty if there are too many classes for a table."""
+        if len(self.classes) - 1 > _MOST_IN_TABLE:
+            return []
+        cells = zip(self.counts.tolist(), self.shares.tolist())
+        return [(name, list(zip(*row))) for name, row in zip(self.classes, cells)]
 
     @property
-    def pairs(self) -> list[Pair]:
-        """The most frequent mistakes of one class for another."""
-        off = self.counts.copy()
-        off[-1] = 0
-        off[:, -1] = 0
-        np.fill_diagonal(off, 0)
-        order = np.argsort(-off, axis=None, kind="stable")[:_MOST_PAIRS]
-        shares = self.shares
+    def pairs(self) -> list[tuple[str, str, int, float]]:
+        """True class, detected class, count and share of the most frequent mistakes."""
+        mistakes = self.counts.copy()
+        mistakes[-1], mistakes[:, -1] = 0, 0
+        np.fill_diagonal(mistakes, 0)
+        order = np.argsort(-mistakes, axis=None, kind="stable")[:_MOST_PAIRS]
+        places = zip(*(indices.tolist() for indices in np.unravel_index(order, mistakes.shape)))
         return [
-            Pair(
-                self.classes[row], self.classes[column], int(off[row, column]), shares[row, column]
-            )
-            for row, column in zip(*np.unravel_index(order, off.shape))
-            if off[row, column]
-        ]
-
-    @property
-    def shades(self) -> list[tuple[float, str]]:
-        """The map: opacities, and for each an SVG path of the cells that have it."""
-        levels = np.ceil(self.shares * _LEVELS).astype(np.int64)
-        return [
-            (
-                round(level / _LEVELS, 3),
-                "".join(f"M{x} {y}h1v1h-1z" for y, x in np.argwhere(levels == level).tolist()),
-            )
-            for level in range(1, _LEVELS + 1)
+            (self.classes[i], self.classes[j], int(mistakes[i, j]), float(self.shares[i, j]))
+            for i, j in places
+            if mistakes[i, j]
         ]
 
 
 @dataclass(frozen=True)
-class ScoreChart:
-    """Precision, recall and F1 over the score threshold, in a field of 300 x 240.
-
-    Attributes:
-        curves: name and path of each, and its value in percent at the best threshold.
-        best: the threshold with the highest F1; None if there is none.
-    """
-
-    curves: list[tuple[str, str, float | None]]
-    best: float | None
-
-
-@dataclass(frozen=True)
-class ReportDetails:
+class Details:
     """Where a detector errs.
 
     Attributes:
-        curves: of the mean of all classes and of each, whose name is the key; the mean is "".
-        confusion: what was taken for what.
+        charts: SVG figures by heading.
         errors: the costliest first.
-        scores: over the score threshold, keyed as `curves`; empty for evaluations by earlier
-            versions.
+        confusion: of the classes.
+        best_scores: score threshold with the highest F1, by class.
     """
 
-    curves: dict[str, list[RecallCurve]]
+    charts: dict[str, bytes]
+    errors: list[ErrorKind]
     confusion: Confusion
-    errors: list[ErrorBar]
-    scores: dict[str, ScoreChart]
-
-    @property
-    def names(self) -> list[str]:
-        """The classes with curves, as the page orders them."""
-        return sorted((name for name in self.curves if name), key=str.casefold)
-
-    @property
-    def curve_data(self) -> dict[str, Any]:
-        """The curves as the page's script takes them: path and mean by name."""
-        return {
-            name: {"curves": [[curve.path, round(curve.mean, 1)] for curve in curves]}
-            for name, curves in self.curves.items()
-        }
-
-    @property
-    def score_data(self) -> dict[str, Any]:
-        """The curves over the score, and the best threshold, as the page's script takes them."""
-        return {
-            name: {"curves": [[path, value] for _, path, value in chart.curves], "best": chart.best}
-            for name, chart in self.scores.items()
-        }
-
-    def best_score(self, name: str) -> float | None:
-        """Return the threshold with the highest F1 of a class; None if there is none."""
-        return self.scores[name].best if name in self.scores else None
+    best_scores: dict[str, float]
 
 
-def read_details(file: Path | None) -> ReportDetails | None:
-    """Read what `ErrorAnalysis.document` wrote.
-
-    Args:
-        file: of an evaluation; None where it wrote none.
-
-    Returns:
-        What it holds; None where it is missing or cannot be read, which is logged.
-    """
+def read_details(file: Path | None) -> Details | None:
+    """Read what `ErrorAnalysis.document` wrote; None, with a warning, if that is impossible."""
     if file is None:
         return None
     try:
         document = json.loads(file.read_bytes())
-        return ReportDetails(
-            _curves(document),
-            _confusion(document["confusion"]),
-            _errors(document["errors"]),
-            {str(key): _score_chart(each) for key, each in document.get("by_score", {}).items()},
+        scores = document["by_score"]
+        return Details(
+            charts=_charts(document["recalls"], document["curves"].get(""), scores.get("")),
+            errors=_errors(document["errors"]),
+            confusion=_confusion(document["confusion"]),
+            best_scores={
+                str(name): float(entry["best"]["score"])
+                for name, entry in scores.items()
+                if entry["best"] is not None
+            },
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        logger.warning("%s cannot be read, so the report leaves it out: %r", file, error)
+        logger.warning("the report leaves out %s, which cannot be read: %r", file, error)
         return None
 
 
-def _curves(document: Mapping[str, Any]) -> dict[str, list[RecallCurve]]:
-    recalls = _numbers(document["recalls"])
-    curves: Mapping[str, Mapping[str, Any]] = document["curves"]
-    return {
-        str(name): [
-            _curve(heading, recalls, _numbers(ranges[key])) for key, heading in _RANGES.items()
+def _charts(
+    recalls: Sequence[float],
+    curves: Mapping[str, Sequence[float]] | None,
+    by_score: Mapping[str, Any] | None,
+) -> dict[str, bytes]:
+    charts = {}
+    if curves is not None:
+        lines = []
+        for iou, name in _IOUS.items():
+            precision = _finite(curves[iou])
+            label = f"{name}: {precision.mean():.1f}"
+            lines.append(Line(label, 100 * _finite(recalls), precision))
+        charts["Precision over recall in %"] = _chart(lines, "recall in %")
+    if by_score is not None:
+        precision, recall = _finite(by_score["precision"]), _finite(by_score["recall"])
+        f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-9)
+        thresholds = np.linspace(0, 1, len(precision))
+        # Above the surest correct detection, precision drops to 0 or is undefined.
+        end = int(np.flatnonzero(recall)[-1]) + 1 if recall.any() else len(recall)
+        lines = [
+            Line("precision", thresholds[:end], precision[:end]),
+            Line("recall", thresholds, recall),
+            Line("F1", thresholds, f1),
         ]
-        for name, ranges in curves.items()
-    }
+        best = None if by_score["best"] is None else float(by_score["best"]["score"])
+        heading = "Precision and recall over the score threshold in %"
+        charts[heading] = _chart(lines, "score threshold (IoU 0.50)", best)
+    return charts
 
 
-def _score_chart(entry: Mapping[str, Any]) -> ScoreChart:
-    precision, recall = _numbers(entry["precision"]), _numbers(entry["recall"])
-    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-9)
-    best = entry["best"]
-    told = ("precision", "recall", "f1")
-    at_best = [None] * 3 if best is None else _numbers([best[key] for key in told]).tolist()
-    thresholds = np.linspace(0, 1, len(precision))
-    # Above the surest correct detection, precision is 0 or undefined: that would be a cliff.
-    correct = np.flatnonzero(recall)
-    end = int(correct[-1]) + 1 if len(correct) else len(recall)
-    lines = (("Precision", precision, end), ("Recall", recall, None), ("F1", f1, None))
-    return ScoreChart(
-        [
-            (name, _path(thresholds[:end], values[:end]), value)
-            for (name, values, end), value in zip(lines, at_best)
-        ],
-        None if best is None else float(_numbers([best["score"]])[0]),
-    )
+def _chart(lines: Sequence[Line], xlabel: str, best: float | None = None) -> bytes:
+    figure = Figure(figsize=(5.2, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    if best is not None:
+        axes.axvline(best, color="#888888", linestyle=":", label=f"highest F1 at {best:.2f}")
+    draw_lines(axes, lines, xlabel)
+    axes.set_ylim(0, 102)
+    return rendered(figure, "svg")
 
 
-def _numbers(values: Any) -> NDArray[np.float64]:
+def _finite(values: Any) -> NDArray[np.float64]:
     numbers = np.array(values, np.float64)
     if numbers.ndim != 1 or not len(numbers) or not np.isfinite(numbers).all():
-        raise ValueError("a curve is no list of finite numbers")
+        raise ValueError("a curve is not a list of finite numbers")
     return numbers
 
 
-def _curve(name: str, recalls: NDArray[np.float64], precisions: NDArray[np.float64]) -> RecallCurve:
-    return RecallCurve(name, _path(recalls, precisions), float(precisions.mean()))
-
-
-def _path(across: NDArray[np.float64], percents: NDArray[np.float64]) -> str:
-    """Return an SVG path of percentages over values of 0 to 1."""
-    if len(across) != len(percents):
-        raise ValueError("a curve has two lengths")
-    x = (_WIDTH * across.clip(0, 1)).round(1).tolist()
-    y = (_HEIGHT * (1 - percents.clip(0, 100) / 100)).round(1).tolist()
-    points = list(zip(x, y))
-    # Of neighbours on a level line, only the ends are drawn: the same picture, half as long.
-    kept = [
-        point
-        for index, point in enumerate(points)
-        if index in (0, len(points) - 1)
-        or not points[index - 1][1] == point[1] == points[index + 1][1]
-    ]
-    return "M" + "L".join(f"{left:g} {top:g}" for left, top in kept)
+def _errors(entries: Sequence[Mapping[str, Any]]) -> list[ErrorKind]:
+    kinds = []
+    for entry in entries:
+        kind = entry["kind"]
+        cost = float(entry["cost"])
+        kinds.append(ErrorKind(kind, ERROR_KINDS[kind], int(entry["count"]), cost))
+    if not kinds or not np.isfinite([each.cost for each in kinds]).all():
+        raise ValueError("there are no errors, or their cost is not finite")
+    return sorted(kinds, key=lambda each: -each.cost)
 
 
 def _confusion(entry: Mapping[str, Any]) -> Confusion:
     classes = tuple(str(name) for name in entry["classes"])
     counts = np.array(entry["counts"])
     if counts.shape != (len(classes),) * 2 or counts.dtype.kind != "i" or counts.min() < 0:
-        raise ValueError("the confusion is no square table of counts")
+        raise ValueError("the confusion matrix is not a square table of counts")
     return Confusion(classes, counts.astype(np.int64), float(entry["iou"]), float(entry["score"]))
-
-
-def _errors(entries: list[Mapping[str, Any]]) -> list[ErrorBar]:
-    bars = []
-    for entry in entries:
-        name = entry["kind"]
-        meaning = ERROR_KINDS[name]
-        cost = float(entry["cost"])
-        if not math.isfinite(cost):
-            raise ValueError("the cost of an error is no number")
-        bars.append(ErrorBar(name, meaning, int(entry["count"]), cost))
-    return sorted(bars, key=lambda bar: -bar.cost)

@@ -1,232 +1,231 @@
-"""Pictures for the report: where a detector did best, worst, and took one class for another."""
+"""Images for the report: where a detector did best, worst, and confused classes."""
 
 from __future__ import annotations
 
+import base64
+import io
 import logging
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from PIL import Image
 
-from resnext_det.console import progress_bar
 from resnext_det.data.record_forms import leads_out
-from resnext_det.errors import DatasetError
+from resnext_det.errors import DatasetError, quoted
 from resnext_det.evaluation.annotations import GroundTruth, read_ground_truth
+from resnext_det.evaluation.coco import hotcoco_evaluation
 from resnext_det.evaluation.detections import Detections, read_detections
 from resnext_det.evaluation.results_file import DatasetMetrics
-from resnext_det.report.matching import MATCHED_FROM, Labelled, compare
-from resnext_det.report.pictures import Entry, make_entry, picture_file
-
-__all__ = ["LOWEST", "MATCHED_FROM", "SHOWN_FROM", "Gallery", "make_gallery"]
+from resnext_det.images import read_picture
+from resnext_det.visualize.draw import Colour, Drawn, draw_objects
 
 logger = logging.getLogger(__name__)
 
 SHOWN_FROM = 0.5
-"""Predictions below this score are not shown at first, and do not count in the choice."""
-LOWEST = 0.05
-"""Those below this one are not in the page: Detectron2 leaves them out as well."""
-_MOST_PREDICTIONS = 100  # of an image, as COCO counts them
-_MOST_OBJECTS = 300  # nobody could tell more boxes apart in a small picture
+"""Lowest score of the predictions that are shown and counted."""
+MATCHED_FROM = 0.5
+"""Lowest IoU of a prediction with the object that it finds."""
+
+# Okabe and Ito's colours: they stay distinct for most kinds of colour blindness.
+FOUND, CORRECT, WRONG, IGNORED = (0, 158, 115), (0, 114, 178), (213, 94, 0), (130, 130, 130)
+_COLOURS: Mapping[str, Colour] = {"matched": FOUND, "fn": WRONG, "tp": CORRECT, "fp": WRONG}
+_SIDE, _LABEL = 480, 18  # pixels; a page shows an image at about half its size
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An image of the gallery.
+
+    Attributes:
+        file_name: as in the annotations.
+        truth: a data URI of the image with its ground truth.
+        predictions: one with the predictions.
+        found: number of objects found.
+        missed: number of objects missed.
+        false: number of false predictions.
+        confused: those of them on an object of another class.
+        f1: of the image, 0 to 1.
+    """
+
+    file_name: str
+    truth: str
+    predictions: str
+    found: int
+    missed: int
+    false: int
+    confused: int
+    f1: float
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """The pictures, by what they were chosen for; none is in two of the groups.
+    """The images by what they were chosen for, each in one group only.
 
     Attributes:
-        best: the highest scores above 0, see `matching.compare`.
-        worst: the lowest.
-        confused: of the others, those with most objects that are taken for another class.
-        missing: pictures that are not on disk or cannot be read.
-        classes: names by id, of the boxes in the pictures, in the order of the names.
-        other_annotations: whether the annotations are others now than when they were evaluated.
-        detections: how many the evaluation has, whatever their scores.
+        groups: "Best" (highest F1), "Worst" (lowest), and of the others "Most confused".
+        missing: images that are not on disk or cannot be read.
+        annotations_changed: whether the annotations are no longer those of the evaluation.
     """
 
-    best: list[Entry]
-    worst: list[Entry]
-    confused: list[Entry]
+    groups: dict[str, list[Entry]]
     missing: int
-    classes: dict[int, str]
-    other_annotations: bool
-    detections: int
-
-    @property
-    def entries(self) -> list[Entry]:
-        """All pictures."""
-        return [*self.best, *self.worst, *self.confused]
-
-
-@dataclass(frozen=True)
-class _Sample:
-    """One image: its file, true boxes, and the predictions from LOWEST on, surest first."""
-
-    file_name: str
-    file: Path
-    truth: list[Labelled]
-    predictions: list[Labelled]
-
-    @property
-    def shown(self) -> list[Labelled]:
-        """The predictions that are shown at first."""
-        return [each for each in self.predictions if each.score >= SHOWN_FROM]
-
-
-@dataclass(frozen=True)
-class _Scored:
-    """One image as it is chosen by: its position, true boxes, and how it fares at first."""
-
-    position: int
-    objects: int
-    score: float
-    confused: int
+    annotations_changed: bool
 
 
 def make_gallery(evaluation: DatasetMetrics, limit: int) -> Gallery:
-    """Choose pictures of an evaluation, and place their boxes.
+    """Choose up to `limit` images of an evaluation, a third for each group, and draw their boxes.
 
-    Images with neither a true box nor a prediction show nothing and are left out. Of the others,
-    ordered by `compare`'s score, a third of the gallery is taken from either end, and a third are
-    those with most confused classes that remain.
-
-    Args:
-        evaluation: where annotations, pictures and detections are.
-        limit: how many pictures at most.
-
-    Returns:
-        The gallery. Pictures that are missing or broken make it shorter and are counted.
+    Matching, F1 and confusions are hotcoco's, at IoU 0.5 and a score of at least 0.5. Images with
+    neither an object nor a prediction are left out.
 
     Raises:
-        DatasetError: annotations or detections are missing or not in COCO's layout.
+        DatasetError: annotations or detections are missing or malformed.
     """
     truth, detections = _read(evaluation)
-    sample_of = _sampler(evaluation.images, truth, detections)
-    images = len(truth.image_ids)
-    outside = [name for name in truth.file_names if leads_out(name)]
+    shown = detections.where(detections.scores >= SHOWN_FROM)
+    diagnostics = hotcoco_evaluation(truth, shown).image_diagnostics(
+        iou_thr=MATCHED_FROM, score_thr=SHOWN_FROM
+    )
+    confusions = [each for each in diagnostics["label_errors"] if each["type"] == "wrong_label"]
+    confused = Counter(each["image_id"] for each in confusions)
+    files = dict(zip(truth.image_ids.tolist(), truth.file_names))
+    outside = [name for name in files.values() if leads_out(name)]
     if outside:
         logger.warning(
-            "%d file names, such as %r, lead out of %s: these pictures are not opened",
-            *(len(outside), outside[0], evaluation.images),
+            "%d file names, such as %s, lead out of %s: these images are not opened",
+            *(len(outside), quoted(outside[0]), evaluation.images),
         )
-    missing, scored = 0, []
-    # The boxes of all images take much memory, so those of the chosen ones are made twice.
-    for position in progress_bar(range(images), "comparing", unit="image"):
-        sample = sample_of(position)
-        if sample is None:
-            missing += 1
-        elif (sample.truth or sample.shown) and len(sample.truth) <= _MOST_OBJECTS:
-            outcome = compare(sample.truth, sample.shown)
-            scored.append(_Scored(position, len(sample.truth), outcome.score, outcome.confused))
-    groups = [
-        [_entry(sample_of(each.position), truth.categories) for each in chosen]
-        for chosen in _choose(scored, limit)
-    ]
-    missing += sum(group.count(None) for group in groups)
-    best, worst, confused = ([entry for entry in group if entry] for group in groups)
-    present = {number for entry in (*best, *worst, *confused) for number in entry.categories}
-    classes = {number: truth.categories[number] for number in present}
+    present = {name for name in files.values() if _is_picture(evaluation.images, name)}
+    summary = {
+        image_id: each
+        for image_id, each in diagnostics["img_summary"].items()
+        if files[image_id] in present
+    }
+    groups: dict[str, list[Entry]] = {}
+    unreadable = 0
+    for heading, ids in _chosen(summary, confused, limit).items():
+        groups[heading] = []
+        for image_id in ids:
+            try:
+                picture = read_picture(evaluation.images / files[image_id])
+            except DatasetError as error:
+                logger.warning("not shown: %s", error)
+                unreadable += 1
+                continue
+            counts = summary[image_id]
+            entry = Entry(
+                files[image_id],
+                _with_truth(picture, truth, image_id, diagnostics),
+                _with_predictions(picture, truth, shown, image_id, diagnostics),
+                *(counts["tp"], counts["fn"], counts["fp"], confused[image_id], counts["f1"]),
+            )
+            groups[heading].append(entry)
     known = evaluation.annotations_sha256
     return Gallery(
-        *(best, worst, confused, missing),
-        classes=dict(sorted(classes.items(), key=lambda item: (item[1].casefold(), item[0]))),
-        other_annotations=bool(known) and known != truth.sha256,
-        detections=len(detections.scores),
+        {heading: entries for heading, entries in groups.items() if entries},
+        missing=sum(name not in present for name in files.values()) + unreadable,
+        annotations_changed=bool(known) and known != truth.sha256,
     )
 
 
 def _read(evaluation: DatasetMetrics) -> tuple[GroundTruth, Detections]:
     try:
         truth = read_ground_truth(evaluation.annotations, checked=True)
-    except DatasetError as error:
-        raise DatasetError(
-            f"{error} Put the annotations back, or evaluate again with those you have."
-        ) from error
-    try:
         detections = read_detections(evaluation.detections, truth)
     except DatasetError as error:
-        raise DatasetError(f"{error} To mend it, evaluate the run again.") from error
+        raise DatasetError(f"{error} Restore the file, or evaluate the run again.") from error
     return truth, detections
 
 
-def _sampler(
-    folder: Path, truth: GroundTruth, detections: Detections
-) -> Callable[[int], _Sample | None]:
-    """Return a function that gives the image at a position, None where its picture is missing."""
-    kept = detections.scores >= LOWEST
-    ids, categories = detections.image_ids[kept], detections.category_ids[kept]
-    boxes, scores = detections.boxes[kept], detections.scores[kept]
-    predicted = _by_image(ids, scores)
-    objects = truth.objects
-    true = _by_image(objects.image_ids, np.zeros(len(objects.image_ids)))
-
-    def sample_of(position: int) -> _Sample | None:
-        """Return the image at a position."""
-        file_name = truth.file_names[position]
-        file = picture_file(folder, file_name)
-        if file is None:
-            return None
-        image_id = int(truth.image_ids[position])
-        rows, found = true(image_id), predicted(image_id)[:_MOST_PREDICTIONS]
-        there = objects.boxes[rows], objects.category_ids[rows], objects.crowds[rows]
-        seen = boxes[found], categories[found], scores[found]
-        return _Sample(
-            file_name,
-            file,
-            [
-                Labelled(box, category, crowd=crowd)
-                for box, category, crowd in zip(*(column.tolist() for column in there))
-            ],
-            [
-                Labelled(box, category, score)
-                for box, category, score in zip(*(column.tolist() for column in seen))
-            ],
-        )
-
-    return sample_of
+def _is_picture(folder: Path, file_name: str) -> bool:
+    """Tell whether a name from untrusted annotations is a file inside a folder."""
+    try:
+        return not leads_out(file_name) and (folder / file_name).is_file()
+    except (OSError, ValueError):  # too long, or with a zero byte
+        return False
 
 
-def _by_image(
-    image_ids: NDArray[np.int64], scores: NDArray[np.float64]
-) -> Callable[[int], NDArray[np.intp]]:
-    """Return a function that gives the rows of an image, those of the highest score first."""
-    order = np.lexsort((-scores, image_ids))
-    ordered = image_ids[order]
+def _chosen(
+    summary: Mapping[int, Mapping[str, Any]], confused: Mapping[int, int], limit: int
+) -> dict[str, list[int]]:
+    """Return the ids of the images to show, by group."""
+    ids = sorted(summary)  # hotcoco's order is random
+    third = -(-min(limit, len(ids)) // 3)
 
-    def rows(image_id: int) -> NDArray[np.intp]:
-        """Return the rows of an image."""
-        start, end = np.searchsorted(ordered, [image_id, image_id + 1])
-        found: NDArray[np.intp] = order[start:end]
-        return found
+    def errors(image_id: int) -> int:
+        return int(summary[image_id]["fp"] + summary[image_id]["fn"])
 
-    return rows
+    def f1(image_id: int) -> float:
+        return float(summary[image_id]["f1"])
 
-
-def _choose(scored: Sequence[_Scored], limit: int) -> list[list[_Scored]]:
-    """Return the best, the worst and the most confused, best or worst first."""
-    ordered = sorted(scored, key=lambda each: (each.score, each.objects, each.position))
-    count = min(limit, len(ordered))
-    # Where nothing was found, nothing is best.
-    good = sum(each.score > 0 for each in ordered)
-    # Where fewer than a third remain that have any, more go to the two ends.
-    for confused_count in range(count // 3, -1, -1):
-        of_ends = count - confused_count
-        best_count = min(of_ends - of_ends // 2, good)
-        worst_count = of_ends - best_count
-        worst, best = ordered[:worst_count], ordered[::-1][:best_count]
-        others = ordered[worst_count : len(ordered) - best_count]
-        # Python's sort is stable: of as many confused objects the worse picture comes first.
-        confused = sorted(others, key=lambda each: -each.confused)[:confused_count]
-        if all(each.confused for each in confused):
-            break
-    return [best, worst, confused]
+    best = sorted(ids, key=lambda each: (-f1(each), -summary[each]["tp"]))[:third]
+    best = [each for each in best if f1(each) > 0]
+    rest = [each for each in ids if each not in best]
+    worst = sorted(rest, key=lambda each: (f1(each), -errors(each)))[:third]
+    rest = [each for each in rest if each not in worst and confused.get(each)]
+    most = sorted(rest, key=lambda each: -confused[each])[: max(0, limit - 2 * third)]
+    return {"Best": best, "Worst": worst, "Most confused of the others": most}
 
 
-def _entry(sample: _Sample | None, names: dict[int, str]) -> Entry | None:
-    if sample is None:  # the picture went away meanwhile
-        return None
-    compared = compare(sample.truth, sample.predictions), compare(sample.truth, sample.shown)
-    return make_entry(
-        sample.file, sample.file_name, sample.truth, sample.predictions, compared, names
+def _with_truth(
+    picture: Image.Image, truth: GroundTruth, image_id: int, diagnostics: Mapping[str, Any]
+) -> str:
+    rows = np.flatnonzero(truth.objects.image_ids == image_id).tolist()
+    classes = truth.objects.category_ids
+    return _data_uri(
+        picture,
+        truth.objects.boxes[rows].tolist(),
+        [truth.categories[int(classes[row])] for row in rows],
+        # hotcoco numbers objects and detections from 1, and leaves out those that COCO ignores.
+        [_COLOURS.get(diagnostics["gt_status"].get(row + 1), IGNORED) for row in rows],
     )
+
+
+def _with_predictions(
+    picture: Image.Image,
+    truth: GroundTruth,
+    shown: Detections,
+    image_id: int,
+    diagnostics: Mapping[str, Any],
+) -> str:
+    rows = np.flatnonzero(shown.image_ids == image_id)
+    rows = rows[np.argsort(-shown.scores[rows], kind="stable")]
+    instead_of = {
+        each["dt_id"]: f", not {each['gt_category']}"
+        for each in diagnostics["label_errors"]
+        if each["type"] == "wrong_label"
+    }
+    return _data_uri(
+        picture,
+        shown.boxes[rows].tolist(),
+        [
+            f"{truth.categories[int(shown.category_ids[row])]} {shown.scores[row]:.2f}"
+            f"{instead_of.get(row + 1, '')}"
+            for row in rows.tolist()
+        ],
+        [_COLOURS.get(diagnostics["dt_status"].get(row + 1), IGNORED) for row in rows.tolist()],
+    )
+
+
+def _data_uri(
+    picture: Image.Image,
+    boxes: Sequence[Sequence[float]],
+    labels: Sequence[str],
+    colours: Sequence[Colour],
+) -> str:
+    """Return a resized image with boxes as a JPEG in a data: URI."""
+    scale = _SIDE / max(picture.size)
+    width, height = (max(1, round(side * scale)) for side in picture.size)
+    resized = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+    objects = [
+        Drawn([scale * side for side in box], label, colour)
+        for box, label, colour in zip(boxes, labels, colours)
+    ]
+    buffer = io.BytesIO()
+    drawn = draw_objects(resized, objects, label_size=_LABEL)
+    drawn.save(buffer, "JPEG", quality=80, optimize=True)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,1 +1,1 @@
-"""Detections drawn on pictures and videos, training images, and curves of runs."""
+"""Detections drawn on images and videos, training images, and training curves."""

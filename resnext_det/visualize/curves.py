@@ -1,12 +1,15 @@
-"""Training curves as SVG that takes its colours from the page, light or dark."""
+"""Training curves: of several runs in one picture, and of one run for its report."""
 
 from __future__ import annotations
 
 import io
+import itertools
 import math
+import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -17,126 +20,48 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
-from resnext_det.evaluation.results_file import Scalars
+from resnext_det.errors import ConfigError, DatasetError, plain, quoted
+from resnext_det.evaluation.results_file import Scalars, read_training
+from resnext_det.files import written_beside
 
+SUFFIXES = (".png", ".svg", ".pdf")
 LOSSES = {
-    "total_loss": "Total",
-    "loss_cls": "Classes",
-    "loss_box_reg": "Boxes",
+    "total_loss": "total",
+    "loss_cls": "class",
+    "loss_box_reg": "box",
+    "loss_mask": "mask",
+    "loss_keypoint": "keypoint",
     "loss_rpn_cls": "RPN objectness",
-    "loss_rpn_loc": "RPN boxes",
+    "loss_rpn_loc": "RPN box",
 }
+# Okabe and Ito's colours without yellow: they stay distinct for most kinds of colour blindness.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#56b4e9", "#e69f00")
 
-# The template's style sheet has these variables; their colours here are only names that are
-# replaced in the finished SVG, so one figure serves both colour schemes.
-_INK, _GRID = "#fe0001", "#fe0002"
-_SERIES = ("#fe0011", "#fe0012", "#fe0013", "#fe0014", "#fe0015")
-_VARIABLES = {
-    _INK: "var(--muted)",
-    _GRID: "var(--line)",
-    **{colour: f"var(--series-{n})" for n, colour in enumerate(_SERIES, start=1)},
-}
+_STYLES: Any = ("-", "--", "-.", ":")
+_PRECISION = re.compile(r"(?:(.+)/)?(bbox|segm|keypoints)/(AP|AP50)")
+_LEARNING_RATE = "lr"  # falls in steps, which a running mean would turn into slopes
 _MOST_POINTS = 400
-_SMOOTHED = 1 / 40  # of a training, averaged around each of its points
-_INCHES = (4.8, 3.0)
+_FEW_POINTS = 60  # fewer get a dot each
+_SMOOTHING = 1 / 40
+_PANEL = (5.2, 3.4)  # inches
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a figure: its name, x (iterations) and y, both of shape (N,)."""
+    """A curve: its name, and iterations and values of shape (N,)."""
 
     name: str
     x: NDArray[np.float64]
     y: NDArray[np.float64]
 
-    @property
-    def last(self) -> float:
-        """Return the last value."""
-        return float(self.y[-1])
-
-
-@dataclass(frozen=True)
-class Curves:
-    """A figure for the page: its SVG, and the lines in it for a legend, in the colours' order."""
-
-    svg: str
-    lines: list[Line]
-    logarithmic: bool
-
-
-def loss_curves(records: Sequence[Scalars], steps: Sequence[int]) -> Curves | None:
-    """Draw the total loss and its parts.
-
-    Args:
-        records: what is known of each iteration.
-        steps: iterations to mark, where the learning rate falls.
-
-    Returns:
-        The figure, on a logarithmic axis where the losses differ tenfold, or None where there
-        are no losses.
-    """
-    found = [line for key, name in LOSSES.items() if (line := line_of(records, key, name))]
-    if not found:
-        return None
-    window = max(window_of(line) for line in found)
-    lines = [smoothed(line, window) for line in found]
-    logarithmic = differ_tenfold(lines)
-    last = max(float(line.x[-1]) for line in found)
-
-    def draw(axes: Axes) -> None:
-        """Draw the losses, the total on top."""
-        for line, colour in reversed(list(zip(lines, _SERIES, strict=False))):
-            axes.plot(line.x, line.y, color=colour, linewidth=2.4 if line is lines[0] else 1.5)
-        if logarithmic:
-            set_logarithmic(axes)
-        else:
-            axes.set_ylim(bottom=min(0.0, *(float(line.y.min()) for line in lines)))
-
-    return Curves(_svg(draw, steps, "loss", last), lines, logarithmic)
-
-
-def precision_curves(
-    records: Sequence[Scalars], prefix: str, steps: Sequence[int], name: str
-) -> Curves | None:
-    """Draw AP and AP50 over the iterations.
-
-    Args:
-        records: what is known of each iteration.
-        prefix: of the keys: "bbox/", or "NAME/bbox/" where there were several data sets.
-        steps: iterations to mark, where the learning rate falls.
-        name: of the figure; figures of one page need different names.
-
-    Returns:
-        The figure, or None where nothing was evaluated during training.
-    """
-    found = [line_of(records, f"{prefix}{key}", key) for key in ("AP", "AP50")]
-    lines = [line for line in found if line is not None]
-    if not lines:
-        return None
-    last = max(record["iteration"] for record in records)
-
-    def draw(axes: Axes) -> None:
-        """Draw the precisions, a dot for every evaluation."""
-        for line, colour in zip(lines, _SERIES, strict=False):
-            axes.plot(line.x, line.y, color=colour, linewidth=2, marker="o", markersize=4.5)
-        highest = max(float(line.y.max()) for line in lines)
-        axes.set_ylim(0, min(100.0, math.ceil(highest / 10 + 0.5) * 10))
-        axes.set_xlim(0, last * 1.03 + 1)
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-
-    return Curves(_svg(draw, steps, name, last), lines, logarithmic=False)
-
 
 def line_of(records: Sequence[Scalars], key: str, name: str) -> Line | None:
-    """Return the values of a metric over the iterations.
+    """Return the finite values of a metric; None if there are none.
 
     Args:
-        records: what is known of each iteration.
+        records: of `read_training`.
         key: of the metric, such as "total_loss".
-        name: of the line.
-
-    Returns:
-        The line, without the values that are not finite; None where nothing is left.
+        name: for the legend.
     """
     pairs = [
         (record["iteration"], record[key])
@@ -149,110 +74,179 @@ def line_of(records: Sequence[Scalars], key: str, name: str) -> Line | None:
     return Line(name, x, y)
 
 
-def window_of(line: Line, share: float = _SMOOTHED) -> float:
-    """Return how many iterations a share of a line is.
-
-    Args:
-        line: of any length.
-        share: 0 to 1.
-    """
-    return share * float(line.x[-1] - line.x[0] + 1)
-
-
 def smoothed(line: Line, window: float) -> Line:
-    """Return a running mean, thinned out to few points.
-
-    Args:
-        line: of any length.
-        window: iterations that each mean is over; 0 for the values themselves. It is centred on
-            its point; near the ends of the line it is as long, and reaches further to one side. A
-            window that shrank there would leave a single value at the end, which is chance.
-    """
-    reach = np.floor(window / 2)
-    latest = max(line.x[0], line.x[-1] - 2 * reach)
-    starts = np.clip(line.x - reach, line.x[0], latest)
-    first = np.searchsorted(line.x, starts, side="left")
-    beyond = np.searchsorted(line.x, starts + 2 * reach, side="right")
-    sums = np.cumsum(np.concatenate([[0.0], line.y]))
-    counts = beyond - first
-    means = (sums[beyond] - sums[first]) / counts
-    means = np.where(counts > 1, means, line.y)  # without what the sums have rounded
-    count = min(len(line.y), _MOST_POINTS)
-    kept = np.unique(np.linspace(0, len(line.y) - 1, count).round().astype(np.int64))
+    """Return the centred running mean over a number of iterations, thinned to 400 points."""
+    first = np.searchsorted(line.x, line.x - window / 2, side="left")
+    end = np.searchsorted(line.x, line.x + window / 2, side="right")
+    sums = np.concatenate([[0.0], np.cumsum(line.y)])
+    means = (sums[end] - sums[first]) / (end - first)
+    count = min(len(line.x), _MOST_POINTS)
+    kept = np.linspace(0, len(line.x) - 1, count).round().astype(np.int64)
     return Line(line.name, line.x[kept], means[kept])
 
 
-def differ_tenfold(lines: Sequence[Line]) -> bool:
-    """Tell whether lines read best on a logarithmic axis: all positive, and differing tenfold.
+def plot_runs(
+    folders: Sequence[Path],
+    output: Path,
+    metrics: Sequence[str] = (),
+    smooth: float = _SMOOTHING,
+) -> list[str]:
+    """Draw curves of several runs, one panel per metric.
 
     Args:
-        lines: of one figure.
+        folders: of the runs.
+        output: .png, .svg or .pdf.
+        metrics: such as "total_loss" or "bbox/AP"; the loss, AP and learning rate by default.
+        smooth: share of the longest training that each point is averaged over.
+
+    Returns:
+        A sentence for each metric that a run lacks.
+
+    Raises:
+        ConfigError: an unsupported suffix, share or metric.
+        DatasetError: a folder without training metrics.
+        ResNeXtError: the picture cannot be written.
     """
-    values = np.concatenate([line.y for line in lines])
-    return bool(values.min() > 0 and values.max() > 10 * values.min())
+    if output.suffix.lower() not in SUFFIXES:
+        raise ConfigError(f"--output {output} must end in {', '.join(SUFFIXES)}.")
+    if not 0 <= smooth < 1:
+        raise ConfigError(f"--smooth is {smooth}; it must be at least 0 (off) and below 1.")
+    runs = _read_runs(folders)
+    every_record = [record for records in runs.values() for record in records]
+    known = sorted({key for record in every_record for key in record} - {"iteration"})
+    precision = [key for key in known if key.split("/")[-2:] == ["bbox", "AP"]]
+    default = [key for key in ("total_loss", *precision, _LEARNING_RATE) if key in known]
+    shown = list(dict.fromkeys(metrics or default))
+    panels = {
+        metric: [line_of(records, metric, name) for name, records in runs.items()]
+        for metric in shown
+    }
+    unknown = [metric for metric, lines in panels.items() if not any(lines)]
+    if unknown or not shown:
+        raise ConfigError(
+            f"no run has the metric {', '.join(unknown) or 'total_loss'}. Available: "
+            f"{', '.join(known) or 'none'}."
+        )
+    longest = max(record["iteration"] for record in every_record) + 1
+    columns = min(3, len(shown))
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(_PANEL[0] * columns, _PANEL[1] * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    for number, (metric, lines) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(rows, columns, number)
+        window = 0.0 if metric == _LEARNING_RATE else smooth * longest
+        lines = [line if line is None else smoothed(line, window) for line in lines]
+        draw_lines(axes, lines, may_be_log="loss" in metric)
+        axes.set_title(metric, loc="left", fontsize=11, parse_math=False)
+    with written_beside(output) as beside:
+        beside.write_bytes(rendered(figure, output.suffix.lower()[1:]))
+    return [
+        f"{name} has no {metric}"
+        for metric, lines in panels.items()
+        for name, line in zip(runs, lines)
+        if line is None
+    ]
 
 
-def set_logarithmic(axes: Axes) -> None:
-    """Make the y axis logarithmic, with plain numbers at 1, 2 and 5.
+def _read_runs(folders: Sequence[Path]) -> dict[str, list[Scalars]]:
+    """Return the records of each run by a short name, unique among them."""
+    resolved = list(dict.fromkeys(folder.resolve() for folder in folders))
+    common = os.path.commonpath([folder.parent for folder in resolved])
+    runs = {}
+    for folder in resolved:
+        records = read_training(folder)
+        if not records:
+            raise DatasetError(
+                f"{quoted(folder)} has no metrics.jsonl with iterations in it: pass the OUTPUT_DIR "
+                "of a training."
+            )
+        runs[plain(str(folder.relative_to(common)))] = records
+    return runs
+
+
+def run_curves(records: Sequence[Scalars]) -> dict[str, bytes]:
+    """Return SVG figures of one training by heading: losses, precision per data set, and rate."""
+    panels: dict[str, dict[str, str]] = {"Loss": LOSSES}
+    for key in dict.fromkeys(itertools.chain.from_iterable(records)):
+        found = _PRECISION.fullmatch(key)
+        if found:
+            heading = f"Precision in % on {found[1]}" if found[1] else "Precision in %"
+            kind = {"bbox": "box", "segm": "mask"}.get(found[2], "keypoint")
+            panels.setdefault(heading, {})[key] = f"{kind} {found[3]}"
+    panels["Learning rate"] = {_LEARNING_RATE: "learning rate"}
+    figures = {}
+    for heading, keys in panels.items():
+        lines = [line for key, name in keys.items() if (line := line_of(records, key, name))]
+        if not lines:
+            continue
+        is_loss = heading == "Loss"
+        window = _SMOOTHING * (records[-1]["iteration"] + 1) if is_loss else 0.0
+        figure = Figure(figsize=_PANEL, layout="constrained")
+        FigureCanvasAgg(figure)
+        lines = [smoothed(line, window) for line in lines]
+        draw_lines(figure.add_subplot(), lines, may_be_log=is_loss)
+        figures[heading] = rendered(figure, "svg")
+    return figures
+
+
+def draw_lines(
+    axes: Axes,
+    lines: Sequence[Line | None],
+    xlabel: str = "iteration",
+    *,
+    may_be_log: bool = False,
+) -> None:
+    """Draw curves.
 
     Args:
         axes: of a figure.
+        lines: of the same quantity; None skips a colour, so that panels agree.
+        xlabel: what x is.
+        may_be_log: use a logarithmic axis if all values are positive and span a factor of ten.
     """
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_locator(NullLocator())
+    there = [line for line in lines if line is not None]
+    for line, colour, style in zip(lines, itertools.cycle(COLOURS), itertools.cycle(_STYLES)):
+        if line is None:
+            continue
+        # Matplotlib hides labels that begin with an underscore.
+        label = f"./{line.name}" if line.name.startswith("_") else line.name
+        marker = "o" if len(line.x) < _FEW_POINTS else None
+        settings: Any = {"color": colour, "linestyle": style, "marker": marker, "markersize": 4}
+        axes.plot(line.x, line.y, label=label, linewidth=1.8, **settings)
+    lowest = min(float(line.y.min()) for line in there)
+    highest = max(float(line.y.max()) for line in there)
+    if may_be_log and highest > 10 * lowest > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        axes.set_ylim(bottom=min(0.0, lowest))
+    axes.set_xlim(left=0)
+    axes.set_xlabel(xlabel)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
-def label_iterations(axes: Axes, last: float) -> None:
-    """Label the x axis at round iterations and at the last one.
-
-    Args:
-        axes: of a figure, with its limits.
-        last: iteration.
-    """
-    left = max(0.0, axes.get_xlim()[0])
-    room = 0.15 * (last - left)  # for the last label
-    ticks = MaxNLocator(5, integer=True).tick_values(left, last)
-    shown = [*(float(tick) for tick in ticks if left <= tick < last - room), last]
-    axes.set_xticks(shown, [f"{tick:,.0f}" for tick in shown])
-
-
-def _svg(draw: Callable[[Axes], None], steps: Sequence[int], name: str, last: float) -> str:
-    """Return a figure as an <svg> element that refers to the page's colours and fonts."""
-    # Any: Matplotlib 3.11 types the keys, which earlier versions don't know.
-    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10}
+def rendered(figure: Figure, form: str) -> bytes:
+    """Return a figure with a legend as "png", "svg" or "pdf"; equal figures give equal bytes."""
+    handles = {
+        label: handle
+        for axes in figure.axes
+        for handle, label in zip(*axes.get_legend_handles_labels())
+    }
+    legend = figure.legend(
+        [*handles.values()], [*handles], loc="outside upper left", ncols=2, frameon=False
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a run may be called $x$
+    # Text stays searchable. Any: Matplotlib 3.11 types the keys, which earlier versions don't.
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "resnext_det", "pdf.fonttype": 42}
+    dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": None}
+    buffer = io.BytesIO()
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=_INCHES, layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
-        draw(axes)
-        left, right = axes.get_xlim()
-        for step in steps:
-            if left < step < right:
-                axes.axvline(step, color=_INK, linewidth=1, linestyle=(0, (1, 3)))
-        axes.grid(axis="y", color=_GRID, linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.spines["bottom"].set_color(_GRID)
-        axes.tick_params(length=0, pad=6, colors=_INK)
-        label_iterations(axes, last)
-        axes.set_xlabel("iteration", color=_INK)
-        buffer = io.StringIO()
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    return _for_page(buffer.getvalue())
-
-
-def _for_page(document: str) -> str:
-    """Turn an SVG document into an element for a page with others."""
-    element = document[document.index("<svg") :]
-    # Matplotlib's style sheet would hold for the whole page, and its ids repeat in each figure.
-    # Inside HTML an <svg> needs no namespaces.
-    element = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", element, flags=re.DOTALL)
-    element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
-    element = re.sub(r'<g id="[^"]*"', "<g", element)
-    element = re.sub(r'<svg [^>]*(viewBox="[^"]*")[^>]*>', r"<svg \1>", element, count=1)
-    for colour, variable in _VARIABLES.items():
-        element = element.replace(colour, variable)
-    return element
+        figure.savefig(buffer, format=form, dpi=150, metadata=dates[form])
+    return buffer.getvalue()

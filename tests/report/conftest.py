@@ -1,9 +1,10 @@
-"""A run that was evaluated in earnest, and whose names are hostile."""
+"""A trained and evaluated run with hostile class names and detections of every kind of error."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,21 @@ from resnext_det.evaluation.detections import Detections
 from resnext_det.evaluation.evaluator import evaluate_detections, write_evaluated
 
 CLASSES = (
-    *("class 1", "class 2", "class 10", "apple", "Banana", "cherry", "dog", "zebra"),
+    *("class 1", "class 2", "apple", "Banana", "cherry", "dog", "zebra"),
     *("</script><script>alert(1)</script>", "\"quoted\" & 'so'", "a\u2028line", "<b>bold"),
 )
-"""Of `evaluated_run`: some would break out of text, of attributes, or of a script's data."""
+CONFIG = """
+MODEL:
+  META_ARCHITECTURE: GeneralizedRCNN
+  WEIGHTS: resnext://resnext50_32x4d.tv_in1k
+  RESNETS: {DEPTH: 26, NUM_GROUPS: 8, WIDTH_PER_GROUP: 4}
+SOLVER: {MAX_ITER: 12000, BASE_LR: 0.04, STEPS: [280, 320], IMS_PER_BATCH: 8}
+"""
 
 
 @pytest.fixture(scope="session")
 def evaluated_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a run that was evaluated in earnest, with errors of every kind.
-
-    It is shared: copy it to change it.
-    """
+    """The folder of the run; use `run` to change it."""
     root = tmp_path_factory.mktemp("evaluated")
     toy = write_toy_coco(root / "toy", ToySpec(train_images=1, val_images=14))
     path = toy / "annotations" / "instances_val2017.json"
@@ -41,33 +45,42 @@ def evaluated_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         entry["iscrowd"] = int(n % 9 == 4)
     path.write_text(json.dumps(document))
     truth = read_ground_truth(path)
-    folder = root / "run"
     old, new = (Detections.of(_erring(document, generator, share), truth) for share in (0.5, 0.3))
-    description = {"weights": "weights.pth"}
-    arguments = "toy_val", description, truth
-    first = {"bbox": evaluate_detections(truth, old)}
-    write_evaluated(root / "earlier", *arguments, old, first, {"images": str(toy / "val2017")})
-    metrics = root / "earlier" / "metrics.json"
-    # Too few images for real intervals, and a page shows some.
+    # Too few images for real intervals.
     differences = tuple(
         dataclasses.replace(each, lower=each.difference - 4, upper=each.difference + 4)
         if each.difference is not None and each.figure[-1] != "l"
         else each
         for each in compare(truth, old, new, resamples=0)
     )
-    entry = {
-        "images": str(toy / "val2017"),
-        "engine": vars(Engine(cross_check=True)),
-        "baseline": comparison_document(metrics, differences),
-    }
-    write_evaluated(folder, *arguments, new, {"bbox": evaluate_detections(truth, new)}, entry)
-    return folder
+    write_evaluated(
+        root / "run" / "inference",
+        "toy_val",
+        {"weights": "weights.pth", "config": "toy.yaml"},
+        truth,
+        new,
+        {"bbox": evaluate_detections(truth, new)},
+        {
+            "images": str(toy / "val2017"),
+            "engine": vars(Engine(cross_check=True)),
+            "baseline": comparison_document(Path("<i>earlier"), differences),
+        },
+    )
+    lines = [
+        {"iteration": i, "lr": 0.02, "total_loss": 20 / i, "time": 0.5, "images_per_second": 8.0}
+        for i in range(19, 1000, 20)
+    ]
+    lines[-1] |= {"bbox/AP": 41.25, "bbox/AP50": 62.35, "lr": 0.002}
+    text = "\n".join(map(json.dumps, lines))
+    (root / "run" / "metrics.jsonl").write_text(f"{text}\n")
+    (root / "run" / "config.yaml").write_text(CONFIG)
+    return root / "run"
 
 
 def _erring(
     document: dict[str, Any], generator: np.random.Generator, share: float
 ) -> list[dict[str, Any]]:
-    """Return predictions of which a share has another class, and as many another place."""
+    """Return predictions, a share of which has another class, and as many another place."""
     found = []
     for entry in document["annotations"]:
         for _ in range(3):
@@ -86,3 +99,25 @@ def _erring(
                 }
             )
     return found
+
+
+@pytest.fixture()
+def run(evaluated_run: Path, tmp_path: Path) -> Path:
+    """A copy of the run with its annotations and images, to be changed."""
+    shutil.copytree(evaluated_run.parent, tmp_path, dirs_exist_ok=True)
+    metrics = tmp_path / "run" / "inference" / "metrics.json"
+    metrics.write_text(metrics.read_text().replace(str(evaluated_run.parent), str(tmp_path)))
+    return tmp_path / "run"
+
+
+@pytest.fixture()
+def annotation_file(run: Path) -> Path:
+    return run.parent / "toy" / "annotations" / "instances_val2017.json"
+
+
+def edit(run: Path, **changes: Any) -> None:
+    """Change what metrics.json says about the data set."""
+    file = run / "inference" / "metrics.json"
+    document = json.loads(file.read_text())
+    document["datasets"]["toy_val"].update(changes)
+    file.write_text(json.dumps(document))

@@ -1,8 +1,8 @@
-"""A tiny detector with random weights, and videos whose every frame tells its number."""
+"""A tiny detector with random weights, and videos whose frames show their index."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -23,7 +23,7 @@ CLASSES = ("circle", "square", "triangle", "star", "cross", "crescent")
 
 @pytest.fixture(scope="session")
 def detector(tmp_path_factory: pytest.TempPathFactory) -> CfgNode:
-    """The config of a toy detector that was not trained, its weights as the trainer saves them."""
+    """The config of an untrained toy detector with saved weights."""
     folder = tmp_path_factory.mktemp("detector")
     words = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "TEST.DETECTIONS_PER_IMAGE", "5"]
     words += ["INPUT.MIN_SIZE_TEST", "64", "INPUT.MAX_SIZE_TEST", "96"]
@@ -31,7 +31,7 @@ def detector(tmp_path_factory: pytest.TempPathFactory) -> CfgNode:
     cfg = load_config("faster_rcnn_X_26_8x4d_FPN_toy", words)
     torch.manual_seed(0)
     model = build_model(cfg)
-    model.roi_heads.box_predictor.cls_score.weight.data *= 200  # else all are of one class
+    model.roi_heads.box_predictor.cls_score.weight.data *= 200  # or all have the same class
     Checkpointer(model, folder, config=cfg, class_names=CLASSES).save("model_final", iteration=0)
     return cfg
 
@@ -41,8 +41,8 @@ def predictor(detector: CfgNode) -> Predictor:
     return Predictor(detector)
 
 
-def colour(index: int) -> NDArray[np.uint8]:
-    """The colour of the left half of a frame; the right half is black."""
+def frame_colour(index: int) -> NDArray[np.uint8]:
+    """Return the colour of the left half of a frame; the right half is black."""
     return np.array([40 + 20 * (index % 10), 120, 250 - 20 * (index % 10)], np.uint8)
 
 
@@ -51,32 +51,20 @@ def write_frames(
     times: Sequence[float],
     size: tuple[int, int] = (64, 48),
     codec: str = "libx264",
-    form: str | None = None,
 ) -> Path:
-    """Write a video with PyAV itself: half of each frame black, a white mark in the upper left."""
+    """Write a video with PyAV alone; a white mark is in the upper left of each frame."""
     width, height = size
     options = {"movflags": "faststart"} if target.suffix == ".mp4" else {}
-    with av.open(str(target), "w", format=form, options=options) as container:
+    with av.open(str(target), "w", options=options) as container:
         stream = container.add_stream(codec, rate=10, options={"g": "5"})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.codec_context.time_base = Fraction(1, 1000)
         for index, seconds in enumerate(times):
             pixels = np.zeros((height, width, 3), np.uint8)
-            pixels[:, : width // 2] = colour(index)
+            pixels[:, : width // 2] = frame_colour(index)
             pixels[: height // 4, : width // 4] = 255
             frame = av.VideoFrame.from_ndarray(pixels)
             frame.pts, frame.time_base = round(seconds * 1000), Fraction(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return target
-
-
-@pytest.fixture(scope="session")
-def frames() -> Callable[..., Path]:
-    """`write_frames`, as a fixture: tests are no package that could import it."""
-    return write_frames
-
-
-@pytest.fixture(scope="session")
-def frame_colour() -> Callable[[int], NDArray[np.uint8]]:
-    return colour

@@ -1,130 +1,163 @@
-"""Curves: thinned out, on the axis that reads best, with gaps where there is no number."""
+"""Curves: smoothed, on the axis that reads best, of runs that can be told apart."""
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
-from resnext_det.visualize.curves import (
-    Line,
-    line_of,
-    loss_curves,
-    precision_curves,
-    smoothed,
-    window_of,
-)
+from resnext_det.errors import ConfigError, DatasetError
+from resnext_det.visualize.curves import Line, line_of, plot_runs, run_curves, smoothed
+
+Write = Callable[..., Path]
 
 
-def test_curves_of_a_long_training_are_thinned_out_but_keep_their_ends() -> None:
-    records = [{"iteration": float(i), "total_loss": 1 + 9 / (1 + i)} for i in range(20_000)]
-    curves = loss_curves(records, [])
-    assert curves is not None
-    (line,) = curves.lines
-    assert len(line.x) <= 400
-    values = np.array([record["total_loss"] for record in records])
-    assert (line.x[0], line.x[-1]) == (0, 19_999)
-    assert line.y[0] == pytest.approx(values[:501].mean())
-    assert line.last == pytest.approx(values[-501:].mean())
-    assert len(curves.svg) < 100_000
+@pytest.fixture()
+def write(tmp_path: Path) -> Write:
+    """Writes the metrics.jsonl of a run and returns its folder."""
+
+    def run(name: str, *lines: dict[str, Any]) -> Path:
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        given = lines or ({"iteration": n, "total_loss": 9 / (n + 1), "lr": 0.1} for n in range(50))
+        text = "".join(json.dumps(line) + "\n" for line in given)
+        (folder / "metrics.jsonl").write_text(text)
+        return folder
+
+    return run
 
 
-def test_losses_are_logarithmic_only_where_they_differ_tenfold() -> None:
-    near = loss_curves([{"iteration": 1, "total_loss": 2.0, "loss_cls": 1.0}], [])
-    far = loss_curves([{"iteration": 1, "total_loss": 2.0, "loss_cls": 0.1}], [])
-    zero = loss_curves([{"iteration": 1, "total_loss": 2.0, "loss_cls": 0.0}], [])
-    assert near is not None and far is not None and zero is not None
-    assert (near.logarithmic, far.logarithmic, zero.logarithmic) == (False, True, False)
+def heights(svg: Path) -> list[list[float]]:
+    """Return the vertical positions of the points of each curve."""
+    paths = re.findall(r'<path d="([^"]*)"[^>]*clip-path', svg.read_text())
+    numbers = (re.findall(r"[ML] [-\d.]+ ([-\d.]+)", path) for path in paths)
+    curves = [[float(each) for each in found] for found in numbers]
+    return [curve for curve in curves if len(curve) > 2]
 
 
-def test_values_that_are_not_finite_leave_gaps() -> None:
-    records = [{"iteration": 1, "bbox/AP": float("nan")}, {"iteration": 2, "bbox/AP": 5.0}]
-    curves = precision_curves(records, "bbox/", [], "precision")
-    assert curves is not None
-    assert [list(line.x) for line in curves.lines] == [[2]]
-    assert precision_curves(records[:1], "bbox/", [], "precision") is None
-
-
-def test_steps_are_marked_where_they_lie_in_the_figure() -> None:
-    records = [{"iteration": float(i), "total_loss": 1.0 + i} for i in range(100)]
-    marked, beyond, without = (loss_curves(records, steps) for steps in ([50], [5000], []))
-    assert marked is not None and beyond is not None and without is not None
-    assert marked.svg.count("<path") == without.svg.count("<path") + 1
-    assert beyond.svg == without.svg
-
-
-def test_nothing_is_drawn_without_losses() -> None:
-    assert loss_curves([], []) is None
-    assert loss_curves([{"iteration": 1, "lr": 0.1}], []) is None
-
-
-def test_the_running_mean_is_centred() -> None:
-    records = [{"iteration": float(i), "total_loss": float(i % 2)} for i in range(400)]
-    curves = loss_curves(records, [])
-    assert curves is not None
-    (line,) = curves.lines
-    assert abs(line.y - 0.5).max() < 0.06
-    rising = [{"iteration": float(i), "total_loss": float(i)} for i in range(400)]
-    straight = loss_curves(rising, [])
-    assert straight is not None
-    (rise,) = straight.lines
-    assert rise.y[5:-5] == pytest.approx(rise.x[5:-5])
-    assert list(rise.y[-6:]) == pytest.approx([394] * 6)
-
-
-def test_a_last_value_by_chance_does_not_bend_the_end() -> None:
-    """The end, and the number of the legend, is a mean of as many values as everywhere."""
-    losses = np.random.default_rng(0).normal(1, 0.1, 300)
-    losses[-1] = 5.0
-    records = [{"iteration": float(i), "total_loss": loss} for i, loss in enumerate(losses)]
-    curves = loss_curves(records, [])
-    assert curves is not None
-    assert curves.lines[0].last == pytest.approx(losses[-7:].mean())
-
-
-def test_figures_of_different_names_share_no_ids() -> None:
-    records = [{"iteration": float(i), "bbox/AP": 10.0 * i} for i in range(5)]
-    figures = [precision_curves(records, "bbox/", [], name) for name in ("one", "other")]
-    one, other = (set(re.findall(r'id="([^"]*)"', figure.svg)) for figure in figures if figure)
-    assert one
-    assert not one & other
+def test_line_holds_finite_values() -> None:
+    records = [
+        {"iteration": 1.0, "lr": float("nan")},
+        {"iteration": 2.0, "lr": 0.5},
+        {"iteration": 5.0},
+    ]
+    line = line_of(records, "lr", "rate")
+    assert line is not None and (list(line.x), list(line.y)) == ([2], [0.5])
+    assert line_of(records[:1], "lr", "rate") is None
 
 
 @pytest.mark.parametrize("period", [1, 20])
-@pytest.mark.parametrize(("share", "reach"), [(0.1, 20), (1 / 40, 5), (0.0, 0)])
-def test_the_running_mean_is_over_the_share_that_is_asked_for(
-    share: float, reach: int, period: int
-) -> None:
+@pytest.mark.parametrize("window", [0, 10, 40])
+def test_smoothing_is_a_centred_running_mean(window: int, period: int) -> None:
     values = np.random.default_rng(0).random(400)
-    line = Line("noise", period * np.arange(1.0, 401) - 1, values)
-    found = smoothed(line, share * 400 * period).y
-    weights = np.full(2 * reach + 1, 1 / (2 * reach + 1))
-    expected = np.convolve(values, weights, mode="valid")
-    assert found[reach : 400 - reach] == pytest.approx(expected)
-    assert found[:reach] == pytest.approx([expected[0]] * reach)
-    assert found[400 - reach :] == pytest.approx([expected[-1]] * reach)
+    line = Line("noise", period * np.arange(400.0), values)
+    found = smoothed(line, window * period).y
+    assert found == pytest.approx(
+        [values[max(0, n - window // 2) : n + window // 2 + 1].mean() for n in range(400)]
+    )
 
 
-def test_a_window_beyond_the_line_is_the_mean_of_all() -> None:
-    line = Line("short", np.arange(5.0), np.array([1.0, 2, 3, 4, 10]))
-    assert list(smoothed(line, 100).y) == [4] * 5
-    assert window_of(line, 0.5) == 2.5
-    single = Line("one", np.array([7.0]), np.array([3.0]))
-    assert (window_of(single, 0.5), list(smoothed(single, 100).y)) == (0.5, [3])
+def test_long_curves_are_thinned_out_between_their_ends() -> None:
+    line = smoothed(Line("long", np.arange(20_000.0), np.arange(20_000.0)), 0)
+    assert (len(line.x), line.x[0], line.x[-1]) == (400, 0, 19_999)
 
 
-def test_a_line_holds_the_values_that_there_are() -> None:
-    records = [{"iteration": 1.0}, {"iteration": 2.0, "lr": 0.5}, {"iteration": 5.0, "lr": 0.1}]
-    line = line_of(records, "lr", "rate")
-    assert line is not None
-    assert (line.name, list(line.x), list(line.y), line.last) == ("rate", [2, 5], [0.5, 0.1], 0.1)
-    assert line_of(records, "other", "other") is None
+@pytest.mark.parametrize(
+    ("suffix", "start"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".PDF", b"%PDF")]
+)
+def test_suffix_selects_the_format(suffix: str, start: bytes, write: Write) -> None:
+    folder = write("run")
+    output = folder / "deeper" / f"curves{suffix}"
+    assert plot_runs([folder], output) == []
+    first = output.read_bytes()
+    assert first.startswith(start)
+    plot_runs([folder], output)
+    assert output.read_bytes() == first  # no dates
+    assert list(output.parent.iterdir()) == [output]
 
 
-@pytest.mark.parametrize("last", [0, 7, 299, 89_999, 269_999])
-def test_the_last_iteration_is_labelled(last: int) -> None:
-    records = [{"iteration": float(n), "total_loss": 1.0} for n in {0, last // 2, last}]
-    figure = loss_curves(sorted(records, key=lambda record: record["iteration"]), [])
-    assert figure is not None
-    assert f">{last:,}</text>" in figure.svg
+def test_runs_and_metrics_are_named(write: Write, tmp_path: Path) -> None:
+    """Including names that Matplotlib would hide or read as formulas."""
+    hostile = {"iteration": 0, "total_loss": 1.0, "<script>/bbox/AP": 1.0, "\ud800$x$": 2.0}
+    folders = [write(name) for name in ("a/run", "b/run", "_two", "three $x_1$ $")]
+    folders.append(write("four", hostile))
+    missing = plot_runs(folders, tmp_path / "curves.svg")
+    text = (tmp_path / "curves.svg").read_text()
+    ElementTree.fromstring(text)
+    names = ("a/run", "b/run", "./_two", "three $x_1$ $", "four", "total_loss", "lr")
+    for name in (*names, "&lt;script&gt;/bbox/AP"):
+        assert f">{name}</text>" in text
+    assert "four has no lr" in missing and len(missing) == 5
+    plot_runs(folders, tmp_path / "curves.svg", ["\\ud800$x$"])
+    assert ">\\ud800$x$</text>" in (tmp_path / "curves.svg").read_text()
+
+
+def test_smoothing_is_equal_for_all_runs_and_spares_the_learning_rate(
+    write: Write, tmp_path: Path
+) -> None:
+    values = np.random.default_rng(0).uniform(1, 2, 120)
+    lines = [{"iteration": n, "loss": float(v), "lr": float(v)} for n, v in enumerate(values)]
+    folders = [write("short", *lines[:40]), write("long", *lines)]
+    spread = {}
+    for smooth in (0.0, 0.2):
+        for metric in ("loss", "lr"):
+            plot_runs(folders, tmp_path / "a.svg", [metric], smooth)
+            short, long = heights(tmp_path / "a.svg")
+            assert (len(short), len(long)) == (40, 120)
+            assert short[:27] == pytest.approx(long[:27])
+            spread[smooth, metric] = np.std(long[12:-12])
+    assert spread[0.2, "loss"] < 0.5 * spread[0.0, "loss"]
+    assert spread[0.2, "lr"] == pytest.approx(spread[0.0, "lr"])
+
+
+def test_wide_losses_get_a_logarithmic_axis(write: Write, tmp_path: Path) -> None:
+    for name, last, labels in (("wide", 0.1, {"0.1", "0.2", "0.5"}), ("zero", 0.0, {"0.0"})):
+        lines = [{"iteration": n, "loss": value} for n, value in enumerate((2.0, 1.0, last))]
+        plot_runs([write(name, *lines)], tmp_path / "a.svg", ["loss"], 0)
+        assert labels <= set(re.findall(r">([\d.]+)</text>", (tmp_path / "a.svg").read_text()))
+
+
+def test_refuses_what_cannot_be_drawn(write: Write, tmp_path: Path) -> None:
+    whole, output = write("whole"), tmp_path / "a.png"
+    with pytest.raises(ConfigError, match=r"must end in \.png, \.svg, \.pdf"):
+        plot_runs([whole], tmp_path / "a.jpg")
+    with pytest.raises(ConfigError, match=r"no run has the metric AP. Available: lr, total_loss"):
+        plot_runs([whole], output, ["total_loss", "AP"])
+    for smooth in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ConfigError, match="--smooth is"):
+            plot_runs([whole], output, smooth=smooth)
+    (write("torn") / "metrics.jsonl").write_text('{"iteration": 1, "tot')
+    for name in ("torn", "missing"):
+        with pytest.raises(DatasetError, match=f"{name} has no metrics.jsonl with iterations"):
+            plot_runs([whole, tmp_path / name], output)
+    assert not output.exists()
+
+
+def test_run_curves() -> None:
+    records: list[dict[str, float]] = [
+        {"iteration": float(n), "total_loss": 1.0 / (n + 1), "loss_cls": 0.1, "lr": 0.1}
+        for n in range(50)
+    ]
+    records[-1] |= {"bbox/AP": 5.0, "segm/AP": 4.0, "toy $x$/bbox/AP": 7.0, "bbox/AP-cat": 1.0}
+    figures = run_curves(records)
+    headings = ["Loss", "Precision in %", "Precision in % on toy $x$", "Learning rate"]
+    assert list(figures) == headings
+    for heading, names in zip(headings, (["total", "class"], ["box AP", "mask AP"], ["box AP"])):
+        assert all(f">{name}</text>" in figures[heading].decode() for name in names)
+        ElementTree.fromstring(figures[heading])
+    assert run_curves([]) == {}
+
+
+def test_curves_command(
+    tool: Callable[..., CompletedProcess[str]], write: Write, tmp_path: Path
+) -> None:
+    output = tmp_path / "curves.png"
+    done = tool("plot_curves.py", [write("run"), "--output", output, "--smooth", 0])
+    assert (done.returncode, done.stdout) == (0, f"Curves: {output}\n"), done.stderr

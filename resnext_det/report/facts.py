@@ -1,0 +1,188 @@
+"""What a run's files say about it: its config, its executed schedule, the origin of its weights."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from resnext_det.checkpoint_file import read_run
+from resnext_det.config_files import Tree, parse_config, read_config
+from resnext_det.data.checks import CUSTOM
+from resnext_det.errors import ConfigError, ResNeXtError
+from resnext_det.evaluation.results_file import INFERENCE, Scalars
+from resnext_det.weights import catalog
+from resnext_det.weights.converting import Record
+from resnext_det.weights.reading import read_checkpoint
+
+logger = logging.getLogger(__name__)
+
+Facts = list[tuple[str, str]]
+
+_KEYS = (
+    *("MODEL.META_ARCHITECTURE", "MODEL.BACKBONE.NAME", "MODEL.ROI_HEADS.NAME"),
+    *("MODEL.RESNETS.DEPTH", "MODEL.RESNETS.NORM", "MODEL.MASK_ON", "MODEL.KEYPOINT_ON"),
+    *("DATASETS.TRAIN", "INPUT.FORMAT", "INPUT.MIN_SIZE_TRAIN", "INPUT.MIN_SIZE_TEST"),
+    *("SOLVER.BASE_LR", "SOLVER.STEPS", "SOLVER.MAX_ITER", "SOLVER.IMS_PER_BATCH"),
+)
+_SCHEME = "resnext://"
+
+
+def run_config(run: Path) -> Tree:
+    """Return config.yaml of a run's training or else of its evaluation; empty if unreadable."""
+    for file in (run / "config.yaml", run / INFERENCE / "config.yaml"):
+        if file.exists():
+            try:
+                return read_config(file)
+            except ConfigError as error:
+                logger.warning("the report leaves out the config: %s", error)
+                return {}
+    return {}
+
+
+def value_of(config: Tree, key: str) -> str:
+    """Return the value of a dotted key as text; "" if it is missing."""
+    found: object = config
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    if isinstance(found, list):
+        return ", ".join(map(str, found))
+    return "" if found is None else str(found)
+
+
+def model_name(config: Tree) -> str:
+    """Return a name such as "ResNeXt-50 32x4d"; "Detector" if the config does not tell."""
+    keys = ("DEPTH", "NUM_GROUPS", "WIDTH_PER_GROUP")
+    depth, groups, width = (value_of(config, f"MODEL.RESNETS.{key}") for key in keys)
+    if not (depth and groups and width):
+        return "Detector"
+    return f"ResNet-{depth}" if groups == "1" else f"ResNeXt-{depth} {groups}x{width}d"
+
+
+def dataset_title(name: str) -> str:
+    """Return a data set's name; for a custom one, that of its annotation file."""
+    custom = re.fullmatch(rf"{CUSTOM}(.+)_[0-9a-f]{{8}}", name)
+    return custom[1] if custom else name
+
+
+def config_facts(config: Tree) -> Facts:
+    """Return the most telling keys of a config and their values."""
+    return [(key, value) for key in _KEYS if (value := value_of(config, key))]
+
+
+def schedule_facts(config: Tree, training: Sequence[Scalars]) -> Facts:
+    """Return what a training did according to metrics.jsonl, beside what its config asked for.
+
+    The two differ if the training was stopped, or if SOLVER.SCALING adapted the batch.
+
+    Args:
+        config: of the run.
+        training: of `read_training`.
+    """
+    if not training:
+        return []
+
+    def finite(key: str) -> list[float]:
+        return [one[key] for one in training if math.isfinite(one.get(key, math.nan))]
+
+    done = round(training[-1]["iteration"]) + 1
+    planned = value_of(config, "SOLVER.MAX_ITER")
+    facts = [("Iterations", f"{done:,}" + (f" (config: {planned})" if planned else ""))]
+    products = [
+        record["time"] * record["images_per_second"]
+        for record in training
+        if math.isfinite(record.get("time", math.nan) * record.get("images_per_second", math.nan))
+    ]
+    planned = value_of(config, "SOLVER.IMS_PER_BATCH")
+    if products:
+        batch = f"{statistics.median(products):.0f}"
+        facts.append(("Images per iteration", batch + (f" (config: {planned})" if planned else "")))
+    elif planned:
+        facts.append(("Images per iteration", f"{planned} (config)"))
+    rates = finite("lr")
+    if rates:
+        facts.append(("Learning rate", f"up to {max(rates):.4g}, {rates[-1]:.4g} at the end"))
+    seconds = finite("time")
+    if seconds:
+        hours = statistics.fmean(seconds) * done / 3600
+        facts.append(("Seconds per iteration", f"{statistics.median(seconds):.3g} (median)"))
+        facts.append(("Hours of training", f"{hours:,.2f}, without evaluations"))
+    return facts
+
+
+def weights_facts(run: Path, weights: str, config: Tree, *, trained: bool) -> Facts:
+    """Return which weights were evaluated and what they were trained from.
+
+    Args:
+        run: the run's folder.
+        weights: from metrics.json: a file, an address or a catalog name.
+        config: of the run.
+        trained: whether the run trained.
+    """
+    initial = value_of(config, "MODEL.WEIGHTS")
+    file = _file(run, weights)
+    in_run = file is not None and file.resolve().parent == run.resolve()
+    if trained and weights == initial and not in_run:
+        # An evaluation during a training records the weights that the training started from.
+        facts = [("Weights", "of this training"), ("Trained from", initial or "random weights")]
+        return [*facts, *_origin(run, initial)]
+    facts = [("Weights", weights)]
+    if file is not None:
+        try:
+            recorded = read_run(file)
+            if recorded is not None and recorded.iteration is not None:
+                facts.append(("Saved after iteration", f"{recorded.iteration + 1:,}"))
+            if recorded is not None and recorded.config:
+                tree = parse_config(recorded.config, "the recorded config")
+                initial = value_of(tree, "MODEL.WEIGHTS")
+        except (ResNeXtError, OSError) as error:
+            logger.warning("%s does not tell what it was trained from: %s", file, error)
+    facts += _origin(run, weights)
+    if initial and initial != weights:
+        facts += [("Trained from", initial), *_origin(run, initial)]
+    return facts
+
+
+def _file(run: Path, weights: str) -> Path | None:
+    if not weights or "://" in weights:
+        return None
+    try:
+        # A run that was moved still has its checkpoints in its folder.
+        candidates = (Path(weights), run / Path(weights).name)
+        return next((file for file in candidates if file.is_file()), None)
+    except (OSError, ValueError):
+        return None
+
+
+def _origin(run: Path, weights: str) -> Facts:
+    """Return what the catalog or the record in a converted file says about weights."""
+    name = weights.removeprefix(_SCHEME)
+    if weights.startswith(_SCHEME) and name in catalog.ENTRIES:
+        known = catalog.ENTRIES[name]
+        top1 = None if known.accuracy is None else known.accuracy.top1
+        return [("Source", _source(known.url, known.licence, top1))]
+    file = _file(run, weights)
+    if file is None:
+        return []
+    try:
+        record = Record.of(read_checkpoint(file).record)
+    except (ResNeXtError, OSError) as error:
+        logger.warning("%s does not tell where it came from: %s", file, error)
+        return []
+    if record is None:
+        return []
+    source = _source(record.name or record.source, record.licence, record.top1)
+    return [("Source", f"{source}; sha256 {record.sha256[:16]}\u2026")]
+
+
+def _source(source: str, licence: str | None, top1: float | None) -> str:
+    # Without the scheme, so that nothing in the page looks like a link.
+    parts = [source.partition("://")[2] or source]
+    if licence:
+        parts.append(f"licence {licence}")
+    if top1 is not None:
+        parts.append(f"{top1:.1f} % top-1 on ImageNet-1K")
+    return ", ".join(parts)

@@ -1,0 +1,335 @@
+"""Runs a detector on images and videos, draws its detections, and saves them."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import itertools
+import json
+import os
+import signal
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, BinaryIO, TypeVar
+
+import numpy as np
+import pycocotools.mask as mask_util
+from PIL import Image
+
+from resnext_det.console import progress_bar
+from resnext_det.engine.predictor import Detection, Predictor, Record
+from resnext_det.errors import ConfigError, DatasetError, quoted
+from resnext_det.files import written_beside
+from resnext_det.images import read_picture
+from resnext_det.visualize.draw import Drawn, class_colour, draw_objects, save_picture
+from resnext_det.visualize.video import VideoReader, open_video, written_video
+
+T = TypeVar("T")
+
+RESULTS = "detections.jsonl"
+
+_STILL = {".bmp", ".gif", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff"}
+IMAGE_SUFFIXES = _STILL | {".avif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".webp"}
+_MOVING = {".asf", ".avi", ".flv", ".m2ts", ".mpeg", ".mpg", ".mts", ".ogv", ".wmv"}
+VIDEO_SUFFIXES = _MOVING | {".3gp", ".m4v", ".mkv", ".mov", ".mp4", ".webm"}
+
+_LONGEST_STEM = 200  # bytes; file systems allow 255, including a suffix
+_LONGEST_SIDE = 65_500  # pixels; libjpeg's JPEG_MAX_DIMENSION
+_MOST_TIMINGS = 10_000  # a camera may run for days
+
+
+@dataclass(frozen=True)
+class Source:
+    """An image or video to read.
+
+    Attributes:
+        file: its path.
+        is_video: whether it has the suffix of a video.
+        drawn: name of the file to write, unique among the sources.
+    """
+
+    file: Path
+    is_video: bool
+    drawn: str
+
+
+def find_sources(inputs: Sequence[str], output: Path) -> list[Source]:
+    """Return the images and videos that files, folders and patterns name, each of them once.
+
+    A folder stands for the images and videos in it, without subfolders and hidden files. Files in
+    the output folder are skipped, so a second run reads the same files as the first. `cat.png` is
+    drawn as `cat.jpg`, `clip.avi` as `clip.mp4`; duplicate names become `cat_2.jpg`.
+
+    Raises:
+        ConfigError: an input names no image or video outside the output folder.
+    """
+    output = output.expanduser().resolve()
+    files: dict[Path, Path] = {}
+    for given in inputs:
+        found = _matches(given, output)
+        if not found:
+            raise ConfigError(
+                f"--input {quoted(Path(given))} names no image or video outside the output folder. "
+                "Pass files, folders, or patterns such as 'folder/**/*.jpg'; put config overrides "
+                "after --opts."
+            )
+        for file in found:
+            files.setdefault(file.resolve(), file)
+    taken: set[str] = set()
+    sources = []
+    for file in files.values():
+        is_video = file.suffix.lower() in VIDEO_SUFFIXES
+        stem = os.fsencode(file.stem)[:_LONGEST_STEM].decode(errors="replace")
+        names = (stem if n == 1 else f"{stem}_{n}" for n in itertools.count(1))
+        suffix = ".mp4" if is_video else ".jpg"
+        # Some file systems treat A.jpg and a.jpg as the same file.
+        drawn = next(f"{name}{suffix}" for name in names if f"{name}{suffix}".lower() not in taken)
+        taken.add(drawn.lower())
+        sources.append(Source(file, is_video, drawn))
+    return sources
+
+
+def _matches(given: str, output: Path) -> list[Path]:
+    path = Path(given).expanduser()
+    if path.is_file():
+        return [] if path.resolve().parent == output else [path]
+    try:
+        # Path.glob takes no absolute pattern.
+        names = path.iterdir() if path.is_dir() else glob.iglob(str(path), recursive=True)  # noqa: PTH207
+        found = sorted(map(Path, names))
+    except OSError as error:
+        raise ConfigError(f"--input {quoted(path)} cannot be read: {error.strerror}.") from error
+    return [
+        file
+        for file in found
+        if not file.name.startswith(".")
+        and file.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES
+        and file.is_file()
+        and file.resolve().parent != output
+    ]
+
+
+class Demo:
+    """Detects, draws, and writes images, videos and detections.jsonl.
+
+    detections.jsonl holds one JSON object a line. Images have "file", "drawn", "width", "height"
+    and "detections", frames of videos also "frame" and "seconds". A detection has "box" (x, y,
+    width, height in pixels), "name", "category_index" and "score", and with the right heads "mask"
+    (COCO's compressed RLE) and "keypoints" (x, y, score). Unreadable files have "file" and
+    "problem".
+
+    Attributes:
+        images: number drawn so far.
+        videos: number drawn so far.
+        frames: of those videos.
+        problems: messages about files that were skipped or are damaged.
+        seconds: that the network took per image, without the first batch.
+    """
+
+    def __init__(
+        self, predictor: Predictor, output: Path, threshold: float = 0.5, batch: int = 1
+    ) -> None:
+        """Prepare.
+
+        Args:
+            predictor: the detector.
+            output: folder to write to.
+            threshold: lowest score to draw and save.
+            batch: images per batch.
+        """
+        self._predictor = predictor
+        self._output = output
+        self._threshold = threshold
+        self._batch = batch
+        self.images = self.videos = self.frames = 0
+        self.problems: list[str] = []
+        self.seconds: deque[float] = deque(maxlen=_MOST_TIMINGS)
+        self._is_warm = False
+
+    def run(self, sources: Sequence[Source]) -> None:
+        """Draw images and videos, listing those that cannot be read in `problems`.
+
+        After Ctrl-C, everything that was finished stays and nothing else.
+
+        Raises:
+            ConfigError: there are videos, and PyAV is not installed.
+            ResNeXtError: something cannot be written.
+        """
+        images = [each for each in sources if not each.is_video]
+        with self._results() as results:
+            if images:
+                self._draw_images(images, results)
+            for source in sources:
+                if source.is_video:
+                    try:
+                        with open_video(source.file) as reader:
+                            self._draw_video(reader, reader, source, results)
+                            if reader.problem is not None:
+                                self._add_problem(source, reader.problem, results)
+                    except DatasetError as error:
+                        self._add_problem(source, str(error), results)
+
+    def record(self, camera: VideoReader, drawn: str) -> None:
+        """Draw the frames of a camera until Ctrl-C, which finishes the video.
+
+        Args:
+            camera: from `open_camera`.
+            drawn: name of the video to write.
+
+        Raises:
+            DatasetError: the camera gives no frame.
+            ResNeXtError: something cannot be written.
+        """
+        source = Source(Path(camera.name), True, drawn)
+        with _interruptible() as interrupted, self._results() as results:
+            frames = itertools.takewhile(lambda _: not interrupted(), camera)
+            self._draw_video(camera, frames, source, results)
+
+    @property
+    def median_seconds(self) -> float | None:
+        """Median time of the network per image; None before a second batch."""
+        return statistics.median(self.seconds) if self.seconds else None
+
+    @contextlib.contextmanager
+    def _results(self) -> Iterator[BinaryIO]:
+        """Yield the stream of detections.jsonl, which survives errors and Ctrl-C in the body."""
+        raised: BaseException | None = None
+        with written_beside(self._output / RESULTS) as beside, beside.open("wb") as stream:
+            try:
+                yield stream
+            except BaseException as error:
+                raised = error
+        if raised is not None:
+            raise raised
+
+    def _draw_images(self, sources: Sequence[Source], results: BinaryIO) -> None:
+        bar = progress_bar(sources, desc="drawing", unit="image")
+        for batch in _batches(self._readable(bar, results), self._batch):
+            found = self._detect([record for _, _, record in batch])
+            for (source, picture, _), detections in zip(batch, found):
+                save_picture(self._drawn(picture, detections), self._output / source.drawn)
+                _write(results, source, picture, detections)
+                self.images += 1
+
+    def _readable(
+        self, sources: Iterable[Source], results: BinaryIO
+    ) -> Iterator[tuple[Source, Image.Image, Record]]:
+        for source in sources:
+            try:
+                picture = read_picture(source.file)
+                if max(picture.size) > _LONGEST_SIDE:
+                    raise DatasetError(
+                        f"the image {quoted(source.file)} is {picture.width} x {picture.height} "
+                        f"pixels, and a JPEG has at most {_LONGEST_SIDE} a side: cut it into tiles."
+                    )
+                record = self._predictor.record(picture)
+            except DatasetError as error:
+                self._add_problem(source, str(error), results)
+                continue
+            yield source, picture, record
+
+    def _draw_video(
+        self, reader: VideoReader, frames: Iterable[Any], source: Source, results: BinaryIO
+    ) -> None:
+        name = quoted(Path(source.file.name), 40)
+        bar = progress_bar(frames, desc=name, total=reader.frame_count, unit="frame")
+        start, count = results.tell(), 0
+        try:
+            with written_video(self._output / source.drawn, reader.rate) as writer:
+                for batch in _batches(iter(bar), self._batch):
+                    found = self._detect([self._predictor.record(each.picture) for each in batch])
+                    for frame, detections in zip(batch, found):
+                        writer.write(self._drawn(frame.picture, detections), frame.seconds)
+                        when = {"frame": count, "seconds": round(frame.seconds, 6)}
+                        _write(results, source, frame.picture, detections, **when)
+                        count += 1
+        except BaseException:  # the video was not written, so neither are its detections
+            results.seek(start)
+            results.truncate()
+            raise
+        self.videos += 1
+        self.frames += count
+
+    def _add_problem(self, source: Source, message: str, results: BinaryIO) -> None:
+        name = quoted(source.file)
+        message = message if name in message else f"{name}: {message}"
+        self.problems.append(message)
+        line = {"file": str(source.file), "problem": message}
+        results.write(f"{json.dumps(line)}\n".encode())
+
+    def _detect(self, records: Sequence[Record]) -> list[list[Detection]]:
+        start = time.perf_counter()
+        found = self._predictor.detect(records)  # in CPU memory, so a GPU has finished
+        if self._is_warm:
+            self.seconds.append((time.perf_counter() - start) / len(records))
+        self._is_warm = True
+        return [[each for each in one if each.score >= self._threshold] for one in found]
+
+    def _drawn(self, picture: Image.Image, detections: Sequence[Detection]) -> Image.Image:
+        objects = [
+            Drawn(
+                each.box,
+                f"{each.name} {each.score:.2f}",
+                class_colour(each.category_index),
+                each.mask,
+                each.keypoints,
+            )
+            for each in detections
+        ]
+        return draw_objects(picture, objects, self._predictor.connections)
+
+
+def _write(
+    results: BinaryIO,
+    source: Source,
+    picture: Image.Image,
+    detections: Sequence[Detection],
+    **when: float,
+) -> None:
+    width, height = picture.size
+    line = {"file": str(source.file), "drawn": source.drawn, "width": width, "height": height}
+    entries = [_entry(each) for each in detections]
+    results.write(f"{json.dumps({**line, **when, 'detections': entries})}\n".encode())
+
+
+def _entry(detection: Detection) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "box": [round(value, 3) for value in detection.box],
+        "name": detection.name,
+        "category_index": detection.category_index,
+        "score": round(detection.score, 6),
+    }
+    if detection.mask is not None:
+        encoded = mask_util.encode(np.asfortranarray(detection.mask, dtype=np.uint8))
+        entry["mask"] = {"size": encoded["size"], "counts": encoded["counts"].decode("ascii")}
+    if detection.keypoints is not None:
+        entry["keypoints"] = detection.keypoints.astype(float).round(3).tolist()
+    return entry
+
+
+def _batches(items: Iterator[T], size: int) -> Iterator[list[T]]:
+    while batch := list(itertools.islice(items, size)):
+        yield batch
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Yield a function that tells whether Ctrl-C was pressed; a second one raises as usual."""
+    interrupted = False
+    previous = signal.getsignal(signal.SIGINT)
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        interrupted = True
+        signal.signal(signal.SIGINT, previous)
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield lambda: interrupted
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -1,0 +1,134 @@
+"""Boxes, masks and keypoints drawn on images by torchvision."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from detectron2.utils.colormap import colormap
+from numpy.typing import NDArray
+from PIL import Image
+from torchvision import ops, utils
+from torchvision.transforms.functional import pil_to_tensor
+
+from resnext_det.files import written_beside
+
+Colour = tuple[int, int, int]
+
+# Unlike Pillow's default font, DejaVu Sans has accents, Greek and Cyrillic.
+_FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+_LONGEST_LABEL = 80
+_MASK_OPACITY = 0.4
+_LOWEST_KEYPOINT_SCORE = 0.05  # as in Detectron2's Visualizer
+# torchvision fills the background of labels from version 0.23 on.
+_FILLS_LABELS = "fill_labels" in inspect.signature(utils.draw_bounding_boxes).parameters
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One object to draw.
+
+    Attributes:
+        box: x, y, width and height in pixels.
+        label: text in the corner of the box.
+        colour: of box, label, mask and keypoints.
+        mask: (height, width) of the image.
+        keypoints: (K, 3): x and y in pixels, and a score or COCO's visibility.
+    """
+
+    box: Sequence[float]
+    label: str
+    colour: Colour
+    mask: NDArray[np.bool_] | None = None
+    keypoints: NDArray[np.float32] | None = None
+
+
+def draw_objects(
+    picture: Image.Image,
+    objects: Sequence[Drawn],
+    connections: Sequence[tuple[int, int]] = (),
+    label_size: int | None = None,
+) -> Image.Image:
+    """Return an RGB copy of an image with objects drawn on it.
+
+    Args:
+        picture: of any size and mode.
+        objects: the first one ends up on top.
+        connections: pairs of keypoints to join with a line.
+        label_size: height of labels in pixels; depends on the image by default.
+    """
+    picture = picture.convert("RGB")
+    if not objects:
+        return picture
+    canvas: torch.Tensor = pil_to_tensor(picture)
+    bottom_up = list(reversed(objects))  # torchvision draws the last one on top
+    masks = [each.mask for each in bottom_up if each.mask is not None]
+    if masks:
+        colours: list[str | Colour] = [each.colour for each in bottom_up if each.mask is not None]
+        stacked = torch.from_numpy(np.stack(masks))
+        canvas = utils.draw_segmentation_masks(canvas, stacked, _MASK_OPACITY, colours)
+    shortest = min(picture.size)
+    canvas = utils.draw_bounding_boxes(
+        canvas,
+        _visible_corners([each.box for each in bottom_up], picture),
+        [" ".join(each.label.split())[:_LONGEST_LABEL] for each in bottom_up],
+        colors=[each.colour for each in bottom_up],
+        width=max(2, round(shortest / 200)),
+        font=str(_FONT),
+        font_size=label_size or max(10, round(shortest / 34)),
+        **_label_settings(bottom_up),
+    )
+    for each in bottom_up:
+        if each.keypoints is not None:
+            points = torch.from_numpy(each.keypoints)[None]
+            canvas = utils.draw_keypoints(
+                canvas,
+                points[..., :2],
+                list(connections),
+                colors=each.colour,
+                radius=max(2, round(shortest / 150)),
+                width=max(1, round(shortest / 300)),
+                visibility=points[..., 2] > _LOWEST_KEYPOINT_SCORE,
+            )
+    return Image.fromarray(canvas.permute(1, 2, 0).numpy())
+
+
+def class_colour(category: int) -> Colour:
+    """Return Detectron2's RGB colour for a class index, 0 to 255; they repeat after 74."""
+    colours = colormap(rgb=True, maximum=255)
+    red, green, blue = (round(float(part)) for part in colours[category % len(colours)])
+    return red, green, blue
+
+
+def save_picture(picture: Image.Image, target: Path) -> None:
+    """Write a PNG if the target ends in .png and a JPEG otherwise, whole or not at all.
+
+    Raises:
+        ResNeXtError: the file cannot be written.
+    """
+    with written_beside(target) as beside:
+        picture.save(beside, format="PNG" if target.suffix == ".png" else "JPEG", quality=92)
+
+
+def _visible_corners(boxes: Sequence[Sequence[float]], picture: Image.Image) -> torch.Tensor:
+    """Return corners clipped to the image so that every edge shows."""
+    xywh = torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4)
+    xywh[:, 2:].clamp_(min=0)
+    corners = ops.box_convert(xywh, "xywh", "xyxy")
+    return ops.clip_boxes_to_image(corners, (picture.height - 1, picture.width - 1))
+
+
+def _label_settings(objects: Sequence[Drawn]) -> dict[str, Any]:
+    if not _FILLS_LABELS:
+        return {}
+    luma = [np.dot(each.colour, (0.299, 0.587, 0.114)) for each in objects]
+    return {
+        "fill_labels": True,
+        "label_colors": ["black" if each > 150 else "white" for each in luma],
+    }
