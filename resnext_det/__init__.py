@@ -45,16 +45,15 @@ _require_detectron2()
 # Imported for what they register.
 from resnext_det import data as data  # noqa: E402
 from resnext_det import model_zoo as model_zoo  # noqa: E402
-from resnext_det.backbones import build_resnext_backbone  # noqa: E402
-from resnext_det.config import add_resnext_config, load_config  # noqa: E402
-from resnext_det.data import registered as registered  # noqa: E402
-from resnext_det.modeling import pyramids as pyramids  # noqa: E402
-from resnext_det.modeling.pyramids import (  # noqa: E402
+from resnext_det.backbones import (  # noqa: E402
+    ResNeXtRes5ROIHeads,
+    build_resnext_backbone,
     build_resnext_fpn_backbone,
     build_retinanet_resnext_fpn_backbone,
 )
+from resnext_det.config import add_resnext_config, load_config  # noqa: E402
+from resnext_det.data import registered as registered  # noqa: E402
 from resnext_det.modeling.resnext import ResNeXt  # noqa: E402
-from resnext_det.modeling.roi_heads import ResNeXtRes5ROIHeads  # noqa: E402
 from resnext_det.modeling.template import Template  # noqa: E402
 from resnext_det.weights import fetching as fetching  # noqa: E402
 

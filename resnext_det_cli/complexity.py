@@ -39,12 +39,12 @@ def run(arguments: argparse.Namespace) -> None:
     """Count, and print a table or JSON."""
     from resnext_det.config import load_config
     from resnext_det.console import json_alone
-    from resnext_det.modeling.complexity import detector_complexity, network_complexity
+    from resnext_det.modeling.complexity import network_complexity
 
     with json_alone(arguments.json) as print_json:
         if arguments.config_file:
             cfg = load_config(arguments.config_file, arguments.opts)
-            print_json(_print_parts(detector_complexity(cfg, *(arguments.size or ()))))
+            print_json(_print_parts(config_complexity(cfg, *(arguments.size or ()))))
         elif arguments.template:
             depth = 50 if arguments.depth is None else arguments.depth
             size = arguments.size or (224, 224)
@@ -53,58 +53,62 @@ def run(arguments: argparse.Namespace) -> None:
             print_json(_print_published())
 
 
+def config_complexity(cfg: Any, height: int = 0, width: int = 0) -> Any:
+    """Count the detector of a config, with all the regions and detections that it lets through.
+
+    Args:
+        cfg: a Detectron2 config.
+        height: of the resized image, in pixels; 0 for INPUT.MIN_SIZE_TEST.
+        width: of the resized image, in pixels; 0 for INPUT.MAX_SIZE_TEST.
+
+    Returns:
+        Its `Complexity`.
+    """
+    from resnext_det.backbones import build_detector
+    from resnext_det.modeling.complexity import detector_complexity
+
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "cpu"
+    return detector_complexity(
+        build_detector(cfg),
+        height or cfg.INPUT.MIN_SIZE_TEST,
+        width or cfg.INPUT.MAX_SIZE_TEST,
+        regions=cfg.DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST
+        if cfg.MODEL.LOAD_PROPOSALS
+        else cfg.MODEL.RPN.POST_NMS_TOPK_TEST,
+        detections=cfg.TEST.DETECTIONS_PER_IMAGE,
+    )
+
+
 def _print_published() -> list[dict[str, Any]]:
-    """Print the counts of all the paper's templates beside its own, and return both."""
+    """Print counts of the paper's templates beside its figures; return both."""
     from dataclasses import asdict
 
-    from tqdm import tqdm
-
-    from resnext_det.modeling.complexity import network_complexity
-    from resnext_det.modeling.paper import PUBLISHED
+    from resnext_det.modeling.complexity import DIFFERENCES, PUBLISHED, network_complexity
     from resnext_det.modeling.template import Template
 
-    networks = sorted({(p.depth, p.template) for p in PUBLISHED if p.depth})
-    bar = tqdm(networks, desc="counting", unit="network", leave=False, disable=None)
-    counted = {(depth, name): network_complexity(depth, name).total for depth, name in bar}
-    notes = list(dict.fromkeys(note for p in PUBLISHED for note in p.differences))
     rows, documents = [], []
-    for p in PUBLISHED:
-        found = counted[p.depth, p.template] if p.depth else Template(p.template).block()
-        name = f"{f'{p.depth} layers' if p.depth else 'a block'} {p.template}"
-        off = ""
-        if p.multiply_adds is not None:
-            # Adding 0.0 turns -0.0 into 0.0.
-            off = f"{round(found.multiply_adds / p.multiply_adds - 1, 3) + 0.0:+.1%}"
+    for table, depth, notation, parameters, multiply_adds in PUBLISHED:
+        found = network_complexity(depth, notation).total if depth else Template(notation).block()
+        off = round(found.multiply_adds / multiply_adds - 1, 3) + 0.0  # turns -0.0 into 0.0
+        name = f"{depth} layers {notation}" if depth else f"block of res2, {notation}"
         rows.append(
-            [
-                str(p.table or ""),
-                name,
-                f"{found.parameters:,}",
-                _rounded(p.parameters),
-                f"{found.multiply_adds / 1e9:.3f} G",
-                _rounded(p.multiply_adds),
-                off,
-                " ".join(str(1 + notes.index(note)) for note in p.differences),
-            ]
+            {
+                "table": table,
+                "template": name,
+                "parameters": f"{found.parameters:,}",
+                "paper": f"{parameters:,.0f}" if parameters else "",
+                "multiply-adds": f"{found.multiply_adds / 1e9:.3f} G",
+                "paper ": f"{multiply_adds / 1e9:g} G",
+                "off": f"{off:+.1%}",
+            }
         )
-        documents.append({**asdict(found), "name": name, "published": asdict(p)})
-    header = ["Table", "Template", "Parameters", "paper", "Multiply-adds", "paper", "Off", "Note"]
-    _print_table(rows, header)
-    print("\nAt 224 x 224. Networks were built and counted; a block is one of res2, by Eq. 4.")
-    for number, note in enumerate(notes, start=1):
-        print(f"{number}. {note}.")
+        published = {"table": table, "parameters": parameters, "multiply_adds": multiply_adds}
+        documents.append({**asdict(found), "name": name, "published": published})
+    _print_table(rows)
+    print(f"\nAt 224 x 224; networks were built and counted.\n{DIFFERENCES}", end="")
     return documents
-
-
-def _rounded(number: float | None) -> str:
-    """Return a number as the paper writes it: 4.1 G, 25.0 M, 70 k."""
-    if number is None:
-        return ""
-    return next(
-        f"{number / unit:{form}} {letter}"
-        for unit, form, letter in ((1e9, "g", "G"), (1e6, ".1f", "M"), (1e3, "g", "k"))
-        if number >= unit / 10
-    )
 
 
 def _print_parts(complexity: Any) -> dict[str, Any]:
@@ -112,25 +116,26 @@ def _print_parts(complexity: Any) -> dict[str, Any]:
     from dataclasses import asdict
 
     total = complexity.total
-    rows = [
+    _print_table(
         [
-            part.name,
-            f"{part.parameters:,}",
-            f"{part.multiply_adds:,}",
-            f"{part.multiply_adds / total.multiply_adds:.1%}",
-            f"{part.activations:,}",
+            {
+                "part": part.name,
+                "parameters": f"{part.parameters:,}",
+                "multiply-adds": f"{part.multiply_adds:,}",
+                "share": f"{part.multiply_adds / total.multiply_adds:.1%}",
+                "activations": f"{part.activations:,}",
+            }
+            for part in (*complexity.parts, total)
         ]
-        for part in (*complexity.parts, total)
-    ]
-    _print_table(rows, ["Part", "Parameters", "Multiply-adds", "share", "Activations"])
+    )
     heads = f", heads for {complexity.regions:,} regions" if complexity.regions else ""
     print(f"\nOne image of {complexity.height} x {complexity.width}{heads}.")
     return {**asdict(complexity), "total": asdict(total)}
 
 
-def _print_table(rows: list[list[str]], header: list[str]) -> None:
+def _print_table(rows: list[dict[str, Any]]) -> None:
     from tabulate import tabulate
 
     # Cells are formatted already: tabulate would read "25,557,032" as a number.
-    sides = ["left" if name in ("Template", "Part", "Note") else "right" for name in header]
-    print(tabulate(rows, header, disable_numparse=True, colalign=sides))
+    sides = ["left" if name in ("template", "part") else "right" for name in rows[0]]
+    print(tabulate(rows, headers="keys", disable_numparse=True, colalign=sides))

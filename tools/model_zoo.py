@@ -27,7 +27,7 @@ from tqdm import tqdm  # noqa: E402
 
 from resnext_det import model_zoo  # noqa: E402
 from resnext_det.files import write_text  # noqa: E402
-from resnext_det.modeling.complexity import detector_complexity  # noqa: E402
+from resnext_det_cli.complexity import config_complexity  # noqa: E402
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 COCO_IMAGES = 118_287  # train2017
@@ -50,7 +50,7 @@ def config_rows(zoo: dict[str, Any]) -> Iterator[dict[str, object]]:
         cfg = model_zoo.get_config(name)
         solver, resnets = cfg.SOLVER, cfg.MODEL.RESNETS
         network = f"{resnets.DEPTH} {resnets.NUM_GROUPS}x{resnets.WIDTH_PER_GROUP}d"
-        cost = detector_complexity(cfg)
+        cost = config_complexity(cfg)
         rates = (f"{solver.BASE_LR * solver.GAMMA**n:g}" for n in range(1 + len(solver.STEPS)))
         drops = (f" at {step:,}" for step in ("", *solver.STEPS) if step)
         images = 1000 if "toy" in cfg.DATASETS.TRAIN[0] else COCO_IMAGES

@@ -1,46 +1,41 @@
-"""Parameters, multiply-adds and activations of a built network, counted by fvcore."""
+"""Parameters, multiply-adds and activations of a built network, and the paper's figures."""
 
 from __future__ import annotations
 
-import functools
-import logging
+import copy
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from detectron2.config import CfgNode
-from detectron2.export.flatten import flatten_to_tuple
-from detectron2.layers import ShapeSpec
-from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
-from fvcore.nn import FlopCountAnalysis, jit_handles
-from torch import Tensor, nn
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from resnext_det.errors import ConfigError
 from resnext_det.modeling.resnext import ResNeXt
 from resnext_det.modeling.template import Template, check_size
 
-logger = logging.getLogger(__name__)
+Counts = Counter[tuple[str, str]]
+"""Numbers by name of a module, below `_Root`, and unit."""
 
-_OPENED = ("backbone", "backbone.bottom_up", "proposal_generator", "roi_heads")
-_UNCOUNTED = ("deform", "matmul", "einsum", "::mm", "::bmm", "addmm", "attention")
-"""In names of operators that multiply, and that no detector here is made of."""
+_OPENED = ("", "backbone", "backbone.bottom_up", "proposal_generator", "roi_heads")
+"""Modules of a network whose children are its parts."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """What a part of a network costs, for one image.
+    """What a part of a network costs for one image.
 
     Attributes:
-        name: of the part, such as "res2" or "box head".
-        parameters: learnable numbers, frozen ones too; a FrozenBN has none, only buffers.
-        multiply_adds: each counted once, as in the paper (section 3.1); of convolutions and linear
-            layers, without norms, pooling, additions and resizing.
-        activations: numbers that those same layers put out (fvcore's definition, after Radosavovic
-            et al., "Designing Network Design Spaces").
+        name: such as "res2" or "box head".
+        parameters: learnable numbers, including frozen ones; a FrozenBN has only buffers.
+        multiply_adds: each counted once, as in the paper (section 3.1); of convolutions and matrix
+            products, without norms, pooling, additions and resizing.
+        activations: numbers that these operations put out (Radosavovic et al., "Designing Network
+            Design Spaces").
     """
 
     name: str
@@ -54,9 +49,9 @@ class Complexity:
     """What a network costs, part by part.
 
     Attributes:
-        parts: in the order of the computation.
-        height: of the image that it was counted for, in pixels, with padding.
-        width: of the image that it was counted for, in pixels, with padding.
+        parts: in the order of computation.
+        height: of the image, in pixels, with padding.
+        width: of the image, in pixels, with padding.
         regions: how many regions the heads of a detector were counted for.
     """
 
@@ -67,7 +62,7 @@ class Complexity:
 
     @property
     def total(self) -> Part:
-        """The parts summed up."""
+        """The sum of the parts."""
         return Part(
             "total",
             sum(part.parameters for part in self.parts),
@@ -82,225 +77,200 @@ def network_complexity(
     height: int = 224,
     width: int = 224,
     num_classes: int = 1000,
-    form: str = "grouped",
 ) -> Complexity:
-    """Build a classifier of ImageNet as in Table 1 of the paper, and count it by stage.
+    """Count the stages of a built ImageNet classifier (Table 1 of the paper).
 
-    `Template.network` gives parameters and multiply-adds at once, for any size; this one looks at
-    what was built.
-
-    Args:
-        depth: 26, 50, 101, 152 or 200 layers.
-        template: such as "32x4d".
-        height: of the image, in pixels.
-        width: of the image, in pixels.
-        num_classes: of the classifier.
-        form: of the blocks; paths put out more than one grouped convolution does.
+    `Template.network` computes parameters and multiply-adds without building anything.
 
     Raises:
-        ConfigError: depth, template or form is unknown or too large for the memory, or the size
-            none of an image.
+        ConfigError: an unknown depth or template, or an impossible image size.
     """
     check_size(height, width)
     with torch.device("meta"):
-        network = ResNeXt(depth, template, norm="BN", num_classes=num_classes, form=form)
-    try:
-        counts = _Counts(network.to_empty(device="cpu"))
-    except RuntimeError as error:
-        needed = sum(parameter.numel() for parameter in network.parameters())
-        raise ConfigError(
-            f"a network of template {template} and depth {depth} has {needed:,} parameters, more "
-            "than there is memory for; Template.network counts it without building it."
-        ) from error
-    counts.add(lambda images: network(images), torch.zeros(0, 3, height, width))
-    return Complexity(counts.parts(), height, width)
+        network = ResNeXt(depth, template, norm="BN", num_classes=num_classes).eval()
+        image = torch.zeros(1, 3, height, width)
+    counts = _count(network, lambda: network(image))
+    return Complexity(_parts(network, counts), height, width)
 
 
 def detector_complexity(
-    cfg: CfgNode, height: int | None = None, width: int | None = None
+    detector: nn.Module, height: int, width: int, regions: int = 0, detections: int = 0
 ) -> Complexity:
-    """Build the detector of a config, and count it by part.
-
-    The heads are counted for as many regions as the config lets through to them
-    (MODEL.RPN.POST_NMS_TOPK_TEST), and masks and keypoints for as many detections as it keeps
-    (TEST.DETECTIONS_PER_IMAGE): the most that can happen, and independent of weights and image.
+    """Count the parts of a detector, independently of its weights and of what an image shows.
 
     Args:
-        cfg: a Detectron2 config.
-        height: of the resized image, in pixels; without, INPUT.MIN_SIZE_TEST.
-        width: of the resized image, in pixels; without, INPUT.MAX_SIZE_TEST.
-
-    Returns:
-        The parts of the image as the network sees it, padded to its strides.
+        detector: a GeneralizedRCNN, ProposalNetwork, RetinaNet or FCOS; it is not changed.
+        height: of the resized image, in pixels.
+        width: of the resized image, in pixels.
+        regions: how many regions the heads look at.
+        detections: how many detections get a mask or keypoints.
 
     Raises:
-        ConfigError: the size is not that of an image, or the detector is of another kind than
-            GeneralizedRCNN, ProposalNetwork, RetinaNet and FCOS.
+        ConfigError: an impossible image size, or a detector of another kind.
     """
-    height = cfg.INPUT.MIN_SIZE_TEST if height is None else height
-    width = cfg.INPUT.MAX_SIZE_TEST if width is None else width
     check_size(height, width)
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.DEVICE = "cpu"
-    # No detection gets past it, so none is counted but those that are handed over below.
-    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 2.0
-    detector = build_model(cfg).eval()
     if not hasattr(detector, "backbone") or not (
         hasattr(detector, "proposal_generator") or hasattr(detector, "head_in_features")
     ):
         raise ConfigError(
-            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}, which cannot be counted; "
-            "GeneralizedRCNN, ProposalNetwork, RetinaNet and FCOS can."
+            f"a {type(detector).__name__} cannot be counted; GeneralizedRCNN, ProposalNetwork, "
+            "RetinaNet and FCOS can."
         )
-    divisor = max(detector.backbone.size_divisibility, 1)
-    height, width = (-(-side // divisor) * divisor for side in (height, width))
-    counts = _Counts(detector)
-    images = torch.zeros(0, len(cfg.MODEL.PIXEL_MEAN), height, width)
-    counts.add(lambda images: _once_for_the_image(detector, images), images)
-    if not hasattr(detector, "roi_heads"):
-        return Complexity(counts.parts(), height, width)
-    regions = (
-        cfg.DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST
-        if cfg.MODEL.LOAD_PROPOSALS
-        else cfg.MODEL.RPN.POST_NMS_TOPK_TEST
+    counts: Counts = Counter()
+    if hasattr(detector, "roi_heads"):
+        counts += _count_heads(copy.deepcopy(detector).cpu().eval(), regions, detections)
+    # The meta device computes only shapes, so an image costs neither time nor memory.
+    once: Any = copy.deepcopy(detector).to("meta").eval()
+    divisor = max(once.backbone.size_divisibility, 1)
+    height, width = (math.ceil(side / divisor) * divisor for side in (height, width))
+    image = torch.zeros(1, len(once.pixel_mean), height, width, device="meta")
+
+    def look_once() -> None:
+        features = once.backbone(image)
+        if hasattr(once, "head_in_features"):
+            once.head([features[name] for name in once.head_in_features])
+        elif hasattr(once.proposal_generator, "rpn_head"):
+            generator = once.proposal_generator
+            generator.rpn_head([features[name] for name in generator.in_features])
+        if hasattr(once, "sem_seg_head"):
+            once.sem_seg_head(features)
+
+    counts += _count(once, look_once)
+    return Complexity(_parts(once, counts), height, width, regions)
+
+
+def _count_heads(detector: Any, regions: int, detections: int) -> Counts:
+    """Count the heads on one region and one detection; the size of the map does not matter."""
+    for module in detector.roi_heads.modules():
+        if hasattr(module, "test_score_thresh"):
+            module.test_score_thresh = 2.0  # nothing is detected but what `finish` provides
+    features = {
+        name: torch.zeros(1, shape.channels, 64 // shape.stride, 64 // shape.stride)
+        for name, shape in detector.backbone.output_shape().items()
+    }
+    box = Boxes(torch.tensor([[0.0, 0.0, 32.0, 32.0]]))
+
+    def classify() -> None:
+        region = Instances((64, 64), proposal_boxes=box, objectness_logits=torch.zeros(1))
+        detector.roi_heads(None, features, [region])
+
+    def finish() -> None:
+        found = Instances((64, 64), pred_boxes=box, pred_classes=torch.zeros(1, dtype=torch.long))
+        detector.roi_heads.forward_with_given_boxes(features, [found])
+
+    return _count(detector, classify, regions) + _count(detector, finish, detections)
+
+
+def _count(network: nn.Module, run: Callable[[], Any], times: int = 1) -> Counts:
+    """Count what the modules of a network do in a run, so many times."""
+    flops = FlopCounterMode(display=False)
+    outputs = FlopCounterMode(
+        display=False, custom_mapping=dict.fromkeys(flop_registry, _output_size)
     )
-    _count_heads(counts, detector, regions, cfg.TEST.DETECTIONS_PER_IMAGE)
-    return Complexity(counts.parts(), height, width, regions)
+    with torch.no_grad(), flops, outputs:
+        _Root(network)(run)
+    counts: Counts = Counter()
+    for unit, counter, divisor in (("multiply_adds", flops, 2), ("activations", outputs, 1)):
+        for name, found in counter.get_flop_counts().items():
+            counts[name, unit] = times * sum(found.values()) // divisor
+    return counts
 
 
-class _Counts:
-    """Sums of what several passes through the same network cost, by its modules."""
+class _Root(nn.Module):
+    """The module that `FlopCounterMode` names all others by, whichever of them run."""
 
     def __init__(self, network: nn.Module) -> None:
-        self.network = network
-        self._sums: defaultdict[str, Counter[str]] = defaultdict(Counter)
-
-    def add(self, way: Callable[..., Any], *inputs: Tensor, times: int = 1) -> None:
-        """Take a way through the network, and add what it costs so many times.
-
-        The trace needs only shapes. A batch of no images has all of them except the first
-        number, and costs neither time nor memory: it is counted as one image.
-        """
-        analysis = FlopCountAnalysis(_Traced(self.network, way), inputs)
-        # fvcore's own handles count norms too, and nothing in an empty batch. To set them to None
-        # one by one would leave them in place.
-        analysis.clear_op_handles()
-        handle = functools.partial(_cost, not len(inputs[0]))
-        analysis.set_op_handle("aten::_convolution", handle, "aten::linear", handle)
-        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-        with torch.no_grad():
-            found = analysis.by_module_and_operator()
-        others = [
-            op for op in analysis.unsupported_ops() if any(n in op.lower() for n in _UNCOUNTED)
-        ]
-        if others:
-            logger.warning("%s: not in the multiply-adds", ", ".join(others))
-        for name, counted in found.items():
-            for unit, number in counted.items():
-                self._sums[name][unit] += times * number
-
-    def parts(self) -> tuple[Part, ...]:
-        """Return every part that costs anything; what is in none of them is called "other"."""
-        parts = []
-        left, parameters_left = self._sums[""].copy(), _parameters([self.network])
-        modules = dict(self.network.named_modules())
-        for label, names in _named_parts(self.network).items():
-            sums = sum((self._sums[f"network.{name}"] for name in names), Counter[str]())
-            parameters = _parameters(modules[name] for name in names)
-            parts.append(Part(label, parameters, sums["multiply_adds"], sums["activations"]))
-            left.subtract(sums)
-            parameters_left -= parameters
-        parts.append(Part("other", parameters_left, left["multiply_adds"], left["activations"]))
-        return tuple(p for p in parts if p.parameters or p.multiply_adds or p.activations)
-
-
-class _Traced(nn.Module):
-    """A way through a network as fvcore traces it: tensors in, tensors out."""
-
-    def __init__(self, network: nn.Module, way: Callable[..., Any]) -> None:
         super().__init__()
         self.network = network
-        self._way = way
-        self.eval()
 
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        # Whatever is not handed back is dropped from the trace as useless.
-        found, _ = flatten_to_tuple(self._way(*inputs))
-        return tuple(each for each in found if isinstance(each, Tensor))
+    def forward(self, run: Callable[[], Any]) -> None:
+        run()
 
 
-def _parameters(modules: Iterable[nn.Module]) -> int:
-    """Return how many parameters modules have, each counted once."""
-    return sum(each.numel() for each in {p for m in modules for p in m.parameters()})
+def _output_size(*_: Any, out_shape: torch.Size, **__: Any) -> int:
+    return math.prod(out_shape)
 
 
-def _cost(empty_is_one: bool, inputs: list[Any], outputs: list[Any]) -> Counter[str]:
-    """Return what a convolution or a linear layer costs, as fvcore wants it of a handle."""
-    shapes = (jit_handles.get_shape(value) or [] for value in (*inputs[:2], outputs[0]))
-    x, weights, out = shapes
-    if empty_is_one:
-        x, out = [max(x[0], 1), *x[1:]], [max(out[0], 1), *out[1:]]
-    multiply_adds: Any = math.prod(out) * weights[1]
-    if len(weights) > 2:
-        multiply_adds = jit_handles.conv_flop_count(x, weights, out, inputs[6].toIValue())
-    return Counter(multiply_adds=multiply_adds, activations=math.prod(out))
+def _parts(network: nn.Module, counts: Counts) -> tuple[Part, ...]:
+    """Return all parts that cost anything; "other" is what belongs to none of them."""
+    names = [
+        name
+        for name, _ in network.named_modules()
+        if name not in _OPENED and name.rpartition(".")[0] in _OPENED
+    ]
+    parts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    other = Counter({unit: counts["_Root", unit] for unit in ("multiply_adds", "activations")})
+    other["parameters"] = sum(each.numel() for each in network.parameters())
+    # A pyramid registers its own layers before the network below it.
+    for name in sorted(names, key=lambda name: "bottom_up" not in name):
+        module = network.get_submodule(name)
+        cost = _below(module, f"_Root.network.{name}", counts)
+        cost["parameters"] = sum(each.numel() for each in module.parameters())
+        parts[_label(name)] += cost
+        other -= cost
+    parts["other"] = other
+    return tuple(
+        Part(label, cost["parameters"], cost["multiply_adds"], cost["activations"])
+        for label, cost in parts.items()
+        if any(cost.values())
+    )
 
 
-def _named_parts(network: nn.Module) -> dict[str, list[str]]:
-    """Return the modules that make up each part, by the part's name, in the computation's order."""
-    parts: dict[str, list[str]] = {}
-
-    def visit(module: nn.Module, path: str) -> None:
-        # A pyramid holds its own layers before the network below it.
-        for child_name, child in sorted(module.named_children(), key=lambda c: c[0] != "bottom_up"):
-            name = f"{path}.{child_name}" if path else child_name
-            if name in _OPENED:
-                visit(child, name)
-            else:
-                parts.setdefault(_label(path, child_name, module), []).append(name)
-
-    visit(network, "")
-    return parts
+def _below(module: nn.Module, name: str, counts: Counts) -> Counter[str]:
+    """Return the counts of a module or, if only its children were called, of these."""
+    if counts[name, "activations"]:
+        return Counter({unit: counts[name, unit] for unit in ("multiply_adds", "activations")})
+    children = (_below(child, f"{name}.{n}", counts) for n, child in module.named_children())
+    return sum(children, Counter())
 
 
-def _label(path: str, name: str, parent: nn.Module) -> str:
-    if path == "backbone" and hasattr(parent, "bottom_up"):
+def _label(name: str) -> str:
+    if name == "roi_heads.res5":
+        return "res5 of the head"
+    label = name.rpartition(".")[2]
+    if name.startswith("backbone.") and label.startswith(("fpn_", "top_block")):
         return "FPN"
-    if path == "roi_heads" and name == "res5":
-        return "res5 of the heads"
-    return name.replace("_", " ").replace("rpn", "RPN")
+    return label.replace("_", " ").replace("rpn", "RPN")
 
 
-def _once_for_the_image(detector: Any, images: Tensor) -> list[Any]:
-    """Run what runs once for each of the images (N, C, H, W), and return all that it gives."""
-    features = detector.backbone(images)
-    found = [features]
-    if hasattr(detector, "head_in_features"):
-        found.append(detector.head([features[name] for name in detector.head_in_features]))
-    generator: Any = getattr(detector, "proposal_generator", None)
-    if hasattr(generator, "rpn_head"):
-        found.append(generator.rpn_head([features[name] for name in generator.in_features]))
-    if hasattr(detector, "sem_seg_head"):
-        found.append(detector.sem_seg_head(features))
-    return found
+class Published(NamedTuple):
+    """What the paper prints for the cost of a block or a network (arXiv 1611.05431v2).
+
+    Attributes:
+        table: the table's number.
+        depth: of the network, or None for a block of res2.
+        template: such as "32x4d".
+        parameters: as printed, or None.
+        multiply_adds: as printed ("FLOPs"), for 224 x 224 pixels.
+    """
+
+    table: int
+    depth: int | None
+    template: str
+    parameters: float | None
+    multiply_adds: float
 
 
-def _count_heads(counts: _Counts, detector: Any, regions: int, detections: int) -> None:
-    """Count the heads on one region and one detection: each costs the same, on any map."""
-    shapes: dict[str, ShapeSpec] = detector.backbone.output_shape()
-    sides = [max(64 // (shape.stride or 64), 1) for shape in shapes.values()]
-    maps = [torch.zeros(1, s.channels or 1, side, side) for s, side in zip(shapes.values(), sides)]
+_TABLE_2 = ("1x64d", "2x40d", "4x24d", "8x14d", "32x4d")
 
-    def classify(*maps: Tensor) -> Any:
-        box = Boxes(torch.tensor([[0.0, 0.0, 32.0, 32.0]]))
-        region = Instances((64, 64), proposal_boxes=box, objectness_logits=torch.zeros(1))
-        return detector.roi_heads(None, dict(zip(shapes, maps)), [region])
+PUBLISHED = (
+    Published(1, 50, "1x64d", 25.5e6, 4.1e9),
+    Published(1, 50, "32x4d", 25.0e6, 4.2e9),
+    *(Published(2, None, template, 70e3, 0.22e9) for template in _TABLE_2),
+    *(Published(3, 50, template, None, 4.1e9) for template in _TABLE_2),
+    *(Published(3, 101, template, None, 7.8e9) for template in _TABLE_2),
+    Published(4, 200, "1x64d", None, 15e9),
+    Published(4, 101, "1x100d", None, 15e9),
+    Published(4, 101, "2x64d", None, 15e9),
+    Published(4, 101, "64x4d", None, 15e9),
+)
+"""Tables 1 to 4 as printed, without the paper's "~"."""
 
-    def finish(*maps: Tensor) -> Any:
-        box = Boxes(torch.tensor([[0.0, 0.0, 32.0, 32.0]]))
-        found = Instances((64, 64), pred_boxes=box, pred_classes=torch.zeros(1, dtype=torch.long))
-        return detector.roi_heads.forward_with_given_boxes(dict(zip(shapes, maps)), [found])
-
-    counts.add(classify, *maps, times=regions)
-    counts.add(finish, *maps, times=detections)
+DIFFERENCES = """\
+Table 1 truncates 25.56 million parameters of 1x64d to 25.5 million.
+Table 3 has one rough figure for all five templates, whose blocks in res2 cost the same (Table 2)
+but not their networks: where a stage begins, the 1x1 before the strided 3x3 works on the larger
+map, and is wider the higher the cardinality. 8x14d costs most: 13.7 would preserve the complexity.
+Table 4 has the pre-activation ResNet-200; counted here is one with the activations after the norms.
+"""
+"""Why counts differ from the paper by more than the last printed digit."""

@@ -124,7 +124,8 @@ def check_config(needs: Needs, cfg: CfgNode) -> None:
 
 
 def _refuse_other_network(needs: Needs, cfg: CfgNode) -> None:
-    wanted = cfg.MODEL.RESNETS.DEPTH, Template.from_cfg(cfg)
+    resnets = cfg.MODEL.RESNETS
+    wanted = resnets.DEPTH, Template.of(resnets.NUM_GROUPS, resnets.WIDTH_PER_GROUP)
     if (needs.depth, needs.template) == wanted:
         return
     raise WeightsError(

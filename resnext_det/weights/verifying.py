@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from resnext_det.errors import ConfigError, WeightsError
 from resnext_det.modeling.forms import form_of
-from resnext_det.modeling.resnext import ResNeXt
-from resnext_det.modeling.stages import STAGES
+from resnext_det.modeling.resnext import STAGES, ResNeXt
 from resnext_det.weights.converting import BackboneWeights, backbone_of
 from resnext_det.weights.imagenet_images import open_image
 from resnext_det.weights.layouts import is_head, recognise

@@ -1,0 +1,62 @@
+"""Activation checkpointing: train in less memory by computing blocks twice."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+_NormWithStatistics = nn.modules.batchnorm._NormBase  # batch and instance norms
+
+
+class CheckpointedStage(nn.Sequential):
+    """A stage that keeps only the inputs of its blocks and recomputes the rest in backward.
+
+    Gradients and running statistics are those of an ordinary stage, to the last bit, and so are
+    the names of parameters. `torch.compile` runs such a stage uncompiled.
+    """
+
+    # Dynamo does not support the context_fn of checkpoint().
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the blocks one after another."""
+        for block in self:
+            if self.training:
+                frozen = _FrozenStatistics(block)
+                contexts = lambda frozen=frozen: (nullcontext(), frozen)  # noqa: E731
+                x = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+            else:
+                x = block(x)
+        return x
+
+
+class _FrozenStatistics(AbstractContextManager[None]):
+    """Keeps the running statistics of a block's norms unchanged during the second forward pass.
+
+    It can be entered again, once for each backward pass through a retained graph.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        self._norms = [m for m in block.modules() if isinstance(m, _NormWithStatistics)]
+
+    def __enter__(self) -> None:
+        self._saved = [(norm.momentum, norm.num_batches_tracked) for norm in self._norms]
+        for norm in self._norms:
+            # The statistics must stay in place: checkpoint() compares the tensors that both
+            # passes save for backward.
+            norm.momentum = 0.0
+            if norm.num_batches_tracked is not None:
+                norm.num_batches_tracked = norm.num_batches_tracked.clone()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for norm, (momentum, counter) in zip(self._norms, self._saved):
+            norm.momentum = momentum
+            norm.num_batches_tracked = counter
