@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.layers import ShapeSpec
+from detectron2.layers import CNNBlockBase, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, ROI_HEADS_REGISTRY, build_model
 from detectron2.modeling.backbone import FPN
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
@@ -163,7 +163,8 @@ class ResNeXtRes5ROIHeads(Res5ROIHeads):
         stages = complete(cfg).MODEL.RESNEXT.CHECKPOINT_STAGES
         stage = make_stage("res5", checkpointed="res5" in stages, **_stage_arguments(cfg))
         if cfg.MODEL.BACKBONE.FREEZE_AT >= 5:
-            for block in stage:
+            for block in stage.children():
+                assert isinstance(block, CNNBlockBase)
                 block.freeze()
         refuse_partial_loads(stage)
         return stage, 8 * cfg.MODEL.RESNETS.RES2_OUT_CHANNELS

@@ -128,10 +128,6 @@ CASES: dict[str, tuple[Callable[[Tensors], object], str]] = {
         r"\(4, 3, 3, 3\), which is that of no grouped 3x3 convolution",
     ),
     "no groups": (put(res2__0__conv2__weight=torch.ones(4, 0, 3, 3)), r"\(4, 0, 3, 3\), which is"),
-    "wider than any": (
-        put(res2__0__conv2__weight=torch.ones(5000, 1, 1, 1)),
-        r"\(5000, 1, 1, 1\): template '5000x1d' is wider",
-    ),
     "NaN": (fill(f"{MIDDLE}.weight", float("nan")), rf"NaN or infinite .* {MIDDLE}\.weight\."),
     "infinity": (fill(f"{MIDDLE}.norm.bias", float("-inf")), r"NaN or infinite .*norm\.bias"),
     "a variance below 0": (
