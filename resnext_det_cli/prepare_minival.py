@@ -4,8 +4,7 @@
     %(prog)s --coco datasets/coco
 
 The folder holds annotations/*.json of 2014, 2017 or both, and images in val2014, train2017 and so
-on. Derived files are written to its annotations; a file that is replaced is kept beside the new
-one.
+on. Derived files are written to its annotations; existing files are not changed.
 
 Exit code 0: minival is ready (with --dry-run: it would be); 1: it is not, and the last lines say
 what is missing; 2: a file cannot be read or written.

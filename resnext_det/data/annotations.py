@@ -1,9 +1,9 @@
-"""COCO annotation files: one reader for the check, the training and the evaluation.
+"""COCO annotation files: one reader for checks, training and evaluation.
 
-Detectron2's `load_coco_json` opens plain UTF-8 only and stops with a traceback at the first record
-it does not expect, whether or not the model needs what is wrong with it. Data sets registered with
-`register_coco_instances` are therefore served by `load_records`, which returns the same records for
-a sound file (see its tests) and leaves out what `resnext_det.data.health` reports for the others.
+Detectron2's `load_coco_json` reads plain UTF-8 only and stops with a traceback at the first
+malformed record, even if the model would not use it. `load_records` replaces it for data sets that
+were registered with `register_coco_instances`: it returns the same records for a sound file, and
+leaves out what `resnext_det.data.health` reports for others.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import functools
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,105 +22,128 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import BoxMode
 
-from resnext_det.data.categories import read_categories
-from resnext_det.data.findings import Record
-from resnext_det.data.record_forms import (
+from resnext_det.data.records import (
+    Record,
     is_image,
     is_keypoints,
+    is_name,
     is_object,
     is_segmentation,
+    is_whole,
     polygons_of,
-    repeated,
 )
 from resnext_det.errors import DatasetError, quoted
 from resnext_det.files import open_regular
 
 logger = logging.getLogger(__name__)
 
-Document = dict[str, Any]
 
-# A training and its evaluation have two files at most, as a rule.
-_KEPT = 4
+def read_json(file: Path) -> Any:
+    """Read JSON in UTF-8, UTF-16 or UTF-32, with or without a byte order mark.
+
+    Raises:
+        DatasetError: the file cannot be opened or is not JSON.
+    """
+    try:
+        with open_regular(file) as stream:
+            return json.loads(stream.read())  # detects the encoding of bytes
+    except (ValueError, RecursionError, OSError) as error:
+        raise DatasetError(f"{quoted(file)} is not JSON: {quoted(error)}.") from error
 
 
-def read_annotations(file: Path, name: str = "") -> Document:
-    """Read a COCO annotation file in UTF-8, UTF-16 or UTF-32, with or without a byte order mark.
-
-    A file that has not changed is parsed once, until `forget`.
+def read_annotations(file: Path, name: str = "") -> Record:
+    """Read a COCO annotation file; it is parsed once until it changes or `forget` is called.
 
     Args:
         file: the JSON file.
-        name: of the data set, for the message; "" for a file that belongs to no registered one.
+        name: of its data set, for messages.
 
     Returns:
-        The document, with lists under "images", "annotations" and "categories"; the list of
-        annotations is empty if the file has none, as COCO's test sets do. It is shared: do not
-        change it.
+        The document, with lists under "images", "annotations" (empty if missing, as in COCO's test
+        sets) and "categories". It is shared: do not change it.
 
     Raises:
-        DatasetError: the file is missing, is not JSON or is not in COCO's format.
+        DatasetError: the file is missing, is not JSON or not in COCO's format.
     """
-    of = f"data set {quoted(name)}: " if name else ""
+    prefix = f"data set {quoted(name)}: " if name else ""
     try:
         status = file.stat()
     except (OSError, ValueError) as error:
-        place = (
-            " Data sets are looked for in the folder DETECTRON2_DATASETS names (now: "
-            f"{os.getenv('DETECTRON2_DATASETS', './datasets, as it is not set')}), in Detectron2's "
-            "layout."
-        )
-        raise DatasetError(
-            f"{of}the annotations {quoted(file)} are not there.{place if name else ''}"
-        ) from error
+        root = os.getenv("DETECTRON2_DATASETS", "./datasets, because it is not set")
+        hint = f" Data sets are looked for in DETECTRON2_DATASETS (now {root})." if name else ""
+        raise DatasetError(f"{prefix}no annotation file {quoted(file)}.{hint}") from error
     try:
         return _parsed(file.resolve(), status.st_size, status.st_mtime_ns)
     except DatasetError as error:
-        raise DatasetError(f"{of}{error}") from error
+        raise DatasetError(f"{prefix}{error}") from error
 
 
-@functools.lru_cache(maxsize=_KEPT)
-def _parsed(file: Path, size: int, changed: int) -> Document:
-    document: Any = read_json(file)
+@functools.lru_cache(maxsize=4)  # training and evaluation rarely need more than two files
+def _parsed(file: Path, size: int, changed: int) -> Record:
+    return parse_annotations(file)
+
+
+def parse_annotations(file: Path) -> Record:
+    """Do what `read_annotations` does, without sharing the document.
+
+    Raises:
+        DatasetError: the file is not JSON or not in COCO's format.
+    """
+    document = read_json(file)
+    if isinstance(document, dict):
+        document.setdefault("annotations", [])
     for key in ("images", "categories", "annotations"):
-        if isinstance(document, dict) and key == "annotations":
-            document.setdefault(key, [])
         if not isinstance(document, dict) or not isinstance(document.get(key), list):
             raise DatasetError(
-                f"{quoted(file)} is JSON, but no COCO annotations: there is no list under {key!r}."
+                f"{quoted(file)} is not a COCO annotation file: it has no list under {key!r}."
             )
-    found: Document = document
+    found: Record = document
     return found
 
 
 def forget() -> None:
-    """Free the documents that were read: gigabytes, for the whole of COCO."""
+    """Free the parsed files: several gigabytes for COCO."""
     _parsed.cache_clear()
 
 
-def read_json(file: Path) -> Any:
-    """Read JSON from outside, in UTF-8, UTF-16 or UTF-32, with or without a byte order mark.
+def read_categories(records: list[Record], file: Path) -> dict[int, str]:
+    """Return category names by id, ids ascending: the order of a model's classes.
 
     Args:
-        file: the file.
+        records: the file's "categories".
+        file: where they were read from, for messages.
 
     Raises:
-        DatasetError: it cannot be opened, or is not JSON.
+        DatasetError: there are none, or an id or name is malformed or repeats.
     """
-    try:
-        with open_regular(file) as stream:
-            return json.loads(stream.read())  # from bytes, it tells the encoding
-    except (ValueError, RecursionError, OSError) as error:
-        raise DatasetError(f"{quoted(file)} is not JSON: {quoted(error)}") from error
+    if not records:
+        raise DatasetError(f"{quoted(file)} has no categories.")
+    for record in records:
+        if not isinstance(record, dict) or not is_whole(record.get("id")):
+            raise DatasetError(
+                f"{quoted(file)}: the id of category {quoted(record)} is not a whole number from 0 "
+                "on."
+            )
+        if not is_name(record.get("name")):
+            raise DatasetError(f"{quoted(file)}: category {quoted(record)} has no name.")
+    for key in ("id", "name"):
+        value, count = Counter(record[key] for record in records).most_common(1)[0]
+        if count > 1:
+            raise DatasetError(
+                f"{quoted(file)}: {count} categories have the {key} {quoted(value)}. Each needs "
+                "its own."
+            )
+    return dict(sorted((int(record["id"]), str(record["name"])) for record in records))
 
 
 def register_annotations(name: str, metadata: dict[str, Any], file: Path, images: Path) -> None:
-    """Register a data set, served by `load_records`; an entry of the same name is replaced.
+    """Register a data set that `load_records` loads; it replaces one of the same name.
 
     Args:
         name: in Detectron2's catalog.
-        metadata: its entries there, such as "thing_classes".
+        metadata: entries such as "thing_classes".
         file: the annotations.
-        images: the folder of the images.
+        images: the image folder.
     """
     if name in DatasetCatalog.list():
         DatasetCatalog.remove(name)
@@ -129,15 +153,11 @@ def register_annotations(name: str, metadata: dict[str, Any], file: Path, images
 
 
 def serve(names: Iterable[str]) -> None:
-    """Let `load_records` load data sets that Detectron2's `load_coco_json` would.
+    """Replace Detectron2's `load_coco_json` by `load_records` for the given data sets.
 
-    Data sets with a loading function of the user's own are left alone.
-
-    Args:
-        names: of data sets; those that are not registered are left out.
+    Names that are not registered, or have a loading function of the user, are skipped.
     """
     for name in names:
-        # Registered with `register_coco_instances`, as Detectron2's own COCO sets are.
         if name in DatasetCatalog and DatasetCatalog[name].__module__ == (
             "detectron2.data.datasets.coco"
         ):
@@ -151,16 +171,15 @@ def _load_registered(name: str) -> list[Record]:
 
 
 def load_records(file: Path, images: str, name: str) -> list[Record]:
-    """Return a data set as Detectron2's `load_coco_json` does, without what cannot be used.
+    """Load a data set as Detectron2's `load_coco_json` does, without unusable annotations.
 
-    Annotations without COCO's form, of images or categories that are not listed, or marked
-    "ignore", are left out with a warning. A mask or keypoints without COCO's form are left out
-    alone: the box stays.
+    Annotations that are malformed, marked "ignore", or whose image or category is not listed are
+    left out with a warning. A malformed mask or malformed keypoints are dropped; the box stays.
 
     Args:
         file: the annotations.
-        images: the folder of the images.
-        name: of the data set; its metadata gets the classes.
+        images: the image folder.
+        name: of the data set; the classes are added to its metadata.
 
     Returns:
         Records in Detectron2's format, by ascending image id.
@@ -171,42 +190,41 @@ def load_records(file: Path, images: str, name: str) -> list[Record]:
     document = read_annotations(file, name)
     categories = read_categories(document["categories"], file)
     note_classes(name, categories, file)
-    table = {category: position for position, category in enumerate(categories)}
-    records = _images(document["images"], file, images)
+    class_of = {category: position for position, category in enumerate(categories)}
+    records = _image_records(document["images"], file, images)
     left_out = 0
     for annotation in document["annotations"]:
-        made = None
+        instance = None
         if is_object(annotation) and not annotation.get("ignore"):
             record = records.get(annotation["image_id"])
-            category = table.get(annotation["category_id"])
+            category = class_of.get(annotation["category_id"])
             if record is not None and category is not None:
-                made = _object(annotation, category, record)
-        if made is None:
+                instance = _instance(annotation, category, record)
+        if instance is None:
             left_out += 1
         else:
-            records[annotation["image_id"]]["annotations"].append(made)
+            records[annotation["image_id"]]["annotations"].append(instance)
     if left_out:
         logger.warning(
-            "%s: %d of %d annotations are left out, as they cannot be used (python "
-            "tools/check_data.py --json FILE says why)",
+            "%s: %d of %d annotations cannot be used and are left out (for the reasons, run python "
+            "tools/check_data.py --annotations FILE)",
             quoted(file),
             left_out,
             len(document["annotations"]),
         )
-    logger.debug("%d images from %s", len(records), quoted(file))
     return [records[number] for number in sorted(records)]
 
 
 def note_classes(name: str, categories: dict[int, str], file: Path) -> None:
-    """Note the classes in a data set's metadata, unless it has others.
+    """Add the classes to a data set's metadata.
 
     Args:
         name: of the data set.
-        categories: as the annotations have them, names by ids, ids ascending.
-        file: the annotations, for the message.
+        categories: names by id, ids ascending.
+        file: the annotations, for messages.
 
     Raises:
-        DatasetError: it was registered with other classes, or with the same in another order.
+        DatasetError: the data set was registered with other classes, or in another order.
     """
     metadata = MetadataCatalog.get(name)
     ids = {category: position for position, category in enumerate(categories)}
@@ -217,18 +235,18 @@ def note_classes(name: str, categories: dict[int, str], file: Path) -> None:
         given = metadata.get(key, found)
         if given != found and list(given) != found:
             raise DatasetError(
-                f"data set {quoted(name)} is registered with {key} {quoted(given)}, and "
-                f"{quoted(file)} has {quoted(found)}, by ascending id. Register it without {key}: "
-                "the file says it."
+                f"data set {quoted(name)} is registered with {key} {quoted(given)}, but "
+                f"{quoted(file)} has {quoted(found)}, by ascending id. Register it without {key}; "
+                "it is read from the file."
             )
         metadata.set(**{key: given})
 
 
-def _images(images: list[Record], file: Path, folder: str) -> dict[int, Record]:
+def _image_records(images: list[Record], file: Path, folder: str) -> dict[int, Record]:
     bad = [each for each in images if not is_image(each)]
     if bad:
         raise DatasetError(
-            f"{quoted(file)}: {len(bad)} of {len(images)} images do not have COCO's form, such as "
+            f"{quoted(file)}: {len(bad)} of {len(images)} images are malformed, such as "
             f"{quoted(bad[0])}. Each needs a whole number as id, a width, a height and a file_name."
         )
     records = {
@@ -242,20 +260,20 @@ def _images(images: list[Record], file: Path, folder: str) -> dict[int, Record]:
         for each in images
     }
     if len(records) < len(images):
-        first = ", ".join(repeated([str(each["id"]) for each in images])[:3])
-        raise DatasetError(f"{quoted(file)}: several images have one id, such as {first}.")
+        (number, count), *_ = Counter(each["id"] for each in images).most_common(1)
+        raise DatasetError(f"{quoted(file)}: {count} images have the id {quoted(number)}.")
     return records
 
 
-def _object(annotation: Record, category: int, record: Record) -> Record | None:
-    """Return an annotation as Detectron2 takes it; None if Detectron2 leaves it out as well."""
-    made: Record = {
+def _instance(annotation: Record, category: int, record: Record) -> Record | None:
+    """Return an annotation in Detectron2's format; None if Detectron2 leaves it out, too."""
+    instance: Record = {
         "bbox": annotation["bbox"],
         "category_id": category,
         "bbox_mode": BoxMode.XYWH_ABS,
     }
     if "iscrowd" in annotation:
-        made["iscrowd"] = annotation["iscrowd"] or 0
+        instance["iscrowd"] = annotation["iscrowd"] or 0
     mask = annotation.get("segmentation")
     if mask and is_segmentation(mask, record["height"], record["width"]):
         if isinstance(mask, list):
@@ -264,11 +282,11 @@ def _object(annotation: Record, category: int, record: Record) -> Record | None:
                 return None
         elif isinstance(mask["counts"], list):
             mask = pycocotools.mask.frPyObjects(mask, *mask["size"])
-        made["segmentation"] = mask
+        instance["segmentation"] = mask
     points = annotation.get("keypoints")
     if points and is_keypoints(points):
-        # Indices of pixels become coordinates, as in Detectron2: half a pixel is added.
-        made["keypoints"] = [
+        # Half a pixel turns pixel indices into coordinates, as in Detectron2.
+        instance["keypoints"] = [
             value if position % 3 == 2 else value + 0.5 for position, value in enumerate(points)
         ]
-    return made
+    return instance

@@ -1,75 +1,70 @@
-"""What is checked before a training or an evaluation begins."""
+"""What is checked before a training or an evaluation starts."""
 
 from __future__ import annotations
 
 import difflib
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from resnext_det.data.annotations import Document, note_classes, read_annotations, serve
-from resnext_det.data.categories import check_same_classes, read_categories
-from resnext_det.data.findings import Finding
+from resnext_det.data.annotations import note_classes, read_annotations, read_categories, serve
 from resnext_det.data.health import examine
-from resnext_det.data.record_forms import is_whole
-from resnext_det.errors import ConfigError, DatasetError, quoted
+from resnext_det.data.records import Record, is_whole
+from resnext_det.errors import ConfigError, DatasetError, named, quoted
 
 logger = logging.getLogger(__name__)
 
 CUSTOM = "custom_coco_"
-"""What the names of data sets begin with that come from files on the command line."""
+"""How the names of data sets begin that are given as files on the command line."""
 
 
 def check_datasets(cfg: CfgNode, names: list[str], *, ignore_health: bool = False) -> None:
-    """Refuse data sets that a run would stumble over later, or learn the wrong thing from.
+    """Refuse data sets that would stop a run later, or teach it something wrong.
 
     Annotations and image headers are examined, and all data sets must have the same classes in the
-    same order. Sets of DATASETS.TRAIN are examined for a training, any other for an evaluation.
-    Warnings are logged.
+    same order. Warnings are logged.
 
     Args:
         cfg: the run's config; its number of classes must be that of the annotations.
-        names: registered data sets, such as cfg.DATASETS.TRAIN.
-        ignore_health: log the errors that `resnext_det.data.health` finds and go on, unless a
-            training or an evaluation could not.
+        names: of registered data sets; those in cfg.DATASETS.TRAIN are checked for a training.
+        ignore_health: log the errors that `resnext_det.data.health` finds, and go on if possible.
 
     Raises:
-        ConfigError: a name that is not registered, or another number of classes.
-        DatasetError: annotations or images that are missing, or annotations that are not COCO's,
-            none at all, or not sound; or classes that differ.
+        ConfigError: a name is not registered, or the number of classes differs.
+        DatasetError: annotations or images are missing or broken, or the classes differ.
     """
     if not names:
-        raise ConfigError("no data set is named: set DATASETS.TRAIN and DATASETS.TEST.")
+        raise ConfigError("no data set: set DATASETS.TRAIN and DATASETS.TEST.")
     serve(names)
     for name in dict.fromkeys(names):
         check_registered(name)
         metadata = MetadataCatalog.get(name)
         training = name in cfg.DATASETS.TRAIN
-        if not hasattr(metadata, "json_file"):
+        if not hasattr(metadata, "json_file"):  # a loading function of the user
             if not training:
                 _check_ids(name)
-            continue  # a data set of the user's own, in Detectron2's format
+            continue
         file, folder = Path(metadata.json_file), Path(metadata.image_root)
         document = read_annotations(file, name)
-        _check_folder(name, document, file, folder)
+        if not folder.is_dir():
+            raise DatasetError(
+                f"data set {quoted(name)}: no image folder {quoted(folder)}, where "
+                f"{quoted(Path(file.name))} has its {len(document['images'])} images."
+            )
         check_not_empty(document, name, file, training=training)
-        _check_classes(cfg, name, len(document["categories"]))
-        _check_health(cfg, name, document, file, folder, ignore_health)
+        _check_class_count(cfg, name, len(document["categories"]))
+        skip = training and cfg.DATALOADER.BAD_IMAGES == "skip"
+        _check_health(name, document, folder, skip_bad_images=skip, ignore=ignore_health)
         note_classes(name, read_categories(document["categories"], file), file)
     if configured_classes(cfg) is not None:
         check_agreement(names)
 
 
 def check_agreement(names: list[str]) -> None:
-    """Refuse data sets whose classes differ, or come in another order.
-
-    A class of a model is a number. With another order detections would count for the wrong
-    classes, without a word.
-
-    Args:
-        names: of registered data sets; the first is what the others are compared with.
+    """Refuse registered data sets whose classes differ, or come in another order.
 
     Raises:
         DatasetError: they differ; the message lists how.
@@ -81,49 +76,67 @@ def check_agreement(names: list[str]) -> None:
         check_same_classes(of_first, classes, f"data set {first}", f"data set {name}")
 
 
+def check_same_classes(
+    learned: Sequence[str], tested: Sequence[str], of_learned: str, of_tested: str
+) -> None:
+    """Refuse classes that are not those that a model learned, in the same order.
+
+    Class i of a model is the i-th category: with another order, or with one missing, detections
+    would silently count for the wrong classes.
+
+    Args:
+        learned: in the order of the model's outputs.
+        tested: in the order of the category ids.
+        of_learned: whose classes the first are, for the message.
+        of_tested: whose classes the second are, for the message.
+
+    Raises:
+        DatasetError: they differ; the message lists how.
+    """
+    if list(learned) == list(tested):
+        return
+    differences = [
+        f"class {number} is {quoted(one, 60)} and {quoted(other, 60)}"
+        for number, (one, other) in enumerate(zip(learned, tested))
+        if one != other
+    ][:5]
+    if sorted(learned) == sorted(tested):
+        what = "are the same in another order"
+    else:
+        what = "differ"
+        for owner, classes, others in (
+            (of_learned, learned, tested),
+            (of_tested, tested, learned),
+        ):
+            alone = [quoted(name, 60) for name in classes if name not in others]
+            if alone:
+                differences.append(f"only in {owner}: {named(alone)}")
+    raise DatasetError(
+        f"the classes of {of_learned} and of {of_tested} {what}: {'; '.join(differences)}. Give "
+        "both the same categories in the same order, by ascending id; a category needs no "
+        "annotations."
+    )
+
+
 def classes_of(name: str) -> list[str] | None:
     """Return the classes of a registered data set, in the order of a model's outputs.
 
-    Args:
-        name: of the data set.
-
     Returns:
-        The names by ascending category id, as the annotations have them; None if neither a file
-        nor the catalog names them.
+        Names by ascending category id; None if neither its file nor the catalog has any.
 
     Raises:
         DatasetError: its annotations cannot be read.
     """
     metadata = MetadataCatalog.get(name)
     file = Path(metadata.get("json_file", ""))
-    # What was loaded before, and what was registered, must be the same: see `note_classes`.
+    # What is loaded already agrees with what was registered: see `note_classes`.
     if not hasattr(metadata, "thing_dataset_id_to_contiguous_id") and file.is_file():
         return list(read_categories(read_annotations(file, name)["categories"], file).values())
     return list(metadata.thing_classes) if hasattr(metadata, "thing_classes") else None
 
 
-def _check_ids(name: str) -> None:
-    """Refuse a data set without a file if an evaluation could not distinguish its images."""
-    ids = [record.get("image_id") for record in DatasetCatalog.get(name)]
-    bad = [number for number in ids if not is_whole(number)]
-    if bad:
-        raise DatasetError(
-            f"data set {quoted(name)}: {len(bad)} of {len(ids)} records have an image_id that is "
-            f"no whole number from 0 on, such as {quoted(bad[0])}. An evaluation tells images "
-            "apart by it: number them."
-        )
-    if len(set(ids)) < len(ids):
-        raise DatasetError(
-            f"data set {quoted(name)}: several images have one image_id. An evaluation tells "
-            "images apart by it: number them."
-        )
-
-
 def check_registered(name: str) -> None:
-    """Refuse the name of a data set that Detectron2's catalog does not have.
-
-    Args:
-        name: such as an entry of DATASETS.TRAIN.
+    """Refuse a name that is not in Detectron2's catalog.
 
     Raises:
         ConfigError: it is not registered; the nearest names are suggested.
@@ -133,104 +146,83 @@ def check_registered(name: str) -> None:
         return
     if name.startswith(CUSTOM):
         raise ConfigError(
-            f"data set {quoted(name)} was made of files on the command line, in an earlier run: "
-            "name them again with --train-json and --test-json."
+            f"data set {quoted(name)} stands for files that an earlier command line named: name "
+            "them again with --train-json and --test-json."
         )
     nearest = difflib.get_close_matches(name, known, n=3)
-    hint = f" Near to it: {', '.join(nearest)}." if nearest else ""
+    hint = f" Similar: {', '.join(nearest)}." if nearest else ""
     raise ConfigError(f"no data set {quoted(name)} is registered.{hint}")
 
 
-def _check_folder(name: str, document: Document, file: Path, folder: Path) -> None:
-    if not folder.is_dir():
-        raise DatasetError(
-            f"data set {quoted(name)}: the image folder {quoted(folder)} is not there "
-            f"({quoted(Path(file.name))} names {len(document['images'])} images of it)."
-        )
-
-
-def check_not_empty(document: Document, name: str, file: Path, *, training: bool) -> None:
+def check_not_empty(document: Record, name: str, file: Path, *, training: bool) -> None:
     """Refuse annotations without any image, category or annotation.
 
     Args:
         document: what `read_annotations` returned.
-        name: of the data set, for the message.
-        file: where the document was read from, for the message.
-        training: whether a training will read it, or an evaluation.
+        name: of the data set, for messages.
+        file: of the document, for messages.
+        training: whether it is for training or for evaluation.
 
     Raises:
         DatasetError: there are no images, no categories or no annotations.
     """
-    for key in ("images", "categories"):
+    for key in ("images", "categories", "annotations"):
         if not document[key]:
-            raise DatasetError(f"data set {quoted(name)}: {quoted(file)} has no {key}.")
-    if document["annotations"]:
-        return
-    if training:
-        raise DatasetError(
-            f"data set {quoted(name)}: {quoted(file)} has no annotations: nothing can be learnt "
-            "from it. Name a data set that has some."
-        )
-    raise DatasetError(
-        f"data set {quoted(name)}: {quoted(file)} has no annotations: nothing can be evaluated "
-        "on it. (Those of COCO's own test images are not public.) Name a data set that has some, "
-        "such as coco_2014_minival."
-    )
-
-
-def _check_health(
-    cfg: CfgNode, name: str, document: Document, file: Path, folder: Path, ignore: bool
-) -> None:
-    training = name in cfg.DATASETS.TRAIN
-    skips = cfg.DATALOADER.BAD_IMAGES == "skip"
-    health = examine(document, folder, training=training, file=file, skips=skips)
-    fatal = [error for error in health.errors if not error.ignored]
-    for finding in health.findings:
-        if finding.severity == "warning" or (ignore and finding.ignored):
-            logger.warning("data set %s: %s%s", name, finding, _ignored(finding))
-    refused = fatal if ignore else health.errors
-    if not refused:
-        return
-    advice = [
-        "Correct the file (python tools/check_data.py --json FILE --images FOLDER tells more)."
-    ]
-    if fatal:
-        advice += dict.fromkeys(error.hint for error in fatal if error.hint)
-        if ignore:
-            advice.append("--ignore-health cannot help here.")
-    else:
-        does = "; ".join(dict.fromkeys(error.ignored for error in refused))
-        advice.append(f"Or add --ignore-health, which goes on: it {does}.")
-    raise DatasetError(
-        f"data set {quoted(name)}, {quoted(file)}: {'. '.join(map(str, refused))}. "
-        f"{' '.join(advice)}"
-    )
-
-
-def _ignored(finding: Finding) -> str:
-    return f" (--ignore-health {finding.ignored})" if finding.ignored else ""
-
-
-def _check_classes(cfg: CfgNode, name: str, categories: int) -> None:
-    configured = configured_classes(cfg)
-    if configured is None:
-        return
-    key, number = configured
-    if categories != number:
-        raise ConfigError(
-            f"{key} is {number}, and data set {quoted(name)} has {categories} categories. "
-            f"Set {key} {categories}."
-        )
+            purpose = "train" if training else "evaluate"
+            raise DatasetError(
+                f"data set {quoted(name)}: {quoted(file)} has no {key} to {purpose} on. Name a "
+                "data set that has some, such as coco_2014_minival (those of COCO's test images "
+                "are not public)."
+            )
 
 
 def configured_classes(cfg: CfgNode) -> tuple[str, int] | None:
-    """Return the key that holds the number of classes and that number; None for other models.
-
-    Args:
-        cfg: the run's config.
-    """
+    """Return the key that holds the number of classes and that number; None for other models."""
     if cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN":
         return "MODEL.ROI_HEADS.NUM_CLASSES", int(cfg.MODEL.ROI_HEADS.NUM_CLASSES)
     if cfg.MODEL.META_ARCHITECTURE == "RetinaNet":
         return "MODEL.RETINANET.NUM_CLASSES", int(cfg.MODEL.RETINANET.NUM_CLASSES)
     return None
+
+
+def _check_ids(name: str) -> None:
+    """Refuse records whose images an evaluation could not tell apart."""
+    ids = [record.get("image_id") for record in DatasetCatalog.get(name)]
+    bad = [number for number in ids if not is_whole(number)]
+    if bad or len(set(ids)) < len(ids):
+        what = f"the image_id {quoted(bad[0])}" if bad else "several records of one image_id"
+        raise DatasetError(
+            f"data set {quoted(name)} has {what}: an evaluation needs a different whole number "
+            "from 0 on for each image."
+        )
+
+
+def _check_class_count(cfg: CfgNode, name: str, categories: int) -> None:
+    key, number = configured_classes(cfg) or ("", categories)
+    if categories != number:
+        raise ConfigError(
+            f"{key} is {number}, but data set {quoted(name)} has {categories} categories. "
+            f"Set {key} {categories}."
+        )
+
+
+def _check_health(
+    name: str, document: Record, folder: Path, *, skip_bad_images: bool, ignore: bool
+) -> None:
+    health = examine(document, folder, skip_bad_images=skip_bad_images)
+    fatal = [error for error in health.errors if not error.can_ignore]
+    refused = fatal if ignore else health.errors
+    for finding in health.findings:
+        if finding not in refused:
+            logger.warning("data set %s: %s", name, finding)
+    if not refused:
+        return
+    if not fatal:
+        advice = "Or add --ignore-health, which leaves out what cannot be used and takes the rest."
+    else:
+        advice = "--ignore-health cannot help here." if ignore else ""
+    file = quoted(Path(MetadataCatalog.get(name).json_file))
+    raise DatasetError(
+        f"data set {quoted(name)}, {file}: {'. '.join(map(str, refused))}. Correct the file; "
+        f"python tools/check_data.py --annotations FILE --images FOLDER lists everything. {advice}"
+    )

@@ -1,10 +1,10 @@
-"""Data sets in COCO's format, named on the command line by file and folder.
+"""Data sets in COCO's format, given as files on the command line.
 
-A data set's name follows from its paths, so that every process arrives at the same. Detectron2's
-catalog is one per process: `from_arguments` (or `use`) reads the files, once, and serves its own
-process; every other process that builds a data loader calls `register_arguments`, which reads
-nothing. A run's folder records the files (`record`), so that its config.yaml is enough to use them
-again.
+The name of such a data set follows from its paths, so every process arrives at the same one.
+Detectron2's catalog exists once per process: `from_arguments` (or `use`) reads the files and
+registers them in its own process; every other process that builds a data loader calls
+`register_arguments`, which reads nothing. A run folder records the files (`record`), so that its
+config.yaml is enough to use them again.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from resnext_det.data.annotations import (
-    Document,
     read_annotations,
+    read_categories,
     read_json,
     register_annotations,
 )
-from resnext_det.data.categories import check_same_classes, read_categories
 from resnext_det.data.checks import (
     CUSTOM,
     check_not_empty,
     check_registered,
+    check_same_classes,
     classes_of,
     configured_classes,
 )
-from resnext_det.data.image_files import missing_files
+from resnext_det.data.health import missing_files
 from resnext_det.data.keypoints import keypoints_of
-from resnext_det.data.record_forms import is_name, leads_out
+from resnext_det.data.records import Record, is_name, leads_out
 from resnext_det.errors import ConfigError, DatasetError, quoted
 from resnext_det.files import file_digest, write_json
 
 logger = logging.getLogger(__name__)
 
 RECORD = "datasets.json"
-"""In a run's folder: the files of its data sets, by name."""
+"""In a run folder: the files of its data sets, by name."""
 
 
 @dataclass(frozen=True)
 class CustomData:
-    """An annotation file and the folder of its images, both absolute.
+    """An annotation file and its image folder, both absolute.
 
     Attributes:
         split: "train" or "test".
@@ -62,27 +62,26 @@ class CustomData:
 
     @property
     def name(self) -> str:
-        """Return the name in Detectron2's catalog, fit to be part of a file name."""
+        """The name in Detectron2's catalog, safe as part of a file name."""
         stem = re.sub(r"\W+", "_", self.file.stem, flags=re.ASCII)[:40]
         digest = hashlib.sha256(f"{self.file}\n{self.images}".encode(errors="replace")).hexdigest()
-        # Detectron2 warns of category ids that have holes, unless the name holds "coco".
+        # Without "coco" in the name, Detectron2 warns of gaps in the category ids.
         return f"{CUSTOM}{stem}_{digest[:8]}"
 
 
 def from_arguments(cfg: CfgNode, arguments: argparse.Namespace) -> CfgNode:
-    """Do what `use` does, as the command line says.
+    """Do what `use` does, for the command line.
 
     Args:
         cfg: the run's config.
-        arguments: "train_json" and the others of `resnext_det_cli.flags.add_own_data`,
-            "eval_only", and overrides in "opts".
+        arguments: those of `resnext_det_cli.flags.add_own_data`, "eval_only", and "opts".
 
     Returns:
-        The config; without any of the flags, the given one.
+        The new config; the given one without any of the flags.
 
     Raises:
-        ConfigError: flags that contradict each other, the overrides, or the config.
-        DatasetError: see `use`.
+        ConfigError: flags, overrides or the config contradict each other.
+        DatasetError: see `use`, or recorded files have changed.
     """
     located = _of_arguments(arguments)
     if not located:
@@ -92,27 +91,26 @@ def from_arguments(cfg: CfgNode, arguments: argparse.Namespace) -> CfgNode:
         return cfg
     splits = [data.split for data in located]
     if arguments.eval_only and "test" not in splits:
-        raise ConfigError("--eval-only evaluates on --test-json, which is not given.")
+        raise ConfigError("--eval-only needs --test-json, the annotations to evaluate with.")
     if not arguments.eval_only and "train" not in splits:
         raise ConfigError(
-            "--test-json without --train-json: give both, or --eval-only. The classes of a "
-            "training come from its own data."
+            "--test-json without --train-json: give both, or --eval-only. A training takes its "
+            "classes from its own data."
         )
     overridden = set(arguments.opts[::2])
     for key in ("DATASETS.TRAIN", "DATASETS.TEST"):
         if key in overridden:
             raise ConfigError(
-                f"{key} beside --train-json or --test-json: both name data sets. {key} takes names "
-                "that are registered, the flags take files; leave one of them out."
+                f"{key} and --train-json or --test-json both name data sets: leave one out."
             )
-    made = _use(cfg, located)
-    before, after = configured_classes(cfg), configured_classes(made)
+    new = _use(cfg, located)
+    before, after = configured_classes(cfg), configured_classes(new)
     if before and after and before != after and before[0] in overridden:
         raise ConfigError(
-            f"{before[0]} is set to {before[1]}, and the annotations have {after[1]} categories. "
+            f"{before[0]} is set to {before[1]}, but the annotations have {after[1]} categories. "
             "Leave it out: it follows from them."
         )
-    return made
+    return new
 
 
 def use(
@@ -122,26 +120,26 @@ def use(
     test_json: str | Path | None = None,
     test_images: str | Path | None = None,
 ) -> CfgNode:
-    """Register data sets in this process, and make a config that trains and evaluates on them.
+    """Register data sets in this process, and return a config that trains and evaluates on them.
 
-    Category ids may start at 0 or 1 and have holes: class i of the model is the category with the
-    i-th id. The test file must have the same names in the same order, all of them.
+    Category ids may start at 0 or 1 and have gaps: class i of the model is the category with the
+    i-th id. The test file must have the same names in the same order.
 
     Args:
         cfg: the config; it is not changed.
         train_json: the annotations to train on; None for an evaluation alone.
-        train_images: the folder of their images; None where they lie beside the annotations.
-        test_json: the annotations to evaluate with; None for a training without evaluations.
-        test_images: the folder of their images; None where they lie beside the annotations.
+        train_images: the folder of their images; None if they are beside the annotations.
+        test_json: the annotations to evaluate with; None for a training without evaluation.
+        test_images: the folder of their images; None if they are beside the annotations.
 
     Returns:
         A copy of the config with DATASETS.TRAIN, DATASETS.TEST and the number of classes.
 
     Raises:
-        ConfigError: a file or folder that is not there, or a model that is no Faster R-CNN or
+        ConfigError: a file or folder is missing, or the model is neither Faster R-CNN nor
             RetinaNet.
-        DatasetError: annotations that are not COCO's, categories that cannot be told apart or
-            differ, images outside of their folder, or nothing to learn from.
+        DatasetError: the annotations are not COCO's, their classes differ, an image is outside its
+            folder, or there is nothing to learn.
     """
     located = [
         *_locate("train", train_json, train_images),
@@ -150,14 +148,111 @@ def use(
     return _use(cfg, located)
 
 
+def _use(cfg: CfgNode, located: list[CustomData]) -> CfgNode:
+    configured = configured_classes(cfg)
+    if configured is None:
+        raise ConfigError(
+            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}: your own data needs "
+            "GeneralizedRCNN (such as Faster R-CNN) or RetinaNet."
+        )
+    if not located:
+        raise ConfigError("no annotations to train on or evaluate with.")
+    classes = []
+    for data in located:
+        document = read_annotations(data.file, data.name)
+        check_not_empty(document, data.name, data.file, training=data.split == "train")
+        _check_file_names(document, data)
+        classes.append(list(read_categories(document["categories"], data.file).values()))
+    files = [quoted(data.file) for data in located]
+    check_same_classes(classes[0], classes[-1], files[0], files[-1])
+    if len({data.name for data in located}) < len(located):
+        logger.warning("the model is evaluated on the images that it is trained on")
+    for data in located:
+        register(data, classes[0])
+    new: CfgNode = cfg.clone()
+    new.defrost()
+    new.DATASETS.TRAIN = tuple(data.name for data in located if data.split == "train")
+    new.DATASETS.TEST = tuple(data.name for data in located if data.split == "test")
+    new.merge_from_list([configured[0], str(len(classes[0]))])
+    if cfg.MODEL.KEYPOINT_ON:
+        new.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = _keypoints(located)
+    if cfg.is_frozen():
+        new.freeze()
+    return new
+
+
+def _check_file_names(document: Record, data: CustomData) -> None:
+    records = [record for record in document["images"] if isinstance(record, dict)]
+    names = [record["file_name"] for record in records if is_name(record.get("file_name"))]
+    outside = [name for name in names if leads_out(name)]
+    if outside:
+        raise DatasetError(
+            f"{quoted(data.file)}: {len(outside)} of {len(names)} file names lead out of the image "
+            f"folder, such as {quoted(outside[0])}. Make them relative to --{data.split}-images, "
+            "without '..'."
+        )
+    if names and len(missing_files(names, data.images)) == len(names):
+        raise ConfigError(
+            f"none of the images of {quoted(data.file)}, such as {quoted(names[0])}, is in "
+            f"{quoted(data.images)}: name their folder with --{data.split}-images."
+        )
+
+
+def _keypoints(located: list[CustomData]) -> int:
+    """Return the number of keypoints, which must be the same in all data sets."""
+    found = {
+        quoted(data.file): keypoints_of(
+            read_annotations(data.file, data.name)["categories"], data.file
+        )
+        for data in located
+    }
+    first, *others = found.values()
+    if first is None or any(other != first for other in others):
+        raise DatasetError(
+            f"MODEL.KEYPOINT_ON is True, but the categories of {' and '.join(found)} do not name "
+            'the same keypoints: list them under "keypoints" of each category that has some, or '
+            "set MODEL.KEYPOINT_ON False."
+        )
+    return len(first.names)
+
+
+def _locate(split: str, json: str | Path | None, images: str | Path | None) -> list[CustomData]:
+    """Return the data set of a split, if one is given."""
+    if not json:
+        if images:
+            raise ConfigError(f"--{split}-images needs --{split}-json, the annotations.")
+        return []
+    file = Path(json).expanduser()
+    if not file.is_file():
+        raise ConfigError(f"--{split}-json: there is no file {quoted(Path(json))}.")
+    folder = Path(images).expanduser() if images else _folder_of(file)
+    if not folder.is_dir():
+        raise ConfigError(f"--{split}-images: there is no folder {quoted(folder)}.")
+    return [CustomData(split, file.resolve(), folder.resolve())]
+
+
+def _folder_of(file: Path) -> Path:
+    """Return the folder of the images: COCO's layout if it is there, or beside the file."""
+    split = file.stem.rpartition("_")[2]  # annotations/instances_val2017.json -> val2017
+    folder = file.absolute().parent.parent / split
+    return folder if split != file.stem and folder.is_dir() else file.parent
+
+
+def _of_arguments(arguments: argparse.Namespace) -> list[CustomData]:
+    return [
+        *_locate("train", arguments.train_json, arguments.train_images),
+        *_locate("test", arguments.test_json, arguments.test_images),
+    ]
+
+
 def register_arguments(arguments: argparse.Namespace) -> None:
-    """Register the data sets of the command line in this process; doing so again is harmless.
+    """Register the data sets of the command line in this process, if they are not yet.
 
     Args:
         arguments: those that another process gave to `from_arguments`.
 
     Raises:
-        ConfigError: a file or folder that is not there.
+        ConfigError: a file or folder is missing.
     """
     for data in _of_arguments(arguments):
         register(data)
@@ -165,39 +260,49 @@ def register_arguments(arguments: argparse.Namespace) -> None:
         register(data)
 
 
+def register(data: CustomData, classes: Sequence[str] = ()) -> None:
+    """Register a data set in this process, if it is not yet.
+
+    Args:
+        data: the data set.
+        classes: by ascending category id, if they are known; they replace an earlier registration.
+            Otherwise they are added when the data is loaded.
+    """
+    if data.name in DatasetCatalog.list() and not classes:
+        return
+    metadata = {"thing_classes": list(classes)} if classes else {}
+    register_annotations(data.name, metadata, data.file, data.images)
+
+
 def record(cfg: CfgNode, folder: Path) -> None:
-    """Write down the files of the data sets that came from the command line.
+    """Record the files of data sets from the command line in a run folder.
 
     Args:
         cfg: the run's config.
-        folder: of its config.yaml. Data sets that were recorded there before are kept.
+        folder: of its config.yaml; data sets that it already records are kept.
 
     Raises:
         ResNeXtError: it cannot be written.
     """
-    names = [name for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST) if name.startswith(CUSTOM)]
-    found = {}
-    for name in dict.fromkeys(names):
+    names = {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST}
+    entries = {
+        name: {"annotations": str(data.file), "images": str(data.images), "sha256": digest}
+        for name, (data, digest) in read_record(folder).items()
+    }
+    for name in sorted(name for name in names if name.startswith(CUSTOM)):
         metadata = MetadataCatalog.get(name)
         if name in DatasetCatalog and Path(metadata.json_file).is_file():
-            found[name] = {
+            entries[name] = {
                 "annotations": metadata.json_file,
                 "images": metadata.image_root,
                 "sha256": file_digest(Path(metadata.json_file)),
             }
-    if found:
-        kept = {
-            name: {"annotations": str(data.file), "images": str(data.images), "sha256": digest}
-            for name, (data, digest) in read_record(folder).items()
-        }
-        write_json(folder / RECORD, kept | found)
+    if entries:
+        write_json(folder / RECORD, entries)
 
 
 def read_record(folder: Path) -> dict[str, tuple[CustomData, str]]:
-    """Return the data sets that a run's folder records, and the digests of their annotations.
-
-    Args:
-        folder: of the run.
+    """Return the data sets that a run folder records, and the SHA-256 of their annotations.
 
     Returns:
         By name; empty if the folder records none.
@@ -213,12 +318,12 @@ def read_record(folder: Path) -> dict[str, tuple[CustomData, str]]:
         for name, entry in content.items():
             data = CustomData("test", Path(entry["annotations"]), Path(entry["images"]))
             if name != data.name or not isinstance(entry["sha256"], str):
-                raise ValueError(f"an entry {quoted(name)} that does not fit its files")
+                raise ValueError(f"entry {quoted(name)} does not match its files")
             found[name] = data, entry["sha256"]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DatasetError(
-            f"{quoted(file)} does not name data sets ({quoted(error)}). Remove it, and name the "
-            "files with --train-json and --test-json."
+            f"{quoted(file)} is damaged ({quoted(error)}). Remove it, and name the files with "
+            "--train-json and --test-json."
         ) from error
     return found
 
@@ -230,154 +335,36 @@ def _recorded(arguments: argparse.Namespace) -> dict[str, tuple[CustomData, str]
 
 
 def _check_recorded(arguments: argparse.Namespace, names: list[str]) -> None:
-    """Refuse recorded files that have gone, or are others by now."""
+    """Refuse recorded files that are gone or have changed."""
     recorded = _recorded(arguments)
-    for name in names:
-        if name not in recorded:
-            continue
-        data, digest = recorded[name]
-        advice = "Put it back, or name files with --train-json, --test-json and their images."
-        if not data.file.is_file():
-            raise DatasetError(f"the annotations {quoted(data.file)} of the run are gone. {advice}")
-        if not data.images.is_dir():
-            raise DatasetError(f"the images {quoted(data.images)} of the run are gone. {advice}")
-        if file_digest(data.file) != digest:
+    for data, digest in (recorded[name] for name in names if name in recorded):
+        fault = ""
+        if not data.file.is_file() or not data.images.is_dir():
+            fault = f"the annotations {quoted(data.file)} or images {quoted(data.images)} are gone"
+        elif file_digest(data.file) != digest:
+            fault = f"the annotations {quoted(data.file)} have changed since the run"
+        if fault:
             raise DatasetError(
-                f"the annotations {quoted(data.file)} have changed since the run. {advice}"
+                f"{fault}. Restore them, or name files with --train-json, --test-json and their "
+                "images."
             )
-
-
-def register(data: CustomData, classes: Sequence[str] = ()) -> None:
-    """Register a data set in this process; doing so again is harmless.
-
-    Args:
-        data: the data set.
-        classes: in the order of their category ids, where they are known; Detectron2 adds them as
-            it loads the data. With them, an entry of the same name is replaced.
-    """
-    if data.name in DatasetCatalog.list() and not classes:
-        return
-    metadata = {"thing_classes": list(classes)} if classes else {}
-    register_annotations(data.name, metadata, data.file, data.images)
 
 
 def class_names(cfg: CfgNode) -> list[str]:
     """Return the names of the classes that a model learns, in the order of its outputs.
 
     Args:
-        cfg: the config; the first of DATASETS.TRAIN is read, or of DATASETS.TEST where there is
-            nothing to train on.
+        cfg: the first data set of DATASETS.TRAIN is read, or of DATASETS.TEST without any.
 
     Raises:
-        ConfigError: no data set, or one that is not registered or names no classes.
+        ConfigError: there is no data set, or it is not registered or has no class names.
         DatasetError: its annotations cannot be read.
     """
     names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
     if not names:
-        raise ConfigError("no data set is named: set DATASETS.TRAIN.")
+        raise ConfigError("no data set: set DATASETS.TRAIN.")
     check_registered(names[0])
     classes = classes_of(names[0])
     if classes is None:
-        raise ConfigError(f"data set {quoted(names[0])} has no names of classes (thing_classes).")
+        raise ConfigError(f"data set {quoted(names[0])} has no class names (thing_classes).")
     return classes
-
-
-def _use(cfg: CfgNode, located: list[CustomData]) -> CfgNode:
-    key = _check_model(cfg)
-    if not located:
-        raise ConfigError("no annotations are named: neither to train on nor to evaluate with.")
-    categories = []
-    for data in located:
-        document = read_annotations(data.file, data.name)
-        check_not_empty(document, data.name, data.file, training=data.split == "train")
-        _check_file_names(document, data)
-        categories.append(list(read_categories(document["categories"], data.file).values()))
-    check_same_classes(
-        categories[0], categories[-1], quoted(located[0].file), quoted(located[-1].file)
-    )
-    if len({data.name for data in located}) < len(located):
-        logger.warning("the figures will be those of the images that are trained on")
-    for data in located:
-        register(data, categories[0])
-    made: CfgNode = cfg.clone()
-    made.defrost()
-    made.DATASETS.TRAIN = tuple(data.name for data in located if data.split == "train")
-    made.DATASETS.TEST = tuple(data.name for data in located if data.split == "test")
-    made.merge_from_list([key, str(len(categories[0]))])
-    if cfg.MODEL.KEYPOINT_ON:
-        made.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = _keypoints(located)
-    if cfg.is_frozen():
-        made.freeze()
-    return made
-
-
-def _keypoints(located: list[CustomData]) -> int:
-    """Return the number of keypoints of data sets, which must name the same ones."""
-    found = {}
-    for data in located:
-        document = read_annotations(data.file, data.name)
-        found[data.file] = keypoints_of(document["categories"], data.file)
-    if None in found.values() or len(set(found.values())) > 1:
-        raise DatasetError(
-            "MODEL.KEYPOINT_ON is True, and the categories of "
-            f"{' and '.join(map(quoted, found))} do not name the same keypoints: list them under "
-            '"keypoints" of each category that has some, or set MODEL.KEYPOINT_ON False.'
-        )
-    return max(len(each.names) for each in found.values() if each is not None)
-
-
-def _check_model(cfg: CfgNode) -> str:
-    """Return the key that holds the number of classes."""
-    configured = configured_classes(cfg)
-    if configured is None:
-        raise ConfigError(
-            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}: data of your own is for "
-            "GeneralizedRCNN (such as Faster R-CNN) and RetinaNet."
-        )
-    return configured[0]
-
-
-def _check_file_names(document: Document, data: CustomData) -> None:
-    records = [record for record in document["images"] if isinstance(record, dict)]
-    names = [record["file_name"] for record in records if is_name(record.get("file_name"))]
-    out = [name for name in names if leads_out(name)]
-    if out:
-        raise DatasetError(
-            f"{quoted(data.file)}: {len(out)} of {len(names)} file names lead out of the image "
-            f"folder, such as {quoted(out[0])}. They must be relative to "
-            f"--{data.split}-images, without '..'."
-        )
-    if names and len(missing_files(names, data.images)) == len(names):
-        raise ConfigError(
-            f"none of the images that {quoted(data.file)} names, such as {quoted(names[0])}, is in "
-            f"{quoted(data.images)}: say where they are with --{data.split}-images."
-        )
-
-
-def _locate(split: str, json: str | Path | None, images: str | Path | None) -> list[CustomData]:
-    """Return the data set of a split, if it is named."""
-    if not json:
-        if images:
-            raise ConfigError(f"--{split}-images needs --{split}-json, the annotations.")
-        return []
-    file = Path(json).expanduser()
-    if not file.is_file():
-        raise ConfigError(f"--{split}-json: there is no file {quoted(Path(json))}.")
-    folder = Path(images).expanduser() if images else _folder_of(file)
-    if not folder.is_dir():
-        raise ConfigError(f"--{split}-images: there is no folder {quoted(folder)}.")
-    return [CustomData(split, file.resolve(), folder.resolve())]
-
-
-def _folder_of(file: Path) -> Path:
-    """Return where images are looked for: annotations/instances_val2017.json -> val2017."""
-    split = file.stem.rpartition("_")[2]
-    beside = file.absolute().parent.parent / split
-    return beside if split != file.stem and beside.is_dir() else file.parent
-
-
-def _of_arguments(arguments: argparse.Namespace) -> list[CustomData]:
-    return [
-        *_locate("train", arguments.train_json, arguments.train_images),
-        *_locate("test", arguments.test_json, arguments.test_images),
-    ]

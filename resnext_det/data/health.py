@@ -1,72 +1,89 @@
-"""Is a COCO annotation file, with its images, fit to train on and to evaluate with?
+"""Is a COCO annotation file, with its images, fit for training and evaluation?
 
-An error makes a training or a figure wrong, or stops it later: an id that repeats, a box outside
-its image, an image of another size. A warning is what Detectron2 copes with by itself, such as the
-two boxes without height in COCO's own train2017 (cocodataset/cocoapi, issue 355).
+An error makes a training or a figure wrong, or stops it later: a repeated id, a box outside its
+image, an image of another size. A warning is what Detectron2 copes with, such as the two boxes
+without height in COCO's own train2017 (cocodataset/cocoapi, issue 355).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+import math
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import hotcoco
-import numpy as np
-from numpy.typing import NDArray
-
-from resnext_det.data.annotations import Document
-from resnext_det.data.columns import Columns
-from resnext_det.data.findings import Finding, Record, Severity, found, show_record
-from resnext_det.data.image_files import check_files
-from resnext_det.data.record_forms import (
-    LEFT_OUT,
-    check_annotations,
-    check_categories,
-    check_images,
-    check_segmentations,
+from resnext_det.console import progress_bar
+from resnext_det.data.records import (
+    Record,
+    is_area,
+    is_box,
     is_keypoints,
+    is_name,
     is_object,
     is_segmentation,
     is_side,
     is_whole,
+    leads_out,
     polygons_of,
 )
-from resnext_det.errors import plain, quoted
+from resnext_det.errors import DatasetError, plain, quoted
+from resnext_det.images import Header, read_header
 
-# Pixels that a box may reach beyond its image before it is worth a word: rounding does as much.
-_TOLERANCE = 1.0
-# Boxes from which on it is no chance that all of them would do as corners.
-_FEWEST_CORNERS = 20
-# By how much an area may exceed its box: polygons are rounded.
+_EXAMPLES = 3
+_MOST_SHOWN = 60  # characters of a value
+# Rounding moves a box beyond its image by up to a pixel, and an area beyond its box by a little.
+_BOX_TOLERANCE = 1.0
 _AREA_TOLERANCE = 1.1
-_MOST_SHOWN = 60  # characters of a name
-# What hotcoco finds, by its own names: the severity, the words, the kind of record whose ids it
-# reports, and what --ignore-health does about it.
-_STRUCTURE: dict[str, tuple[Severity, str, str, str]] = {
-    "duplicate_image_id": ("error", "image ids that repeat", "images", ""),
-    "duplicate_category_id": ("error", "category ids that repeat", "categories", ""),
-    "duplicate_ann_id": ("error", "annotation ids that repeat", "annotations", "keeps them all"),
-    "orphan_category_id": (
-        "error",
-        "annotations of a category that is not there",
-        "annotations",
-        LEFT_OUT,
-    ),
-    "orphan_image_id": ("warning", "annotations of an image that is not there", "annotations", ""),
-    "zero_area": ("warning", "areas of 0, which an evaluation counts as small", "annotations", ""),
-}
-_QUALITY: dict[str, tuple[Severity, str, str, str]] = {
-    "near_duplicate": ("warning", "annotations that nearly repeat another", "annotations", ""),
-    "zero_instance_category": ("warning", "categories without annotations", "categories", ""),
-}
-_AS_THEY_ARE = "takes them as they are"
-_KEYS = {
-    "images": ("file_name",),
-    "categories": ("name",),
-    "annotations": ("image_id", "category_id", "bbox"),
-}
+# With fewer boxes it may be chance that all of them could be corners.
+_FEWEST_CORNERS = 20
+_THREADS = 8  # image folders on a network keep a single thread waiting
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What can be wrong with a record.
+
+    Attributes:
+        severity: "error" if it makes a training or a figure wrong, or stops it later; "warning" if
+            Detectron2 copes with it.
+        what: is wrong.
+        shown: keys of the record that an example shows, after its id.
+        can_ignore: training and evaluation can go on, for an error.
+    """
+
+    severity: Literal["error", "warning"]
+    what: str
+    shown: tuple[str, ...] = ()
+    can_ignore: bool = False
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A fault of a file.
+
+    Attributes:
+        severity: as `Fault` has it.
+        what: is wrong.
+        count: number of records; 0 if it concerns the whole file.
+        examples: the first few.
+        can_ignore: as `Fault` has it.
+    """
+
+    severity: Literal["error", "warning"]
+    what: str
+    count: int = 0
+    examples: tuple[str, ...] = ()
+    can_ignore: bool = False
+
+    def __str__(self) -> str:
+        if not self.count:
+            return self.what
+        more = ["..."] if self.count > len(self.examples) else []
+        return f"{self.what}: {self.count:,} ({'; '.join([*self.examples, *more])})"
 
 
 @dataclass(frozen=True)
@@ -74,20 +91,16 @@ class Health:
     """What `examine` found.
 
     Attributes:
-        images: listed.
+        images: listed in the file.
         empty_images: of these, without annotations.
-        annotations: listed.
-        masks: annotations with a mask that Detectron2 can train on.
-        keypoints: annotations with at least one labelled keypoint.
-        categories: the name and the annotations of each, most annotated first.
+        annotations: listed in the file.
+        categories: name and number of annotations of each, most annotated first.
         findings: errors first.
     """
 
     images: int
     empty_images: int
     annotations: int
-    masks: int
-    keypoints: int
     categories: tuple[tuple[str, int], ...]
     findings: tuple[Finding, ...]
 
@@ -96,242 +109,327 @@ class Health:
         """The findings that are errors."""
         return tuple(finding for finding in self.findings if finding.severity == "error")
 
-    @property
-    def warnings(self) -> tuple[Finding, ...]:
-        """The findings that are warnings."""
-        return tuple(finding for finding in self.findings if finding.severity == "warning")
-
     def text(self) -> str:
-        """Return the report for a terminal: the counts, then a line for each finding."""
+        """Return the report for a terminal: the counts, then one line per finding."""
         counts = (
             f"{self.images:,} images, {self.empty_images:,} of them without annotations; "
             f"{self.annotations:,} annotations; {len(self.categories):,} categories"
         )
         if self.annotations and self.categories:
             (most, of_most), (least, of_least) = self.categories[0], self.categories[-1]
-            most, least = (plain(name, _MOST_SHOWN) for name in (most, least))
+            most, least = plain(most, _MOST_SHOWN), plain(least, _MOST_SHOWN)
             counts += f", from {most} ({of_most:,}) to {least} ({of_least:,})"
-        kinds = f"annotations with a mask: {self.masks:,}; with keypoints: {self.keypoints:,}"
         lines = [f"{finding.severity}: {finding}" for finding in self.findings]
-        return "\n".join([counts, kinds, *(lines or ["nothing is wrong"])])
+        return "\n".join([counts, *(lines or ["nothing is wrong"])])
 
 
 def examine(
-    document: Document,
-    images: Path | None = None,
-    *,
-    training: bool = True,
-    file: Path | None = None,
-    skips: bool = False,
+    document: Record, folder: Path | None = None, *, skip_bad_images: bool = False
 ) -> Health:
     """Examine annotations in COCO's format, and the images they name.
 
     Args:
-        document: with lists under "images", "annotations" and "categories"; it is not changed.
-        images: an existing folder with the image files, whose headers are read. None leaves the
-            files alone.
-        training: look for what matters to a training alone.
-        file: where the document was read from. If its path holds "minival", Detectron2 lets
-            the ids of annotations repeat, which those of the original files do.
-        skips: the training skips images that cannot be read.
-
-    Returns:
-        What was found.
+        document: with lists under "images", "annotations" and "categories".
+        folder: an existing folder; the headers of the images in it are read. None leaves the
+            images alone.
+        skip_bad_images: a training skips images that it cannot read.
     """
     findings: list[Finding] = []
-    listed, categories, annotations = (
-        _objects(document, key, findings) for key in ("images", "categories", "annotations")
-    )
-    findings += check_images(listed)
-    findings += check_categories(categories)
-    of_annotations, sound = check_annotations(annotations)
-    findings += of_annotations
-    findings += check_segmentations(annotations, listed)
-    if images is not None:
-        findings += _of_files(check_files(listed, images), training, skips)
-    columns = Columns.of(sound)
-    findings += _check_boxes(sound, columns.boxes, _sizes(listed, columns.image_ids))
-    findings += _check_areas(sound, columns)
-    findings += _check_zero(sound)
-    report = _hotcoco_report(listed, categories, sound, columns)
-    records = {"images": listed, "categories": categories, "annotations": sound}
-    wanted = _STRUCTURE | (_QUALITY if training else {})
-    findings += _check_structure(report, records, wanted, "minival" in str(file))
-    if not any(_is_usable(each) for each in sound):
-        what = "no annotation that is no crowd: nothing to learn from, or to evaluate with"
-        findings.append(Finding("error", what, 0, ()))
+    records = {}
+    for kind in ("images", "categories", "annotations"):
+        records[kind] = [each for each in document[kind] if isinstance(each, dict)]
+        bad = [quoted(each) for each in document[kind] if not isinstance(each, dict)]
+        fault = Fault("error", f"{kind} that are not JSON objects", (), kind == "annotations")
+        findings += _found(fault, bad)
+    images, annotations = records["images"], records["annotations"]
+    sizes = {each["id"]: each for each in images if is_whole(each.get("id"))}
+    names = {each["id"]: each for each in records["categories"] if is_whole(each.get("id"))}
+    findings += _collect(images, _image_faults)
+    findings += _collect(records["categories"], _category_faults)
+    findings += _collect(annotations, lambda each: _annotation_faults(each, sizes, names))
+    for kind, key, fault in (
+        ("images", "id", _fatal("image ids that repeat")),
+        ("images", "file_name", _error("file names of several images", "file_name")),
+        ("categories", "id", _fatal("category ids that repeat")),
+        ("categories", "name", _fatal("names of several categories", "name")),
+    ):
+        findings += _found(fault, _repeated(records[kind], key))
+    findings += _repeated_annotations(annotations)
+    findings += _layout(annotations, sizes)
+    if folder is not None:
+        findings += _check_files(images, folder, skip_bad_images)
+    annotated = {each["image_id"] for each in annotations if is_whole(each.get("image_id"))}
+    counts = Counter(each["category_id"] for each in annotations if is_object(each))
+    unused = [each for number, each in names.items() if not counts[number]]
+    findings += _found(_warning("categories without annotations", "name"), unused)
+    if not any(_is_usable(each) for each in annotations):
+        findings.append(Finding("error", "no annotation that can be learned or evaluated"))
     return Health(
         len(document["images"]),
-        report["summary"]["images_without_annotations"],
+        len(sizes.keys() - annotated),
         len(document["annotations"]),
-        sum(_has_mask(each) for each in annotations),
-        sum(_has_keypoints(each) for each in annotations),
-        tuple((str(name), int(count)) for name, count in report["summary"]["category_counts"]),
+        tuple(
+            (str(each.get("name")), counts[number])
+            for number, each in sorted(names.items(), key=lambda pair: -counts[pair[0]])
+        ),
         tuple(sorted(findings, key=lambda finding: finding.severity)),
     )
 
 
-def _objects(document: Document, key: str, findings: list[Finding]) -> list[Record]:
-    bad = [record for record in document[key] if not isinstance(record, dict)]
-    ignored = LEFT_OUT if key == "annotations" else ""
-    findings += found("error", f"{key} that are no JSON objects", bad, quoted, ignored=ignored)
-    return [record for record in document[key] if isinstance(record, dict)]
+def _fatal(what: str, *shown: str) -> Fault:
+    return Fault("error", what, shown)
 
 
-def _of_files(findings: Iterator[Finding], training: bool, skips: bool) -> Iterator[Finding]:
-    """Say what can be done about images that cannot be read: a training may skip them."""
-    for finding in findings:
-        if finding.severity != "error" or finding.ignored or not training:
-            yield finding
-        elif skips:
-            yield replace(finding, ignored="skips these images")
-        else:
-            hint = "DATALOADER.BAD_IMAGES skip, with --ignore-health, trains without these images."
-            yield replace(finding, hint=hint)
+def _error(what: str, *shown: str) -> Fault:
+    return Fault("error", what, shown, can_ignore=True)
+
+
+def _warning(what: str, *shown: str) -> Fault:
+    return Fault("warning", what, shown)
+
+
+def _found(fault: Fault, bad: Sequence[Any]) -> Iterator[Finding]:
+    """Yield a finding if any record has the fault; text is shown as it is."""
+    if bad:
+        examples = tuple(_example(each, fault.shown) for each in bad[:_EXAMPLES])
+        yield Finding(fault.severity, fault.what, len(bad), examples, fault.can_ignore)
+
+
+def _example(record: Record | str, shown: tuple[str, ...]) -> str:
+    if isinstance(record, str):
+        return record
+    keys = [key for key in dict.fromkeys(("id", *shown)) if key in record]
+    return ", ".join(f"{key} {quoted(record[key], _MOST_SHOWN)}" for key in keys) or quoted(record)
+
+
+def _collect(
+    records: Sequence[Record], faults_of: Callable[[Record], Iterable[Fault]]
+) -> Iterator[Finding]:
+    bad = defaultdict(list)
+    for record in records:
+        for fault in faults_of(record):
+            bad[fault].append(record)
+    for fault, of_one in bad.items():
+        yield from _found(fault, of_one)
+
+
+def _image_faults(image: Record) -> Iterator[Fault]:
+    if not is_whole(image.get("id")):
+        yield _fatal("images whose id is not a whole number from 0 on")
+    if not (is_side(image.get("width")) and is_side(image.get("height"))):
+        what = "images whose width or height is not a whole number above 0"
+        yield _fatal(what, "width", "height")
+    if not is_name(image.get("file_name")):
+        yield _fatal("images without a file_name", "file_name")
+    elif leads_out(image["file_name"]):
+        yield _error('file names that lead out of the image folder ("..")', "file_name")
+
+
+def _category_faults(category: Record) -> Iterator[Fault]:
+    if not is_whole(category.get("id")):
+        yield _fatal("categories whose id is not a whole number from 0 on")
+    if not is_name(category.get("name")):
+        yield _fatal("categories without a name", "name")
+
+
+def _annotation_faults(
+    annotation: Record, images: dict[int, Record], categories: dict[int, Record]
+) -> Iterator[Fault]:
+    get = annotation.get
+    for key in ("id", "image_id", "category_id"):
+        if not is_whole(get(key)):
+            yield _error(f"annotations whose {key} is not a whole number from 0 on", key)
+    image: Record = {}
+    if is_whole(get("image_id")):
+        image = images.get(annotation["image_id"], {})
+        if not image:
+            yield _warning("annotations of an image that is not listed", "image_id")
+    if is_whole(get("category_id")) and annotation["category_id"] not in categories:
+        yield _error("annotations of a category that is not listed", "category_id")
+    if get("iscrowd") not in (0, 1, None):
+        yield _error("iscrowd that is not 0 or 1", "iscrowd")
+    if get("ignore"):
+        yield _error('annotations to ignore, unknown to Detectron2 (use "iscrowd": 1)')
+    if get("keypoints") and not is_keypoints(annotation["keypoints"]):
+        yield _error("keypoints that are not a flat list of x, y, visibility", "keypoints")
+    mask = get("segmentation")
+    width, height = _size(image, unknown=None)
+    if mask and not is_segmentation(mask, height, width):
+        what = "segmentations that are neither polygons nor RLE of the size of their image"
+        yield _error(what, "segmentation")
+    elif mask and isinstance(mask, list) and not polygons_of(mask):
+        # Detectron2's rule, with or without MODEL.MASK_ON.
+        yield _error("objects that Detectron2 leaves out: no polygon has 3 points")
+    if not is_box(get("bbox")):
+        yield _error("boxes that are not 4 finite numbers", "bbox")
+    else:
+        yield from _box_faults(annotation, image)
+        yield from _area_faults(annotation)
+
+
+def _size(image: Record, unknown: Any = math.inf) -> tuple[Any, Any]:
+    """Return the width and height of an image."""
+    width, height = image.get("width"), image.get("height")
+    return (width, height) if is_side(width) and is_side(height) else (unknown, unknown)
+
+
+def _box_faults(annotation: Record, image: Record) -> Iterator[Fault]:
+    """Yield the worst fault of a box."""
+    shown = ("image_id", "bbox")
+    x, y, width, height = annotation["bbox"]
+    right, bottom = _size(image)
+    if width < 0 or height < 0:
+        yield _error("boxes of negative width or height", *shown)
+    elif width == 0 or height == 0:
+        yield _warning("boxes without area, which Detectron2 leaves out", *shown)
+    elif x >= right or y >= bottom or x + width <= 0 or y + height <= 0:
+        yield _error("boxes outside their image", *shown)
+    elif _reaches_out(x, y, width, height, right, bottom):
+        yield _warning("boxes that reach out of their image, and are clipped", *shown)
+
+
+def _reaches_out(
+    x: float, y: float, width: float, height: float, right: float, bottom: float
+) -> bool:
+    return (
+        min(x, y) < -_BOX_TOLERANCE
+        or x + width > right + _BOX_TOLERANCE
+        or y + height > bottom + _BOX_TOLERANCE
+    )
+
+
+def _area_faults(annotation: Record) -> Iterator[Fault]:
+    area = annotation.get("area")
+    of_box = annotation["bbox"][2] * annotation["bbox"][3]
+    sorts = "an evaluation sorts small, medium and large objects by area"
+    if area is None:
+        yield _warning("annotations without area: an evaluation takes the box's")
+    elif not is_area(area):
+        yield _error("areas that are not a number from 0 on", "area")
+    elif area == 0:
+        yield _warning(f"areas of 0: {sorts}")
+    elif of_box > 0 and area > _AREA_TOLERANCE * of_box + 1:
+        yield _warning(f"areas larger than the box: {sorts}", "bbox", "area")
+
+
+def _repeated(records: Sequence[Record], key: str) -> list[Record]:
+    """Return a record for every value of a key that repeats."""
+    given = [each for each in records if isinstance(each.get(key), str | int | float)]
+    counts = Counter(each[key] for each in given)
+    by_value = {each[key]: each for each in given if counts[each[key]] > 1}
+    return list(by_value.values())
+
+
+def _repeated_annotations(annotations: Sequence[Record]) -> Iterator[Finding]:
+    """Yield repeated ids: a warning for crowds, as in the published minival files."""
+    repeated = {each["id"] for each in _repeated(annotations, "id")}
+    bad = [each for each in annotations if is_whole(each.get("id")) and each["id"] in repeated]
+    crowds = all(each.get("iscrowd") == 1 for each in bad)
+    what = "annotations with repeated ids, of which pycocotools finds one"
+    fault = Fault("warning" if crowds else "error", what, ("image_id",), can_ignore=True)
+    yield from _found(fault, bad)
+
+
+def _layout(annotations: Sequence[Record], images: dict[int, Record]) -> Iterator[Finding]:
+    """Yield what all boxes together reveal: another unit, or corners instead of sizes."""
+    sound = [each for each in annotations if is_object(each)]
+    if not sound:
+        return
+    boxes = [each["bbox"] for each in sound]
+    if all(abs(value) <= 1 for box in boxes for value in box):
+        what = "all boxes are between 0 and 1: COCO's are in pixels, not fractions of the image"
+        yield Finding("error", what, can_ignore=True)
+    outside = 0
+    for box, each in zip(boxes, sound):
+        right, bottom = _size(images.get(each["image_id"], {}))
+        x, y, width, height = box
+        inside = width <= right + _BOX_TOLERANCE and height <= bottom + _BOX_TOLERANCE
+        if width <= x or height <= y or not inside:
+            return
+        outside += _reaches_out(x, y, width, height, right, bottom)
+    if len(boxes) >= _FEWEST_CORNERS and outside > 0.1 * len(boxes):
+        what = "all boxes look like (x1, y1, x2, y2): COCO's are (x, y, width, height)"
+        yield Finding("error", what, can_ignore=True)
 
 
 def _is_usable(annotation: Record) -> bool:
-    """Tell whether an annotation is an object to learn from, unlike a crowd."""
-    mask = annotation.get("segmentation") or None
-    drawn = not isinstance(mask, list) or not is_segmentation(mask) or bool(polygons_of(mask))
-    return (
-        is_object(annotation)
-        and not annotation.get("iscrowd")
-        and not annotation.get("ignore")
-        and drawn
-    )
+    """Tell whether an annotation is an object to learn, not a crowd."""
+    mask = annotation.get("segmentation")
+    undrawn = isinstance(mask, list) and mask and is_segmentation(mask) and not polygons_of(mask)
+    ignored = annotation.get("iscrowd") or annotation.get("ignore")
+    return is_object(annotation) and not ignored and not undrawn
 
 
-def _has_mask(annotation: Record) -> bool:
-    mask: Any = annotation.get("segmentation")
-    return (
-        bool(mask) and is_segmentation(mask) and (isinstance(mask, dict) or bool(polygons_of(mask)))
-    )
-
-
-def _has_keypoints(annotation: Record) -> bool:
-    points = annotation.get("keypoints")
-    return isinstance(points, list) and is_keypoints(points) and any(points[2::3])
-
-
-def _sizes(images: list[Record], image_ids: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return width and height of the images, shape (N, 2), NaN where they are not known."""
-    known = [
-        (int(each["id"]), int(each["width"]), int(each["height"]))
+def _check_files(images: list[Record], folder: Path, skipped: bool) -> Iterator[Finding]:
+    """Yield what is wrong with the files of images; only their headers are read."""
+    named = {
+        each["file_name"]: each
         for each in images
-        if is_whole(each.get("id")) and is_side(each.get("width")) and is_side(each.get("height"))
-    ]
-    # A last row without a size catches the ids behind all others.
-    table = np.array([*sorted(known), (2**62, 0, 0)], np.int64)
-    rows = table[np.searchsorted(table[:, 0], image_ids)]
-    return np.where((rows[:, 0] == image_ids)[:, None], rows[:, 1:], np.nan)
-
-
-def _check_boxes(
-    records: list[Record], boxes: NDArray[np.float64], sizes: NDArray[np.float64]
-) -> Iterator[Finding]:
-    """Yield what is wrong with boxes by geometry.
-
-    Args:
-        records: N annotations.
-        boxes: of them, shape (N, 4).
-        sizes: of their images, shape (N, 2), NaN where they are not known.
-    """
-    corner, extent = boxes[:, :2], boxes[:, 2:]
-    end = corner + extent
-    negative = np.any(extent < 0, axis=1)
-    empty = (extent == 0).any(axis=1) & ~negative
-    outside = ((corner >= sizes) | (end <= 0)).any(axis=1) & ~negative & ~empty
-    beyond = np.any((corner < -_TOLERANCE) | (end > sizes + _TOLERANCE), axis=1)
-    beyond &= ~negative & ~empty & ~outside
-    tiny = ((extent > 0) & (extent < 1)).any(axis=1) & ~negative
-    does = "trains without them, and evaluates with them, where nothing can find them"
-    checks: tuple[tuple[Severity, str, NDArray[np.bool_], str], ...] = (
-        ("error", "boxes of negative width or height", negative, does),
-        ("error", "boxes that lie outside of their image", outside, does),
-        ("warning", "boxes without width or height, which Detectron2 leaves out", empty, ""),
-        ("warning", "boxes that reach out of their image, and are clipped to it", beyond, ""),
-        ("warning", "boxes less than a pixel wide or high", tiny, ""),
-    )
-    for severity, what, flags, ignored in checks:
-        bad = [records[row] for row in np.flatnonzero(flags)]
-        yield from found(severity, what, bad, show_record("image_id", "bbox"), ignored=ignored)
-    if not len(boxes):
-        return
-    if (np.abs(boxes) <= 1).all():
-        what = "all boxes lie between 0 and 1: COCO's are in pixels, not in parts of the image"
-        yield Finding("error", what, 0, (), _AS_THEY_ARE)
-    corners = ((extent > corner) & ~(extent > sizes + _TOLERANCE)).all()
-    if corners and len(boxes) >= _FEWEST_CORNERS and (beyond | outside).mean() > 0.1:
-        what = "all boxes would do as (x1, y1, x2, y2): COCO's are (x, y, width, height)"
-        yield Finding("error", what, 0, (), _AS_THEY_ARE)
-
-
-def _check_areas(records: list[Record], columns: Columns) -> Iterator[Finding]:
-    """Yield what is wrong with areas that are numbers, by geometry."""
-    areas, boxed = columns.areas, columns.boxes[:, 2:].prod(axis=1)
-    sorts = "an evaluation sorts objects into small, medium and large by them"
-    with np.errstate(invalid="ignore"):
-        larger = areas > _AREA_TOLERANCE * boxed.clip(0) + 1
-    bad = [records[row] for row in np.flatnonzero(larger & (boxed > 0))]
-    yield from found(
-        "warning", f"areas larger than the box: {sorts}", bad, show_record("bbox", "area")
-    )
-    same = len(areas) > 1 and (areas == areas[0]).all()  # never, if one is missing
-    if same and not larger.all() and np.isclose(areas, boxed, rtol=0.01).mean() < 0.5:
-        what = f"the area of all annotations is {areas[0]:g}, whatever their box: {sorts}"
-        yield Finding("warning", what, 0, ())
-
-
-def _check_zero(records: list[Record]) -> Iterator[Finding]:
-    zero = [each for each in records if each["id"] == 0]
-    what = "annotations with the id 0, which pycocotools never finds; the figures here count them"
-    yield from found("warning", what, zero, show_record("image_id"))
-
-
-def _check_structure(
-    report: dict[str, Any],
-    records: dict[str, list[Record]],
-    wanted: dict[str, tuple[Severity, str, str, str]],
-    minival: bool,
-) -> Iterator[Finding]:
-    """Yield what hotcoco's report says, where it is wanted."""
-    for entry in (*report["errors"], *report["warnings"]):
-        if entry["code"] not in wanted:
+        if is_name(each.get("file_name")) and not leads_out(each["file_name"])
+    }
+    missing = set(missing_files(list(named), folder))
+    present = [name for name in named if name not in missing]
+    unreadable, other_size, deep = [], [], []
+    for name, header in zip(present, _read_headers([folder / name for name in present])):
+        width, height = named[name].get("width"), named[name].get("height")
+        shown = quoted(Path(name))
+        if isinstance(header, str):
+            unreadable.append(header)
             continue
-        severity, what, kind, ignored = wanted[entry["code"]]
-        ids = sorted(entry["affected_ids"])
-        if entry["code"] == "duplicate_ann_id" and minival:
-            # Those of the original files are crowds, which hardly move a figure.
-            of_ids = [each for each in records[kind] if each["id"] in set(ids)]
-            severity = "warning" if all(each.get("iscrowd") == 1 for each in of_ids) else severity
-        show = _by_id(records[kind], show_record(*_KEYS[kind]))
-        yield from found(severity, what, ids, show, ignored=ignored)
+        if header.bits > 8:
+            deep.append(shown)
+        if (header.width, header.height) != (width, height):
+            given = f"{quoted(width, 20)} x {quoted(height, 20)}"
+            other_size.append(f"{shown} is {header.width} x {header.height}, not {given}")
+    absent = [quoted(Path(name)) for name in named if name in missing]
+    hint = "" if skipped else " (DATALOADER.BAD_IMAGES skip, with --ignore-health, skips them)"
+    for what, bad in (
+        (f"of {len(named):,} image files, those missing from {quoted(folder)}{hint}", absent),
+        (f"image files that cannot be used{hint}", unreadable),
+        (f"image files of another size than their annotations{hint}", other_size),
+    ):
+        yield from _found(Fault("error", what, can_ignore=skipped), bad)
+    what = (
+        "images of more than 8 bits a channel, of which the upper 8 are used (if they do not use "
+        "the whole range, scale them to 8 bits first)"
+    )
+    yield from _found(_warning(what), deep)
 
 
-def _by_id(records: list[Record], show: Callable[[Record], str]) -> Callable[[int], str]:
-    return lambda number: show(next(each for each in records if each.get("id") == number))
+def missing_files(file_names: Sequence[str], folder: Path) -> list[str]:
+    """Return the names, relative to a folder, that are not files in it.
+
+    Raises:
+        DatasetError: the folder cannot be listed.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            present = {entry.name for entry in entries}
+    except OSError as error:
+        raise DatasetError(
+            f"the image folder {quoted(folder)} cannot be read: {error.strerror}. Name another, or "
+            "change its permissions."
+        ) from error
+    return [name for name in file_names if name not in present and not _is_file(folder / name)]
 
 
-def _hotcoco_report(
-    images: list[Record],
-    categories: list[Record],
-    annotations: list[Record],
-    columns: Columns,
-) -> dict[str, Any]:
-    """Return hotcoco's report on all that has the right form."""
-    names = [
-        {"id": int(each["id"]), "name": str(each.get("name"))}
-        for each in categories
-        if is_whole(each.get("id"))
-    ]
-    return hotcoco.COCO.from_arrays(
-        [{"id": int(each["id"])} for each in images if is_whole(each.get("id"))],
-        names,
-        columns.image_ids,
-        columns.category_ids,
-        columns.boxes,
-        ids=np.array([each["id"] for each in annotations], np.int64),
-        area=np.where(np.isnan(columns.areas), 1, columns.areas),  # not named as areas of 0
-        iscrowd=columns.crowds,
-    ).healthcheck()
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # too long for the file system, or with a null byte
+        return False
+
+
+def _read_headers(files: Sequence[Path]) -> list[Header | str]:
+    """Return the header of each image, or why it cannot be read."""
+
+    def read(file: Path) -> Header | str:
+        try:
+            return read_header(file)
+        except DatasetError as error:
+            return str(error).rstrip(".")
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        headers = pool.map(read, files)
+        bar = {"total": len(files), "desc": "image headers", "unit": "image", "delay": 2}
+        return list(progress_bar(headers, **bar))

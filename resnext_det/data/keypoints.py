@@ -1,4 +1,4 @@
-"""The keypoints that annotations name: their order, which swap in a flip, and which are joined."""
+"""The keypoints that annotation files name: their order, left and right, and the skeleton."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from typing import Any
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from resnext_det.data.annotations import read_annotations
+from resnext_det.data.records import Record
 from resnext_det.errors import DatasetError, quoted
 
 _SIDES = {"left": "right", "right": "left", "l": "r", "r": "l"}
-_COLOUR = (102, 204, 255)  # of every line of a skeleton that the file names
+_SIDE = re.compile(r"(?i:left|right|(?<![a-z])[lr](?![a-z]))")
+_COLOUR = (102, 204, 255)  # of skeletons
 
 
 @dataclass(frozen=True)
 class Keypoints:
-    """What a category says about its keypoints.
+    """What categories say about their keypoints.
 
     Attributes:
         names: in the order of the annotations.
@@ -32,20 +34,17 @@ class Keypoints:
     joined: tuple[tuple[str, str], ...]
 
 
-def keypoints_of(categories: list[dict[str, Any]], file: Path) -> Keypoints | None:
-    """Return the keypoints that COCO's categories name ("keypoints" and "skeleton").
+def keypoints_of(categories: list[Record], file: Path) -> Keypoints | None:
+    """Return the keypoints of COCO's categories ("keypoints" and "skeleton"), None without any.
 
-    Names that differ in left and right swap in a flip, as in "left_eye" and "eye.L".
+    Names that differ in left and right swap in a flip, such as "left_eye" or "eye.L".
 
     Args:
         categories: of an annotation file.
-        file: for the message.
-
-    Returns:
-        The keypoints; None if no category names any.
+        file: for messages.
 
     Raises:
-        DatasetError: categories name different keypoints, a name twice, or a left one without its
+        DatasetError: categories name different keypoints, a name repeats, or a left one has no
             right one.
     """
     given = [each for each in categories if each.get("keypoints")]
@@ -59,65 +58,51 @@ def keypoints_of(categories: list[dict[str, Any]], file: Path) -> Keypoints | No
         or any(each["keypoints"] != names for each in given)
     ):
         raise DatasetError(
-            f"{quoted(file)}: the keypoints of its categories are {quoted(given[0]['keypoints'])} "
-            "and more: a model learns one list of different names, the same for all categories."
+            f"{quoted(file)}: its categories have the keypoints {quoted(names)} and others. A "
+            "model learns one list of different names, the same for all categories."
         )
-    other_side = {name: _mirrored(name) for name in names}
-    alone = [name for name, other in other_side.items() if other not in names]
-    if alone:
-        raise DatasetError(
-            f"{quoted(file)} names the keypoint {quoted(alone[0])} and no "
-            f"{quoted(other_side[alone[0]])}, which it becomes in a flipped image. Rename one."
-        )
-    flips = tuple(
-        (name, other)
-        for name, other in other_side.items()
-        if names.index(name) < names.index(other)
-    )
-    return Keypoints(tuple(names), flips, _joined(given[0].get("skeleton"), names))
+    flipped = {name: _SIDE.sub(_other_side, name) for name in names}
+    for name, other in flipped.items():
+        if other not in names:
+            raise DatasetError(
+                f"{quoted(file)} has the keypoint {quoted(name)} but no {quoted(other)}, which it "
+                "becomes in a flipped image. Rename one."
+            )
+    pairs = [pair for pair in flipped.items() if names.index(pair[0]) < names.index(pair[1])]
+    return Keypoints(tuple(names), tuple(pairs), tuple(_joined(given[0].get("skeleton"), names)))
 
 
-def _mirrored(name: str) -> str:
-    """Return the name of the keypoint on the other side, or the same name."""
-
-    def swap(word: re.Match[str]) -> str:
-        other = _SIDES[word[0].lower()]
-        return (
-            other.upper()
-            if word[0].isupper()
-            else other.capitalize()
-            if word[0].istitle()
-            else other
-        )
-
-    return re.sub(r"(?i:left|right|(?<![a-z])[lr](?![a-z]))", swap, name)
+def _other_side(match: re.Match[str]) -> str:
+    word = match[0]
+    other = _SIDES[word.lower()]
+    if word.isupper():
+        return other.upper()
+    return other.capitalize() if word.istitle() else other
 
 
-def _joined(skeleton: Any, names: list[str]) -> tuple[tuple[str, str], ...]:
-    pairs = skeleton if isinstance(skeleton, list) else []
-    sound = [
-        (one, other)
-        for one, other in (pair for pair in pairs if isinstance(pair, list) and len(pair) == 2)
-        if all(type(index) is int and 1 <= index <= len(names) for index in (one, other))
-    ]
-    return tuple((names[one - 1], names[other - 1]) for one, other in sound)
+def _joined(skeleton: Any, names: list[str]) -> Iterable[tuple[str, str]]:
+    known = range(1, len(names) + 1)
+    for pair in skeleton if isinstance(skeleton, list) else []:
+        if isinstance(pair, list) and len(pair) == 2 and all(type(each) is int for each in pair):
+            one, other = pair
+            if one in known and other in known:
+                yield names[one - 1], names[other - 1]
 
 
 def note_keypoints(names: Iterable[str]) -> None:
-    """Complete the metadata of data sets by the keypoints that their files name.
+    """Add the keypoints in their files to the metadata of data sets.
 
     Args:
-        names: of registered data sets; what a program registered for them stays.
+        names: of data sets; what a program registered for them is kept.
 
     Raises:
         DatasetError: see `keypoints_of`.
     """
     for name in names:
-        if name not in DatasetCatalog:
-            continue
         metadata = MetadataCatalog.get(name)
         file = Path(metadata.get("json_file", ""))
-        if hasattr(metadata, "keypoint_names") or not file.is_file():
+        known = hasattr(metadata, "keypoint_names")
+        if known or name not in DatasetCatalog or not file.is_file():
             continue
         found = keypoints_of(read_annotations(file, name)["categories"], file)
         if found is not None:

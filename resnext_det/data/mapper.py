@@ -1,4 +1,4 @@
-"""A record of a data set -> what the model takes."""
+"""From a record of a data set to the model's input."""
 
 from __future__ import annotations
 
@@ -14,52 +14,28 @@ from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 
 from resnext_det.data.keypoints import note_keypoints
+from resnext_det.data.records import Record
 from resnext_det.errors import DatasetError, quoted
 from resnext_det.images import check_pixel_format, read_image, read_labels
 
-Record = dict[str, Any]
-
-_ADVICE = {
-    True: "Replace the file, remove it from the annotations, or set DATALOADER.BAD_IMAGES skip.",
-    False: "Replace the file, or remove it from the annotations.",
-}
-
-
-def _check_keypoints(cfg: CfgNode) -> None:
-    for name in cfg.DATASETS.TRAIN:
-        names = MetadataCatalog.get(name).get("keypoint_names")
-        if names is None:
-            raise DatasetError(
-                f"MODEL.KEYPOINT_ON is True, and data set {quoted(name)} names no keypoints: add "
-                '"keypoints" to the categories of its file, or keypoint_names and '
-                "keypoint_flip_map to its metadata; or set MODEL.KEYPOINT_ON False."
-            )
-        if len(names) != cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS:
-            raise DatasetError(
-                f"data set {quoted(name)} has {len(names)} keypoints, and "
-                "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is "
-                f"{cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS}: set it to {len(names)}."
-            )
-
 
 class NamingDatasetMapper(DatasetMapper):
-    """Detectron2's mapper with this package's reading of images, and errors that name the file.
+    """Detectron2's mapper with this package's image reader, and errors that name the file.
 
-    Masks, keypoints, proposals and semantic segmentation are Detectron2's; an object without
-    keypoints counts as one whose keypoints are all unlabelled, as in COCO.
+    As in COCO, an object without keypoints counts as one whose keypoints are all unlabelled.
     """
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
-        """Return the arguments that a config stands for.
+        """Return the arguments for a config.
 
         Raises:
-            ConfigError: INPUT.FORMAT is unknown, or does not fit MODEL.PIXEL_MEAN.
-            DatasetError: a data set names no keypoints, or another number than the model has.
+            ConfigError: INPUT.FORMAT is unknown or does not fit MODEL.PIXEL_MEAN.
+            DatasetError: a data set has no keypoints, or not as many as the model.
         """
         check_pixel_format(cfg.INPUT.FORMAT, len(cfg.MODEL.PIXEL_MEAN))
         if cfg.MODEL.KEYPOINT_ON and not is_train:
-            # Detectron2 looks up how keypoints flip, in DATASETS.TRAIN, which may be empty.
+            # Detectron2 looks up the flips of keypoints in DATASETS.TRAIN, which may be empty.
             cfg = cfg.clone()
             cfg.defrost()
             cfg.MODEL.KEYPOINT_ON = False
@@ -70,14 +46,11 @@ class NamingDatasetMapper(DatasetMapper):
         return arguments
 
     def __call__(self, dataset_dict: Record) -> Record | None:
-        """Return what the model takes for one record of a data set.
-
-        Args:
-            dataset_dict: in Detectron2's format; it is not changed.
+        """Return the model's input for a record in Detectron2's format, which is not changed.
 
         Raises:
-            DatasetError: the image cannot be read, is not of the size its record says, or has no
-                pixel left after the resizing.
+            DatasetError: the image cannot be read, has another size than its record, or cannot be
+                augmented.
         """
         record = copy.deepcopy(dataset_dict)
         labels = None
@@ -86,9 +59,9 @@ class NamingDatasetMapper(DatasetMapper):
             if "sem_seg_file_name" in record:
                 labels = read_labels(record.pop("sem_seg_file_name"))
         except DatasetError as error:
-            raise DatasetError(f"{error} {_ADVICE[self.is_train]}") from error
+            raise DatasetError(f"{error} {self._advice}") from error
         image, labels, transforms = self._augmented(record, pixels, labels)
-        # A copy, since Pillow's own pixels cannot be written to.
+        # A copy, because Pillow's own pixels are read-only.
         record["image"] = torch.as_tensor(np.array(image.transpose(2, 0, 1), order="C"))
         if labels is not None:
             record["sem_seg"] = torch.as_tensor(labels.astype("long"))
@@ -99,41 +72,58 @@ class NamingDatasetMapper(DatasetMapper):
         if not self.is_train:
             record.pop("annotations", None)
         elif "annotations" in record:
-            if self.use_keypoint:
-                self._complete_keypoints(record["annotations"])
+            if self.keypoint_hflip_indices is not None:
+                unlabelled = [0] * (3 * len(self.keypoint_hflip_indices))
+                for annotation in record["annotations"]:
+                    if len(annotation.get("keypoints", ())) != len(unlabelled):
+                        annotation["keypoints"] = unlabelled
             self._transform_annotations(  # type: ignore[no-untyped-call]
                 record, transforms, image.shape[:2]
             )
         return record
 
-    def _complete_keypoints(self, annotations: list[Record]) -> None:
-        assert self.keypoint_hflip_indices is not None
-        length = 3 * len(self.keypoint_hflip_indices)
-        for annotation in annotations:
-            if len(annotation.get("keypoints", ())) != length:
-                annotation["keypoints"] = [0] * length
+    @property
+    def _advice(self) -> str:
+        skip = "; or set DATALOADER.BAD_IMAGES skip" if self.is_train else ""
+        return f"Replace the file or remove it from the annotations{skip}."
 
     def _augmented(
         self, record: Record, pixels: Any, labels: Any
     ) -> tuple[Any, Any, T.TransformList]:
+        height, width = pixels.shape[:2]
         name = quoted(Path(record["file_name"]))
         try:
             utils.check_image_size(record, pixels)
-        except ValueError as error:  # Detectron2's SizeMismatchError
-            height, width = pixels.shape[:2]
+        except utils.SizeMismatchError as error:
             raise DatasetError(
-                f"the image {name} is {width} x {height} pixels, and the annotations say "
+                f"the image {name} has {width} x {height} pixels, but its annotations say "
                 f"{quoted(record.get('width'), 20)} x {quoted(record.get('height'), 20)}. Correct "
-                "them, or fetch the file again."
+                "them or replace the file."
             ) from error
         augmented = T.AugInput(pixels, sem_seg=labels)
         try:
             transforms = self.augmentations(augmented)
         except (ValueError, RuntimeError) as error:
-            # Such as a strip whose shorter side becomes 0 when the longer one is made to fit.
-            height, width = pixels.shape[:2]
+            # Such as a strip whose shorter side is scaled to 0.
             raise DatasetError(
                 f"the image {name} of {width} x {height} pixels cannot be resized or augmented: "
-                f"{quoted(error)}. {_ADVICE[self.is_train]}"
+                f"{quoted(error)}. {self._advice}"
             ) from error
         return augmented.image, augmented.sem_seg, transforms
+
+
+def _check_keypoints(cfg: CfgNode) -> None:
+    number = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+    for name in cfg.DATASETS.TRAIN:
+        names = MetadataCatalog.get(name).get("keypoint_names")
+        if names is None:
+            raise DatasetError(
+                f"MODEL.KEYPOINT_ON is True, but data set {quoted(name)} names no keypoints: add "
+                '"keypoints" to the categories of its file, or keypoint_names and '
+                "keypoint_flip_map to its metadata; or set MODEL.KEYPOINT_ON False."
+            )
+        if len(names) != number:
+            raise DatasetError(
+                f"data set {quoted(name)} has {len(names)} keypoints, but "
+                f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {number}: set it to {len(names)}."
+            )

@@ -10,7 +10,7 @@ from pathlib import Path
 from detectron2.data import MetadataCatalog
 
 from resnext_det.data.annotations import register_annotations
-from resnext_det.data.shapes import CLASSES
+from resnext_det.data.toy import CLASSES
 
 TOY_TRAIN = "toy_coco_train"
 TOY_MINIVAL = "toy_coco_minival"
@@ -26,8 +26,8 @@ class Part:
 
     Attributes:
         file: name of the annotation file.
-        images: the split whose folder and image names it uses.
-        sources: COCO's own files it can be derived from, best first; empty if it is one itself.
+        images: the split of its image folder and image names.
+        sources: COCO's own files it can be derived from, best first; empty for one of these.
     """
 
     file: str
@@ -49,11 +49,11 @@ PARTS: dict[str, tuple[Part, ...]] = {
         Part("instances_train2014_from2017.json", "train2017", ("train2017", "train2014")),
     ),
 }
-"""What each name can be read from, best first. minival is val2017 (Detectron's model zoo)."""
+"""The files that each name can be read from, best first. minival is val2017."""
 
 
 def datasets_root() -> Path:
-    """Return $DETECTRON2_DATASETS, or ./datasets, as Detectron2 reads it."""
+    """Return $DETECTRON2_DATASETS, or ./datasets, as in Detectron2."""
     return Path(os.getenv("DETECTRON2_DATASETS", "datasets")).expanduser()
 
 
@@ -61,10 +61,10 @@ def locate(coco: Path, name: str, planned: Collection[Path] = ()) -> tuple[Path,
     """Return the annotation file and image folder that a data set is read from.
 
     The first pair with annotations and images wins, then the first with annotations, then 2014's,
-    whose names appear in Detectron2's error message. No file is opened.
+    whose names then appear in the error message. No file is opened.
 
     Args:
-        coco: the folder that holds "annotations".
+        coco: the folder with "annotations".
         name: a key of `PARTS`.
         planned: annotation files to treat as present.
     """
@@ -75,7 +75,7 @@ def locate(coco: Path, name: str, planned: Collection[Path] = ()) -> tuple[Path,
 
 
 def _has_images(folder: Path) -> bool:
-    # An empty val2014 must not hide a complete val2017, so one image of the right name is needed.
+    # An empty val2014 must not hide a complete val2017.
     try:
         with os.scandir(folder) as entries:
             return any(is_image(entry, folder.name) for entry in entries)
@@ -84,43 +84,37 @@ def _has_images(folder: Path) -> bool:
 
 
 def is_image(entry: os.DirEntry[str], split: str) -> bool:
-    """Tell whether a folder's entry is an image of a split; empty files and dangling links are not.
-
-    Args:
-        entry: from `os.scandir`.
-        split: such as "val2014".
-    """
-    digits = entry.name.removeprefix(_prefix(split)).removesuffix(".jpg")
-    if len(digits) != 12 or not digits.isdecimal() or entry.name != f"{_prefix(split)}{digits}.jpg":
-        return False
+    """Tell whether a folder entry is an image of a split, such as "val2014", and not empty."""
+    digits = entry.name.removesuffix(".jpg")[-12:]
     try:
-        return entry.is_file() and entry.stat().st_size > 0
+        return (
+            digits.isdecimal()
+            and entry.name == image_name(split, int(digits))
+            and entry.is_file()
+            and entry.stat().st_size > 0
+        )
     except OSError:
         return False
 
 
 def image_name(split: str, image_id: int) -> str:
     """Return COCO's file name of an image; those of 2014 begin with the split."""
-    return f"{_prefix(split)}{image_id:012d}.jpg"
-
-
-def _prefix(split: str) -> str:
-    return "" if split.endswith("2017") else f"COCO_{split}_"
+    prefix = "" if split.endswith("2017") else f"COCO_{split}_"
+    return f"{prefix}{image_id:012d}.jpg"
 
 
 def register_datasets(root: Path) -> None:
-    """Register COCO's 2014 sets and the toy set; calling it again is harmless.
+    """Register COCO's 2014 sets and the toy set, in place of earlier registrations.
 
-    Detectron2 registers the 2014 sets from 2014 files only; these entries are replaced. File
-    names are looked at, and no file is opened.
+    Detectron2 itself registers the 2014 sets, but from 2014 files only. No file is opened.
 
     Args:
-        root: the folder that holds the data sets.
+        root: the folder of the data sets.
     """
-    of_coco = MetadataCatalog.get("coco_2017_val").as_dict()
-    classes = {key: of_coco[key] for key in ("thing_classes", "thing_colors")}
-    classes["thing_dataset_id_to_contiguous_id"] = of_coco["thing_dataset_id_to_contiguous_id"]
+    of_coco = MetadataCatalog.get("coco_2017_val")
+    keys = ("thing_classes", "thing_colors", "thing_dataset_id_to_contiguous_id")
     for name in PARTS:
+        classes = {key: of_coco.get(key) for key in keys}
         register_annotations(name, classes, *locate(root / "coco", name))
     toy = root / TOY_FOLDER
     for name, split in ((TOY_TRAIN, "train2017"), (TOY_MINIVAL, "val2017")):

@@ -1,20 +1,26 @@
 """Deterministic training data: seed and iteration determine images and augmentation.
 
-Detectron2's loader restarts its order when training resumes, and its workers' augmentation seeds
-are not saved. Here each image of each update is a function of the seed alone: a resumed training,
-or one with a different number of workers, sees identical pixels, and one process accumulating
-gradients sees the same images as several processes.
+Detectron2's loader restarts its order when a training resumes, and does not save the seeds of its
+workers. Here each image of each update is a function of the seed alone: a resumed training, or one
+with another number of workers, sees identical pixels, and one process that accumulates gradients
+sees the same images as several processes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
+import multiprocessing
+import multiprocessing.util
+import os
 import random
+import signal
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,15 +31,16 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from resnext_det.config import complete
 from resnext_det.data.annotations import forget, serve
-from resnext_det.data.workers import with_lasting_workers
+from resnext_det.data.records import Record
 from resnext_det.errors import ConfigError, DatasetError
 
 logger = logging.getLogger(__name__)
 
-Record = dict[str, Any]
 Mapper = Callable[[Record], Record | None]
-_TRIES = 100
-_LEARN_STUFF = ("PanopticFPN", "SemanticSegmentor")
+Loader = TypeVar("Loader", bound=DataLoader[Any])
+
+_TRIES = 100  # to replace an image that cannot be used
+_SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -105,10 +112,10 @@ class MicroBatches(Sampler[list[Draw]]):
     number of streams. Each stream batches images of the same orientation.
 
     Args:
-        order: returns a fresh iterator over the infinite order of image indices.
+        order: returns a new iterator over the infinite order of image indices.
         share: what this process computes.
-        start: number of updates to skip, already done before a resume.
-        is_landscape: aspect-ratio group of each image, or None to disable grouping.
+        start: number of updates done before a resume, to skip.
+        is_landscape: of each image, or None not to group them.
     """
 
     def __init__(
@@ -131,17 +138,16 @@ class MicroBatches(Sampler[list[Draw]]):
 
     def _batches(self) -> Iterator[list[Draw]]:
         share = self._share
-        first = share.streams.start
         total = share.processes * share.micro_batches
         waiting: dict[tuple[int, bool], list[Draw]] = {}
-        ready: list[deque[list[Draw]]] = [deque() for _ in share.streams]
+        ready: dict[int, deque[list[Draw]]] = {stream: deque() for stream in share.streams}
         draws = (Draw(position, index) for position, index in enumerate(self._order()))
         while True:
-            for queue in ready:
+            for queue in ready.values():
                 while not queue:
                     draw = next(draws)
-                    stream = draw.position % total - first
-                    if not 0 <= stream < share.micro_batches:
+                    stream = draw.position % total
+                    if stream not in ready:
                         continue
                     key = stream, self._is_landscape is not None and self._is_landscape[draw.index]
                     batch = waiting.setdefault(key, [])
@@ -155,7 +161,7 @@ class SeededDataset(Dataset[Record]):
     """Mapped training images, augmented as a function of seed and position.
 
     Args:
-        records: the dataset, in Detectron2's format.
+        records: the data set, in Detectron2's format.
         mapper: such as Detectron2's `DatasetMapper`.
         seed: the training's seed.
         skip: replace an unreadable image with a random other one.
@@ -197,7 +203,7 @@ class SeededDataset(Dataset[Record]):
                     return {**mapped, "skipped": errors} if errors else mapped
                 index = random.randrange(len(self))
         raise DatasetError(
-            f"{_TRIES} images in a row are of no use{f', such as: {errors[0]}' if errors else ''}."
+            f"{_TRIES} images in a row cannot be used{f', such as: {errors[0]}' if errors else ''}."
         )
 
 
@@ -214,12 +220,13 @@ def build_stream(
         start: number of updates already done.
 
     Raises:
-        ConfigError: an unsupported sampler or invalid setting.
+        ConfigError: a setting of DATALOADER is unknown.
+        DatasetError: see `training_records`.
     """
     loader = complete(cfg).DATALOADER
     if loader.BAD_IMAGES not in ("stop", "skip"):
         raise ConfigError(
-            f"DATALOADER.BAD_IMAGES is {loader.BAD_IMAGES!r}; it must be stop or skip."
+            f"DATALOADER.BAD_IMAGES is {loader.BAD_IMAGES!r}: it must be stop or skip."
         )
     records = training_records(cfg)
     forget()  # before workers fork and inherit the parsed annotations
@@ -233,7 +240,7 @@ def build_stream(
             dataset,
             batch_sampler=MicroBatches(order, share, start, is_landscape),
             num_workers=loader.NUM_WORKERS,
-            collate_fn=_as_it_is,
+            collate_fn=_uncollated,
             generator=torch.Generator(),  # leaves the global generator untouched
         )
     )
@@ -244,7 +251,8 @@ def training_records(cfg: CfgNode) -> list[Record]:
 
     Raises:
         ConfigError: INPUT.MASK_FORMAT does not support the masks.
-        DatasetError: records lack annotations that MODEL.META_ARCHITECTURE needs.
+        DatasetError: no object has the masks, or an image not the semantic labels, that the model
+            learns.
     """
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
     proposals = cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None
@@ -256,42 +264,42 @@ def training_records(cfg: CfgNode) -> list[Record]:
         proposal_files=proposals,
     )
     model = cfg.MODEL.META_ARCHITECTURE
-    without = sum("sem_seg_file_name" not in record for record in records)
-    if model in _LEARN_STUFF and without:
+    unlabelled = sum("sem_seg_file_name" not in record for record in records)
+    if model in ("PanopticFPN", "SemanticSegmentor") and unlabelled:
         raise DatasetError(
-            f"{model} learns semantic segmentation, too, and {without} of {len(records)} images of "
-            f"{', '.join(cfg.DATASETS.TRAIN)} have none (sem_seg_file_name): register the data set "
+            f"{model} also learns semantic segmentation, but {unlabelled} of {len(records)} images "
+            f"of {', '.join(cfg.DATASETS.TRAIN)} have no sem_seg_file_name. Register the data set "
             "with Detectron2's register_coco_panoptic_separated, or train another "
-            "MODEL.META_ARCHITECTURE, such as GeneralizedRCNN."
+            "MODEL.META_ARCHITECTURE."
         )
     return _with_masks(cfg, records) if cfg.MODEL.MASK_ON else records
 
 
 def _with_masks(cfg: CfgNode, records: list[Record]) -> list[Record]:
-    """Drop objects without a mask; Detectron2's mapper raises KeyError on them."""
-    masked, before, packed = [], 0, 0
+    """Drop objects without a mask, on which Detectron2's mapper raises KeyError."""
+    masked, total, packed = [], 0, 0
     for record in records:
         given = record.get("annotations", [])
         kept = [each for each in given if "segmentation" in each]
-        before += len(given)
+        total += len(given)
         packed += sum(
             isinstance(each["segmentation"], dict) and not each.get("iscrowd") for each in kept
         )
         if kept or not given:
             masked.append({**record, "annotations": kept})
-    left_out = before - sum(len(record["annotations"]) for record in masked)
+    dropped = total - sum(len(record["annotations"]) for record in masked)
     if packed and cfg.INPUT.MASK_FORMAT != "bitmask":
         raise ConfigError(
-            f"INPUT.MASK_FORMAT is {cfg.INPUT.MASK_FORMAT}, and the masks of {packed} objects are "
-            "RLE. Set INPUT.MASK_FORMAT bitmask."
+            f"INPUT.MASK_FORMAT is {cfg.INPUT.MASK_FORMAT}, but the masks of {packed} objects are "
+            "RLE: set INPUT.MASK_FORMAT bitmask."
         )
-    if before and left_out == before:
+    if total and dropped == total:
         raise DatasetError(
-            f"MODEL.MASK_ON is True, and none of {before} objects of {cfg.DATASETS.TRAIN} has a "
-            "mask. Set it False, or give annotations with segmentations."
+            f"MODEL.MASK_ON is True, but none of the {total} objects of {cfg.DATASETS.TRAIN} has a "
+            "mask: set it False, or add segmentations to the annotations."
         )
-    if left_out:
-        logger.warning("%d of %d objects have no mask and are left out", left_out, before)
+    if dropped:
+        logger.warning("%d of %d objects have no mask and are left out", dropped, total)
     return masked
 
 
@@ -307,10 +315,49 @@ def _order(cfg: CfgNode, records: list[Record], seed: int) -> Callable[[], Itera
         )
         return RepeatFactorTrainingSampler(factors, seed=seed)._infinite_indices
     raise ConfigError(
-        f"DATALOADER.SAMPLER_TRAIN is {name!r}; it must be TrainingSampler or "
+        f"DATALOADER.SAMPLER_TRAIN is {name!r}: it must be TrainingSampler or "
         "RepeatFactorTrainingSampler."
     )
 
 
-def _as_it_is(batch: list[Record]) -> list[Record]:
+def _uncollated(batch: list[Record]) -> list[Record]:
     return batch
+
+
+def end_with_parent(number: int) -> None:
+    """Let the kernel send this process signal `number` when its parent dies (Linux only).
+
+    Otherwise the children of a killed process keep its sockets open, and the other processes of the
+    job don't notice its death.
+    """
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, number)
+    if os.getppid() != parent:  # it died before the call
+        os.kill(os.getpid(), number)
+
+
+def obey_parent_alone(worker: int) -> None:
+    """Ignore signals to the process group; a `worker_init_fn`.
+
+    The parent may need the worker's images to finish an iteration, and shuts it down itself.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    end_with_parent(signal.SIGKILL)
+
+
+def with_lasting_workers(loader: Loader) -> Loader:
+    """Let a loader's workers survive signals to the process group, and die with this process."""
+    loader.worker_init_fn = obey_parent_alone
+    # At exit Python sends daemons SIGTERM, which these workers ignore, and waits for them: an
+    # unclosed loader would hang the process.
+    multiprocessing.util.Finalize(None, _kill_daemons, exitpriority=0)
+    return loader
+
+
+def _kill_daemons() -> None:
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()

@@ -31,7 +31,7 @@ from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Sign
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from resnext_det.data.workers import end_with_parent
+from resnext_det.data.stream import end_with_parent
 from resnext_det.engine.explanations import OUT_OF_MEMORY_KILLER, explain, says_lost_contact
 from resnext_det.engine.stopping import SAME_SIGNAL, SIGNALS, STOPPED
 from resnext_det.errors import ConfigError, TrainingError, reported

@@ -30,8 +30,13 @@ from resnext_det.data.annotations import forget, serve
 from resnext_det.data.checks import check_agreement, configured_classes
 from resnext_det.data.custom import class_names
 from resnext_det.data.mapper import NamingDatasetMapper
-from resnext_det.data.stream import Share, build_stream, seeded, training_records
-from resnext_det.data.workers import with_lasting_workers
+from resnext_det.data.stream import (
+    Share,
+    build_stream,
+    seeded,
+    training_records,
+    with_lasting_workers,
+)
 from resnext_det.engine.checkpoints import Checkpointer, Checkpoints, checkpoint_bytes
 from resnext_det.engine.evaluation_hook import Evaluation, Goal, validation_losses
 from resnext_det.engine.hooks import Progress, Throughput

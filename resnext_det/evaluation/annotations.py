@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from resnext_det.data.annotations import read_annotations
-from resnext_det.data.categories import read_categories
-from resnext_det.data.columns import Columns
-from resnext_det.data.record_forms import (
+from resnext_det.data.annotations import read_annotations, read_categories
+from resnext_det.data.records import (
     GREATEST_ID,
+    Columns,
     is_area,
     is_keypoints,
     is_object,

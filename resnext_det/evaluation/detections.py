@@ -12,7 +12,7 @@ import hotcoco
 import numpy as np
 from numpy.typing import NDArray
 
-from resnext_det.data.record_forms import GREATEST_ID
+from resnext_det.data.records import GREATEST_ID
 from resnext_det.errors import DatasetError, quoted
 from resnext_det.evaluation.annotations import GroundTruth
 from resnext_det.files import open_regular

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from resnext_det.data.record_forms import leads_out
+from resnext_det.data.records import leads_out
 from resnext_det.errors import DatasetError, quoted
 from resnext_det.evaluation.annotations import GroundTruth, read_ground_truth
 from resnext_det.evaluation.coco import hotcoco_evaluation

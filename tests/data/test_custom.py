@@ -1,3 +1,5 @@
+"""Data sets that the command line names by file."""
+
 from __future__ import annotations
 
 import argparse
@@ -51,10 +53,14 @@ def write(folder: Path, stem: str, names: dict[int, str], **changes: Any) -> Pat
 
 @pytest.fixture(autouse=True)
 def catalog() -> Iterator[None]:
-    """Take out of Detectron2's catalog what a test registered."""
+    """Remove from Detectron2's catalog what a test registers."""
     before = set(DatasetCatalog.list())
     yield
-    for name in set(DatasetCatalog.list()) - before:
+    forget_all(before)
+
+
+def forget_all(kept: set[str]) -> None:
+    for name in set(DatasetCatalog.list()) - kept:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
 
@@ -91,11 +97,8 @@ def from_words(*words: object) -> CfgNode:
         ({5: "only"}, ["only"]),
     ],
 )
-def test_ids_from_0_or_1_or_with_holes(
-    names: dict[int, str],
-    classes: list[str],
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
+def test_category_ids_start_anywhere_and_have_gaps(
+    names: dict[int, str], classes: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = load_config(TOY)
     file = write(tmp_path, "train", names)
@@ -104,30 +107,27 @@ def test_ids_from_0_or_1_or_with_holes(
         loaded = DatasetCatalog.get(cfg.DATASETS.TRAIN[0])
     assert class_names(cfg) == classes
     assert len(classes) == cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    assert cfg.DATASETS.TRAIN == cfg.DATASETS.TEST
+    assert "evaluated on the images that it is trained on" in caplog.text
     check_datasets(cfg, [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
-    # Detectron2 numbers the classes in this order too.
     categories = [entry["category_id"] for entry in loaded[0]["annotations"]]
     assert [classes[category] for category in categories] == list(names.values())
-    assert not [record for record in caplog.records if "mapping" in record.message]
+    assert not [each for each in caplog.records if "mapping" in each.message]
     assert before.MODEL.ROI_HEADS.NUM_CLASSES == 6
 
 
-def test_retinanet_has_a_key_of_its_own(train: Path) -> None:
+def test_models(train: Path) -> None:
     cfg = load_config(TOY, ["MODEL.META_ARCHITECTURE", "RetinaNet"])
-    made = use(cfg, train_json=train)
-    assert made.MODEL.RETINANET.NUM_CLASSES == 3
-    assert made.MODEL.ROI_HEADS.NUM_CLASSES == cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    assert made.DATASETS.TEST == ()
-    assert made.is_frozen()
-
-
-def test_other_models_are_refused(train: Path) -> None:
+    new = use(cfg, train_json=train)
+    assert new.MODEL.RETINANET.NUM_CLASSES == 3
+    assert new.MODEL.ROI_HEADS.NUM_CLASSES == cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    assert new.DATASETS.TEST == () and new.is_frozen()
     cfg = load_config(TOY, ["MODEL.META_ARCHITECTURE", "PanopticFPN"])
     with pytest.raises(ConfigError, match=r"MODEL\.META_ARCHITECTURE"):
         use(cfg, train_json=train)
 
 
-def test_names_are_unique_by_path_and_registering_again_is_harmless(
+def test_names_follow_from_paths(
     train: Path, test: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg = use(load_config(TOY), train, None, test, None)
@@ -137,29 +137,22 @@ def test_names_are_unique_by_path_and_registering_again_is_harmless(
     assert use(load_config(TOY), "train.json", ".").DATASETS.TRAIN == cfg.DATASETS.TRAIN
     other = write(tmp_path / "other", "train", NAMES)
     assert use(load_config(TOY), other).DATASETS.TRAIN != cfg.DATASETS.TRAIN
-    shutil.copy(train.with_suffix(".png"), tmp_path)
-    assert use(load_config(TOY), train, tmp_path).DATASETS.TRAIN != cfg.DATASETS.TRAIN
-    # A file that was changed since replaces what was known of it.
+    # A changed file replaces what was registered.
     write(train.parent, "train", {1: "bird", 2: "fish"})
     assert class_names(use(load_config(TOY), train)) == ["bird", "fish"]
     DatasetCatalog.get(cfg.DATASETS.TRAIN[0])
-
-
-def test_names_are_fit_for_files(tmp_path: Path) -> None:
-    odd = CustomData("train", tmp_path / ("a b;c../é" + "x" * 300 + ".json"), tmp_path)
-    assert odd.name.replace("_", "").isalnum()
-    assert odd.name.isascii()
-    assert len(odd.name) < 70
+    odd = CustomData("train", tmp_path / ("a b;c../é" + "x" * 300 + ".json"), tmp_path).name
+    assert odd.replace("_", "").isalnum() and odd.isascii() and len(odd) < 70
 
 
 def test_another_process_registers_without_reading(train: Path, test: Path) -> None:
-    """A started process is handed the config and the command line; its catalog is new."""
+    """A started process gets the config and the command line; its catalog is new."""
+    before = set(DatasetCatalog.list())
     arguments = parsed("--train-json", train, "--test-json", test)
     cfg = from_arguments(load_config(TOY), arguments)
     names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
-    for name in names:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+    assert len(set(names)) == 2
+    forget_all(before)
     content = train.read_text()
     train.write_text("not yet JSON")
     for _ in range(2):
@@ -178,24 +171,23 @@ def test_another_process_registers_without_reading(train: Path, test: Path) -> N
         ({**NAMES, 41: "cow"}, r"differ: only in .*test\.json: 'cow'"),
         ({**NAMES, 7: "Cat"}, "class 1 is 'cat' and 'Cat'"),
         ({3: "cat", 7: "dog", 40: "a horse"}, "same in another order: class 0 is 'dog' and 'cat'"),
+        (dict(reversed(NAMES.items())), None),
+        ({0: "dog", 1: "cat", 2: "a horse"}, None),
     ],
 )
-def test_other_categories_to_evaluate_with(
-    names: dict[int, str], said: str, train: Path, tmp_path: Path
+def test_both_files_need_the_same_classes(
+    names: dict[int, str], said: str | None, train: Path, tmp_path: Path
 ) -> None:
     test = write(tmp_path / "test", "test", names)
+    if said is None:
+        assert class_names(use(load_config(TOY), train, None, test)) == ["dog", "cat", "a horse"]
+        return
     with pytest.raises(DatasetError, match=said):
         use(load_config(TOY), train, None, test, None)
 
 
-@pytest.mark.parametrize(
-    "same", [dict(reversed(NAMES.items())), {0: "dog", 1: "cat", 2: "a horse"}]
-)
-def test_neither_the_order_in_the_file_nor_the_ids_themselves_matter(
-    same: dict[int, str], train: Path, tmp_path: Path
-) -> None:
-    test = write(tmp_path / "test", "test", same)
-    assert class_names(use(load_config(TOY), train, None, test)) == ["dog", "cat", "a horse"]
+def image(name: str) -> dict[str, object]:
+    return {"id": 5, "file_name": name, "width": 60, "height": 50}
 
 
 @pytest.mark.parametrize(
@@ -203,103 +195,73 @@ def test_neither_the_order_in_the_file_nor_the_ids_themselves_matter(
     [
         ({"categories": []}, "has no categories"),
         ({"images": []}, "has no images"),
-        ({"annotations": []}, "has no annotations: nothing can be learnt"),
-        ({"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}, "ids that repeat: 1"),
-        ({"categories": [{"id": 1, "name": "a"}, {"id": 1.0, "name": "b"}]}, "ids that repeat: 1"),
-        ({"categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "a"}]}, "several categories"),
-        ({"categories": [{"id": 1}]}, "without a name"),
-        ({"categories": [{"id": "1", "name": "a"}]}, "no whole number"),
-        ({"categories": [1]}, "no JSON objects"),
+        ({"annotations": []}, "has no annotations"),
+        ({"categories": [{"id": 1, "name": "a"}, {"id": 1.0, "name": "b"}]}, "2 categories .* id"),
+        ({"categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "a"}]}, "have the name 'a'"),
+        ({"categories": [{"id": 1}]}, "has no name"),
+        ({"categories": [{"id": "1", "name": "a"}]}, "not a whole number"),
+        ({"categories": [1]}, "not a whole number"),
         ({"images": {}}, "no list under 'images'"),
+        ({"images": [image("/etc/passwd.png")]}, "lead out of the image folder"),
+        ({"images": [image("a/../../b.png")]}, "lead out of the image folder"),
     ],
 )
-def test_annotations_that_cannot_be_trained_on(
-    changes: dict[str, object], said: str, tmp_path: Path
-) -> None:
+def test_refuses_files_to_train_on(changes: dict[str, object], said: str, tmp_path: Path) -> None:
     file = write(tmp_path, "train", NAMES, **changes)
-    with pytest.raises(DatasetError, match=said):
+    with pytest.raises(DatasetError, match=rf"train\.json.*{said}"):
         use(load_config(TOY), file)
 
 
-@pytest.mark.parametrize("name", ["/etc/passwd.png", "../other/a.png", "a/../../b.png"])
-def test_images_outside_of_their_folder_are_refused(name: str, tmp_path: Path) -> None:
-    images = [{"id": 5, "file_name": name, "width": 60, "height": 50}]
-    file = write(tmp_path, "train", NAMES, images=images)
-    with pytest.raises(DatasetError, match="lead out of the image folder"):
-        use(load_config(TOY), file, tmp_path)
+def test_finds_the_image_folder(train: Path, tmp_path: Path) -> None:
+    """Beside the file, or beside a link to it; in COCO's layout; or as named."""
 
+    def folder_of(*words: Any) -> Path:
+        cfg = use(load_config(TOY), *words)
+        check_datasets(cfg, list(cfg.DATASETS.TRAIN))
+        (loaded,) = DatasetCatalog.get(cfg.DATASETS.TRAIN[0])
+        return Path(loaded["file_name"]).parent
 
-def test_images_are_looked_for_beside_a_link(train: Path, tmp_path: Path) -> None:
+    assert folder_of(train) == train.parent
     link = tmp_path / "link.json"
     link.symlink_to(train)
     shutil.move(train.parent / "train.png", tmp_path / "train.png")
-    cfg = use(load_config(TOY), link)
-    check_datasets(cfg, list(cfg.DATASETS.TRAIN))
-
-
-def test_images_are_beside_the_annotations_or_named(train: Path, tmp_path: Path) -> None:
-    images = tmp_path / "pictures" / "inner"
-    images.mkdir(parents=True)
-    shutil.move(train.parent / "train.png", images / "train.png")
+    assert folder_of(link) == tmp_path
+    assert folder_of(train, tmp_path) == tmp_path
     with pytest.raises(ConfigError, match=r"'train\.png', is in .*--train-images"):
         use(load_config(TOY), train)
     with pytest.raises(ConfigError, match="--train-images: there is no folder nowhere"):
         use(load_config(TOY), train, "nowhere")
-    document = json.loads(train.read_text())
-    document["images"][0]["file_name"] = "inner/train.png"
-    train.write_text(json.dumps(document))
-    cfg = use(load_config(TOY), train, tmp_path / "pictures")
-    check_datasets(cfg, list(cfg.DATASETS.TRAIN))
-    (loaded,) = DatasetCatalog.get(cfg.DATASETS.TRAIN[0])
-    assert Path(loaded["file_name"]) == images / "train.png"
+    coco = tmp_path / "coco"
+    for name in ("annotations", "train2017"):
+        (coco / name).mkdir(parents=True)
+    shutil.move(tmp_path / "train.png", coco / "train2017" / "train.png")
+    file = shutil.move(train, coco / "annotations" / "instances_train2017.json")
+    assert folder_of(file) == coco / "train2017"
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["--test-json", "{test}"], "--test-json without --train-json"),
-        (["--train-json", "{train}", "--eval-only"], "--eval-only evaluates on --test-json"),
+        (["--train-json", "{train}", "--eval-only"], "--eval-only needs --test-json"),
         (["--train-images", "{train}"], "--train-images needs --train-json"),
-        (["--train-json", "{train}", "--test-images", "x"], "--test-images needs --test-json"),
         (["--train-json", "nowhere.json"], "--train-json: there is no file nowhere.json"),
         (
             ["--train-json", "{train}", "DATASETS.TEST", "('toy_coco_minival',)"],
-            "DATASETS.TEST beside --train-json",
+            "DATASETS.TEST and --train-json",
         ),
         (
             ["--train-json", "{train}", "MODEL.ROI_HEADS.NUM_CLASSES", "80"],
-            "NUM_CLASSES is set to 80, and the annotations have 3",
+            "NUM_CLASSES is set to 80, but the annotations have 3",
         ),
     ],
 )
-def test_flags_that_contradict_each_other(
-    words: list[str], said: str, train: Path, test: Path
-) -> None:
+def test_refuses_contradicting_flags(words: list[str], said: str, train: Path, test: Path) -> None:
     with pytest.raises(ConfigError, match=said):
         from_words(*(word.format(train=train, test=test) for word in words))
 
 
-def test_the_command_line(train: Path, test: Path) -> None:
-    cfg = from_words("--eval-only", "--test-json", test)
-    assert cfg.DATASETS.TRAIN == ()
-    assert class_names(cfg) == ["dog", "cat", "a horse"]
-    number = ["MODEL.ROI_HEADS.NUM_CLASSES", 3]
-    arguments = parsed("--train-json", train, "--test-json", test, *number)
-    cfg = from_arguments(load_config(TOY, arguments.opts), arguments)
-    assert len({*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST}) == 2
-    before = load_config(TOY)
-    assert from_arguments(before, parsed()) is before
-
-
-def test_training_and_evaluating_on_the_same_file(
-    train: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    cfg = use(load_config(TOY), train, None, train, None)
-    assert cfg.DATASETS.TRAIN == cfg.DATASETS.TEST
-    assert "images that are trained on" in caplog.text
-
-
-def test_class_names() -> None:
+def test_class_names(test: Path) -> None:
     def names(**data_sets: str) -> list[str]:
         overrides = [(f"DATASETS.{key}", f"({value})") for key, value in data_sets.items()]
         return class_names(load_config(TOY, [word for pair in overrides for word in pair]))
@@ -307,36 +269,24 @@ def test_class_names() -> None:
     assert names()[:2] == ["circle", "square"]
     assert len(names(TRAIN="'coco_2017_train',")) == 80
     assert names(TRAIN="")[0] == "circle"  # of the data to evaluate with
+    cfg = from_words("--eval-only", "--test-json", test, "MODEL.ROI_HEADS.NUM_CLASSES", 3)
+    assert cfg.DATASETS.TRAIN == () and class_names(cfg) == ["dog", "cat", "a horse"]
     with pytest.raises(ConfigError, match="no data set 'nothing'"):
         names(TRAIN="'nothing',")
-    with pytest.raises(ConfigError, match="no data set is named"):
+    with pytest.raises(ConfigError, match="no data set"):
         names(TRAIN="", TEST="")
     with pytest.raises(ConfigError, match="again with --train-json"):
         names(TRAIN="'custom_coco_train_00000000',")
 
 
-def test_images_of_coco_s_own_layout_are_found(train: Path, tmp_path: Path) -> None:
-    coco = tmp_path / "coco"
-    (coco / "annotations").mkdir(parents=True)
-    (coco / "train2017").mkdir()
-    shutil.move(train.parent / "train.png", coco / "train2017" / "train.png")
-    file = shutil.move(train, coco / "annotations" / "instances_train2017.json")
-    cfg = use(load_config(TOY), file)
-    (loaded,) = DatasetCatalog.get(cfg.DATASETS.TRAIN[0])
-    assert Path(loaded["file_name"]) == coco / "train2017" / "train.png"
-
-
-def test_a_run_folder_is_enough_to_use_its_files_again(
-    train: Path, test: Path, tmp_path: Path
-) -> None:
+def test_a_run_folder_records_its_files(train: Path, test: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
+    before = set(DatasetCatalog.list())
     cfg = from_words("--train-json", train, "--test-json", test, "OUTPUT_DIR", folder)
     record(cfg, folder)
     (folder / "config.yaml").write_text(cfg.dump())
-    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+    forget_all(before)
     arguments = parsed("--eval-only")
     arguments.config_file = str(folder / "config.yaml")
     again = from_arguments(load_config(arguments.config_file), arguments)
@@ -348,12 +298,12 @@ def test_a_run_folder_is_enough_to_use_its_files_again(
     with pytest.raises(DatasetError, match=r"test\.json have changed since the run"):
         from_arguments(again, arguments)
     test.unlink()
-    with pytest.raises(DatasetError, match=r"test\.json of the run are gone"):
+    with pytest.raises(DatasetError, match=r"test\.json or images .* are gone"):
         from_arguments(again, arguments)
 
 
 @pytest.mark.parametrize("content", ["[]", "{", '{"a": 1}', '{"a": {"annotations": "b"}}'])
-def test_a_damaged_record_is_refused(content: str, tmp_path: Path) -> None:
+def test_refuses_a_damaged_record(content: str, tmp_path: Path) -> None:
     (tmp_path / "datasets.json").write_text(content)
     with pytest.raises(DatasetError, match=r"datasets\.json"):
         read_record(tmp_path)

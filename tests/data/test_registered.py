@@ -123,10 +123,10 @@ def test_the_registered_names_load_from_2017_files(tmp_path: Path) -> None:
         (tmp_path / "coco" / split).mkdir()
         for number in made.ids(split):
             (tmp_path / "coco" / split / made.image_name(split, number)).write_bytes(b"jpeg")
-    assert prepare_minival(tmp_path / "coco", lambda line: None, counts=SMALL)
+    assert prepare_minival(tmp_path / "coco", lambda line: None, sizes=SMALL)
     register_datasets(tmp_path)
     for name, split in zip(NAMES, ("minival", "valminusminival", "train2014")):
         records = DatasetCatalog.get(name)
         assert {record["image_id"] for record in records} == set(made.ids(split))
-        assert sum(len(record["annotations"]) for record in records) == SMALL.of(split).annotations
+        assert sum(len(record["annotations"]) for record in records) == SMALL[split].annotations
         assert all(Path(record["file_name"]).is_file() for record in records)

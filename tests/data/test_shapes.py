@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from resnext_det.data.shapes import CLASSES, background, fill, outline
+from resnext_det.data.toy import CLASSES, background, fill, outline
 
 # Areas for a circle of radius 1 around the shape.
 AREAS = {

@@ -131,7 +131,7 @@ def test_images_that_cannot_be_read_stop_or_are_skipped_and_told() -> None:
 
 
 def test_nothing_but_bad_images_is_an_error() -> None:
-    with pytest.raises(DatasetError, match="in a row are of no use, such as: the image"):
+    with pytest.raises(DatasetError, match="in a row cannot be used, such as: the image"):
         SeededDataset([{"id": 1}], unreadable, 0, skip=True)[Draw(0, 0)]
 
 
@@ -182,7 +182,7 @@ def test_workers_and_resumes_change_no_pixel(photographs: str) -> None:
 def test_a_model_of_stuff_needs_its_annotations(photographs: str) -> None:
     cfg = config(photographs)
     cfg.MODEL.META_ARCHITECTURE = "PanopticFPN"
-    with pytest.raises(DatasetError, match=r"images of .* have none .*sem_seg_file_name"):
+    with pytest.raises(DatasetError, match=r"6 of 6 images of .* have no sem_seg_file_name"):
         training_records(cfg)
 
 

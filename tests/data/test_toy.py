@@ -17,8 +17,7 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from resnext_det.data.shapes import CLASSES
-from resnext_det.data.toy import ToySpec, write_toy_coco
+from resnext_det.data.toy import CLASSES, ToySpec, write_toy_coco
 from resnext_det.errors import DatasetError
 
 SIX = ToySpec(train_images=4, val_images=2, seed=5)

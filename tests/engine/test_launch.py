@@ -36,7 +36,7 @@ import torch.distributed as dist
 from detectron2.utils import comm
 from torch.utils.data import DataLoader
 
-from resnext_det.data.workers import with_lasting_workers
+from resnext_det.data.stream import with_lasting_workers
 from resnext_det.engine.launch import Job, run_everywhere
 from resnext_det.engine.stopping import SIGNALS, is_started_by_another
 from resnext_det.errors import ConfigError, reported

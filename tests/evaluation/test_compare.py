@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from resnext_det.data.columns import Columns
+from resnext_det.data.records import Columns
 from resnext_det.data.toy import ToySpec, write_toy_coco
 from resnext_det.errors import DatasetError
 from resnext_det.evaluation.annotations import GroundTruth, read_ground_truth
