@@ -131,7 +131,7 @@ def from_files(annotations: Path, results: Path) -> tuple[float, ...]:
 def subjects(files: tuple[Path, Path], *, slow: bool) -> dict[str, Callable[[], tuple[float, ...]]]:
     """Return what is timed, by name."""
     truth: GroundTruth = read_ground_truth(files[0])
-    detections: Detections = read_detections(files[1], truth).in_order(truth)
+    detections: Detections = read_detections(files[1], truth)
     found: dict[str, Callable[[], tuple[float, ...]]] = {
         "hotcoco": lambda: by_hotcoco(truth, detections).summary
     }

@@ -124,18 +124,16 @@ class GroundTruth:
 
 
 def read_ground_truth(file: Path, *, checked: bool = False) -> GroundTruth:
-    """Read the annotations to evaluate against.
+    """Read a COCO annotation file to evaluate against.
 
-    Annotations are numbered from 1, whatever their ids: pycocotools never matches an object with
-    id 0, and keeps one object of several with the same id (the published minival file has such).
+    As in pycocotools, annotations of unlisted images or categories are left out. Unlike there, the
+    ids of annotations do not matter: pycocotools never matches an object with id 0, and keeps one
+    of several with the same id, of which the published minival file has some.
 
     Args:
-        file: a COCO annotation file.
+        file: the file.
         checked: leave out malformed annotations with a warning, as training does after
             --ignore-health, instead of refusing the file.
-
-    Returns:
-        The ground truth, without annotations of unlisted images or categories, as in pycocotools.
 
     Raises:
         DatasetError: the file cannot be read, or a record is malformed.

@@ -40,11 +40,9 @@ _ROUNDING = 1e-12  # both engines add the same numbers in different orders
 
 @dataclass(frozen=True)
 class Engine:
-    """What computes the figures.
+    """What computes the figures: an engine or, with `cross_check`, both, which must agree.
 
-    Attributes:
-        name: "hotcoco", or "pycocotools", which takes a hundred times as long.
-        cross_check: compute by both, and refuse any difference.
+    pycocotools takes a hundred times as long as hotcoco.
     """
 
     name: str = "hotcoco"
@@ -232,13 +230,7 @@ def compute(
     protocol: Protocol = Protocol(),
     engine: Engine = Engine(),
 ) -> tuple[Accumulated, hotcoco.COCOeval]:
-    """Evaluate by an engine, or by both.
-
-    Args:
-        truth: the annotations.
-        detections: sorted; see `Detections.in_order`.
-        protocol: what is computed.
-        engine: by which.
+    """Evaluate detections by an engine, or by both.
 
     Returns:
         What the engine accumulated; and in any case hotcoco's evaluation, for error analysis.
@@ -395,16 +387,13 @@ def proposal_figures(
     Args:
         truth: the annotations.
         proposals: all of one category of the annotations.
-        engine: by which.
+        engine: what computes.
 
     Returns:
-        "AR@100", "ARs@100", "ARm@100", "ARl@100" and so on, in percent; None without objects.
-
-    Raises:
-        EvaluationError: the engines differ.
+        `PROPOSAL_FIGURES` in percent; None without objects.
     """
     protocol = Protocol(limits=LIMITS, by_class=False)
-    found, _ = compute(truth, proposals.in_order(truth), protocol, engine)
+    found, _ = compute(truth, proposals, protocol, engine)
     recalls = found.recall[:, 0].transpose(2, 1, 0).reshape(len(PROPOSAL_FIGURES), -1)
     return dict(zip(PROPOSAL_FIGURES, map(_mean, recalls)))
 

@@ -33,15 +33,9 @@ _AT_ONCE = 50  # draws evaluated together, which takes about 5 copies of the det
 
 @dataclass(frozen=True)
 class Difference:
-    """How a figure differs from a baseline's, in percent and points; None without any object.
+    """How a figure differs from a baseline's, in percent; None without objects.
 
-    Attributes:
-        figure: such as "AP".
-        before: the baseline's.
-        now: the new one.
-        difference: `now` less `before`.
-        lower: end of the 95 % interval of the difference; None with too few images for one.
-        upper: the other end.
+    `lower` and `upper` end the 95 % interval of the difference; None with too few images.
     """
 
     figure: str
@@ -58,14 +52,10 @@ class Difference:
 
 
 def read_baseline(run: Path, truth: GroundTruth) -> Detections:
-    """Read the detections of an earlier evaluation with the same annotations.
-
-    Args:
-        run: its folder, or its metrics.json.
-        truth: the annotations.
+    """Read the detections of an earlier evaluation, given its run folder or metrics.json.
 
     Raises:
-        DatasetError: it cannot be read, has other annotations, or its detections have changed.
+        DatasetError: it cannot be read, used other annotations, or its detections have changed.
     """
     evaluations = read_metrics(run).evaluations
     for each in evaluations:
@@ -101,15 +91,14 @@ def compare(
 
     Args:
         truth: the annotations.
-        before: of the baseline.
-        now: of the new detector.
+        before: detections of the baseline.
+        now: detections of the new detector.
         resamples: the number of draws; 0 for no interval.
         seed: of the draws.
 
     Returns:
         One entry for each of COCO's 12 figures of boxes.
     """
-    before, now = before.in_order(truth), now.in_order(truth)
     lower, upper = _interval(truth, before, now, resamples, seed)
     rows = [set(map(tuple, each.table.tolist())) for each in (before, now)]
     differing = len({row[0] for row in rows[0] ^ rows[1]})
@@ -164,7 +153,7 @@ def _resampled(
 
     Args:
         truth: the annotations.
-        detections: in the order of the images.
+        detections: of its images.
         counts: (draws, images): how often each image was drawn.
     """
     copies = counts.max(axis=0)

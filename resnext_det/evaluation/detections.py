@@ -92,11 +92,7 @@ class Detections:
         return np.column_stack([self.image_ids, self.boxes, self.scores, self.category_ids])
 
     def results(self, truth: GroundTruth | None = None) -> list[dict[str, Any]]:
-        """Return the detections in COCO's results format.
-
-        Args:
-            truth: whose own ids of images are to be used; None for their numbers.
-        """
+        """Return the detections in COCO's results format, with the image ids of `truth`."""
         ids: list[Any] = self.image_ids.tolist()
         if truth is not None and truth.has_text_ids:
             keys = {number: key for key, number in truth.numbers.items()}
@@ -122,10 +118,6 @@ class Detections:
             None if self.keypoints is None else self.keypoints[kept],
             self.boxed,
         )
-
-    def in_order(self, truth: GroundTruth) -> Detections:
-        """Sort by image, in the order of the annotation file; stable within an image."""
-        return self.where(np.argsort(truth.positions(self.image_ids), kind="stable"))
 
 
 def _keys(results: Sequence[Any]) -> list[str]:
@@ -238,10 +230,7 @@ def _check_known(detections: Detections, truth: GroundTruth) -> None:
 def read_detections(file: Path, truth: GroundTruth, *, with_classes: bool = True) -> Detections:
     """Read a file in COCO's results format, such as Detectron2's coco_instances_results.json.
 
-    Args:
-        file: a JSON list; see `Detections.of`.
-        truth: the annotations of the images.
-        with_classes: False for proposals, whose category_id is ignored.
+    See `Detections.of`.
 
     Raises:
         DatasetError: the file cannot be read, or holds other things than such detections.
@@ -266,12 +255,7 @@ def read_detections(file: Path, truth: GroundTruth, *, with_classes: bool = True
 
 
 def suspicions(truth: GroundTruth, detections: Detections) -> Iterator[str]:
-    """Yield the usual mistakes in writing detections that these seem to show.
-
-    Args:
-        truth: the annotations.
-        detections: of its images.
-    """
+    """Yield in words the usual mistakes in writing detections that these seem to show."""
     if not len(detections):
         return
     boxes, scores = detections.boxes, detections.scores

@@ -52,22 +52,14 @@ def evaluate_detections(
     protocol: Protocol = Protocol(),
     engine: Engine = Engine(),
 ) -> Evaluated:
-    """Compute COCO's figures, and where the detector errs.
-
-    Args:
-        truth: the annotations.
-        detections: of its images. Without any, the figures are 0: nothing was found.
-        protocol: of boxes, masks or keypoints.
-        engine: what computes the figures; the errors are hotcoco's in any case.
+    """Compute COCO's figures by an engine, and by hotcoco where the detector errs.
 
     Raises:
         DatasetError: the annotations have no masks or keypoints, or others than the detections.
         EvaluationError: the engines differ.
     """
-    # Of equal scores the first counts: the order must not depend on the processes' shares.
-    ordered = detections.in_order(truth)
-    found, evaluation = compute(truth, ordered, protocol, engine)
-    details = analyse_errors(evaluation, found, truth, ordered, protocol)
+    found, evaluation = compute(truth, detections, protocol, engine)
+    details = analyse_errors(evaluation, found, truth, detections, protocol)
     return Evaluated(figures_of(found, truth, protocol), details)
 
 
@@ -85,10 +77,10 @@ def write_evaluated(
     Args:
         folder: RUN/inference.
         dataset: its name.
-        description: see `write_metrics`.
+        description: of the weights; see `write_metrics`.
         truth: the annotations.
         detections: what to write, or a file that exists.
-        evaluated: by kind, "bbox" among them, whose figures become the data set's own.
+        evaluated: by kind, "bbox" among them.
         entry: what else to record of the data set, such as the folder of the images.
     """
     if isinstance(detections, Detections):
@@ -137,10 +129,10 @@ class DetectionEvaluator(DatasetEvaluator):
         engine: Engine = Engine(),
         sigmas: Sequence[float] = (),
     ) -> None:
-        """Prepare for one data set.
+        """Prepare for a registered data set, whose annotation file is written if it has none.
 
         Args:
-            dataset: a registered data set; without an annotation file, one is written.
+            dataset: its name.
             output: the folder for what is written.
             description: of the weights, such as {"weights": "model_final.pth"}.
             engine: what computes the figures.
@@ -182,13 +174,8 @@ class DetectionEvaluator(DatasetEvaluator):
     def keep(self, identity: str) -> frozenset[ImageKey]:
         """Keep predictions on disk until `forget`, and continue from those of a killed evaluation.
 
-        Call it in all processes together, before the first image.
-
-        Args:
-            identity: a hexadecimal digest of weights, images and settings.
-
-        Returns:
-            The ids of the images that need no prediction.
+        Call it in all processes together, before the first image. Returns the ids of the images
+        that are done; see `Predictions.keep_in`.
         """
         self._predictions = Predictions()
         name = f"predictions_{file_name_of(self.dataset)}"
@@ -211,12 +198,7 @@ class DetectionEvaluator(DatasetEvaluator):
             self._predictions = Predictions()
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
-        """Gather the detections of a batch.
-
-        Args:
-            inputs: the model's inputs, of which "image_id" is read.
-            outputs: the model's outputs, with `Instances` under "instances" or "proposals".
-        """
+        """Gather the detections of a batch."""
         for record, output in zip(inputs, outputs):
             key = record["image_id"]
             self._predictions.add(key if isinstance(key, str) else int(key), found_in(output))
@@ -281,12 +263,5 @@ class DetectionEvaluator(DatasetEvaluator):
 def detection_evaluator(
     dataset: str, output: str, weights: str, sigmas: Sequence[float] = ()
 ) -> DetectionEvaluator:
-    """Return a `DetectionEvaluator`, from arguments that a LazyConfig can hold and save.
-
-    Args:
-        dataset: a registered data set.
-        output: the folder for what is written.
-        weights: their name, to record beside the figures.
-        sigmas: of keypoints; empty for COCO's.
-    """
+    """Return a `DetectionEvaluator`, from arguments that a LazyConfig can hold and save."""
     return DetectionEvaluator(dataset, Path(output), {"weights": weights}, sigmas=sigmas)

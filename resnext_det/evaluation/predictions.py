@@ -44,13 +44,10 @@ class Found:
 
 
 def found_in(output: Mapping[str, Any]) -> Found:
-    """Convert what a Detectron2 model returns for one image, in the model's order.
-
-    Args:
-        output: with `Instances` under "instances" or, from an RPN alone, under "proposals".
+    """Convert what a Detectron2 model returns for one image.
 
     Raises:
-        EvaluationError: it has neither.
+        EvaluationError: there are no `Instances` under "instances" or "proposals".
     """
     of_proposals = "instances" not in output
     if of_proposals and "proposals" not in output:
@@ -155,14 +152,11 @@ class Predictions:
     def gather(
         self, numbers: Mapping[ImageKey, int], category_ids: Mapping[int, int]
     ) -> Detections | None:
-        """Return the detections of all processes, in the order of the images.
+        """Return the detections of all processes, or None on all processes but the main one.
 
         Args:
             numbers: of all images; see `GroundTruth.numbers`.
             category_ids: of the annotations, by class of the model.
-
-        Returns:
-            The detections; None on all processes but the main one.
 
         Raises:
             EvaluationError: an image is missing or unknown, or a class is.

@@ -77,7 +77,6 @@ class ProposalMetrics:
     """The average recall of an RPN's proposals on one data set, such as "AR@100", in percent."""
 
     name: str
-    annotations: Path
     image_count: int
     figures: dict[str, float | None]
 
@@ -100,11 +99,7 @@ class Metrics:
 
 
 def metrics_file(run: Path) -> Path | None:
-    """Return the metrics.json of an evaluated run, None without one.
-
-    Args:
-        run: the run's folder, or one that itself holds figures, such as RUN/inference_TTA.
-    """
+    """Return the metrics.json of a run, or of a folder such as RUN/inference_TTA; None without."""
     candidates = run / INFERENCE / METRICS, run / METRICS
     return next((file for file in candidates if file.is_file() and not is_training_log(file)), None)
 
@@ -120,16 +115,13 @@ def is_training_log(file: Path) -> bool:
 
 
 def read_metrics(run: Path) -> Metrics:
-    """Read the figures of a run.
-
-    Args:
-        run: the run's folder, or the metrics.json itself.
+    """Read the figures of a run, given its folder or the metrics.json itself.
 
     Raises:
         DatasetError: there is no such file, or it is not what an evaluation writes.
     """
-    file = run if run.is_file() else metrics_file(run)
-    if file is None or is_training_log(file):
+    file = run if run.is_file() and not is_training_log(run) else metrics_file(run)
+    if file is None:
         raise DatasetError(
             f"{quoted(run)} holds no figures of an evaluation ({INFERENCE}/{METRICS}). Evaluate "
             "the run (resnext-det eval --run FOLDER), or its detections (resnext-det evaluate)."
@@ -150,12 +142,7 @@ def read_metrics(run: Path) -> Metrics:
                 if "proposals" not in entry
             ],
             proposals=tuple(
-                ProposalMetrics(
-                    name,
-                    Path(entry["annotations"]),
-                    int(entry["image_count"]),
-                    _numbers(entry["proposals"]),
-                )
+                ProposalMetrics(name, int(entry["image_count"]), _numbers(entry["proposals"]))
                 for name, entry in entries
                 if "proposals" in entry
             ),
@@ -228,13 +215,7 @@ def read_training(run: Path) -> list[Scalars]:
     """Read what a training logged: metrics.jsonl, or metrics.json of Detectron2's trainer.
 
     A resumed run repeats iterations, of which the last values count. A killed one leaves half a
-    line, which is skipped.
-
-    Args:
-        run: the run's folder.
-
-    Returns:
-        The scalars of each iteration, in order; none if there is no log.
+    line, which is skipped. Without a log there are no scalars.
 
     Raises:
         DatasetError: the log cannot be read.

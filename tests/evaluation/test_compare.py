@@ -56,7 +56,7 @@ def by_reference(truth: GroundTruth, found: Detections, drawn: list[int]) -> tup
 
 
 def test_every_draw_has_the_figures_of_pycocotools(truth: GroundTruth) -> None:
-    found = detections(truth, 0.12).in_order(truth)
+    found = detections(truth, 0.12)
     generator = np.random.default_rng(3)
     images = len(truth.image_ids)
     counts = np.stack([generator.multinomial(images, [1 / images] * images) for _ in range(4)])

@@ -112,13 +112,6 @@ def test_refuses_other_files(truth: GroundTruth, tmp_path: Path, text: str) -> N
         read_detections(tmp_path / "b.json", truth)
 
 
-def test_sorts_by_image(truth: GroundTruth) -> None:
-    rows = [result(2, score=0.1), result(5, score=0.2), result(2, score=0.3), result(5, score=0.4)]
-    ordered = Detections.of(rows, truth).in_order(truth)
-    assert ordered.image_ids.tolist() == [5, 5, 2, 2]
-    assert ordered.scores.tolist() == [0.2, 0.4, 0.1, 0.3]
-
-
 def test_refuses_unknown_images_and_classes(truth: GroundTruth) -> None:
     with pytest.raises(DatasetError, match=r"2 of 3 .* 1 images that .*: 7\. Name"):
         read(truth, [result(), result(7), result(7)])
