@@ -45,7 +45,7 @@ test-slow: setup
 
 # The tests that show an installation to work, in about a minute.
 smoke: setup
-	$(IN_VENV) -m pytest tests/test_import.py tests/test_config.py tests/modeling/test_resnext.py \
+	$(IN_VENV) -m pytest tests/test_install.py tests/test_config.py tests/modeling/test_resnext.py \
 		tests/engine/test_recorded_config.py
 
 docs: setup

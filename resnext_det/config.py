@@ -1,4 +1,4 @@
-"""The config keys of this package, and how a config is read."""
+"""The config keys of this package, and configs read from yaml: as data, without running code."""
 
 from __future__ import annotations
 
@@ -6,25 +6,36 @@ import ast
 import contextlib
 import copy
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import detectron2.model_zoo
 import torch
-from detectron2.config import CfgNode, downgrade_config, get_cfg, upgrade_config
+import yaml
+from detectron2.config import CfgNode, get_cfg
 
-from resnext_det.config_files import read_config
-from resnext_det.config_rules import refuse, value_of, wrong
-from resnext_det.errors import ConfigError, quoted
+from resnext_det.config_rules import (
+    KNOWN_ARCHITECTURES,
+    leaves,
+    refuse,
+    unread_because,
+    value_of,
+    wrong,
+)
+from resnext_det.errors import ConfigError, plain, quoted
+from resnext_det.files import open_regular
+
+Tree = dict[str, Any]
+
+_MOST_BYTES = 2**20
+_MOST_BASES = 32  # above each other
 
 
 def add_resnext_config(cfg: CfgNode) -> None:
-    """Add the keys of this package to a Detectron2 config.
+    """Add the keys of this package to a Detectron2 config, in place.
 
-    The shape of the network needs none of them: MODEL.RESNETS describes it.
-
-    Args:
-        cfg: the config of `detectron2.config.get_cfg`, changed in place.
+    None of them describes the shape of the network: MODEL.RESNETS does.
     """
     cfg.MODEL.RESNEXT = CfgNode()
     # Form of the blocks (the paper's Fig. 3): "grouped" (c), the fast one, "concatenated" (b) or
@@ -42,11 +53,7 @@ def add_resnext_config(cfg: CfgNode) -> None:
     # Evaluate, demonstrate or resume a detector under settings that change what it computes, such
     # as other pixel statistics or anchors than those its checkpoint records.
     cfg.MODEL.RESNEXT.ALLOW_OTHER_FUNCTION = False
-    _add_training_config(cfg)
-
-
-def _add_training_config(cfg: CfgNode) -> None:
-    """Add the keys that only this package's trainer reads."""
+    # The rest is read by this package's trainer only.
     # On another number of processes than REFERENCE_WORLD_SIZE: "accumulate" gradients over
     # micro-batches (the same images per update, the same learning rate, the same iterations),
     # "linear" (Detectron2's rule: batch, learning rate, iterations and periods), or "none".
@@ -81,93 +88,74 @@ def _add_training_config(cfg: CfgNode) -> None:
 def complete(cfg: CfgNode) -> CfgNode:
     """Return a config with the default of every key that it lacks.
 
-    A config of Detectron2's model zoo, or one that an older version wrote, lacks keys of this
-    package; whoever reads them calls this first.
-
-    Args:
-        cfg: any Detectron2 config; it is not changed.
+    Configs of Detectron2's model zoo lack the keys of this package, those of an older version some.
 
     Returns:
         The config itself if it is complete, else a copy, frozen if `cfg` is.
     """
-    if not _lacks(cfg, _DEFAULTS):
+    if all(value_of(cfg, key) is not None or default is None for key, default in _DEFAULTS.items()):
         return cfg
     full: CfgNode = cfg.clone()
     full.defrost()
-    _fill(full, _DEFAULTS)
+    for key, default in _DEFAULTS.items():
+        node, name = _parent(full, key)
+        node.setdefault(name, copy.deepcopy(default))
     if cfg.is_frozen():
         full.freeze()
     return full
 
 
-def _defaults() -> CfgNode:
-    """Return every key, with its default."""
+def _parent(cfg: CfgNode, key: str) -> tuple[CfgNode, str]:
+    """Return the group that holds a key, made if it is missing, and the key's name in it."""
+    *path, name = key.split(".")
+    for part in path:
+        cfg = cfg.setdefault(part, CfgNode())
+    return cfg, name
+
+
+def _all_keys() -> CfgNode:
     cfg = get_cfg()
     add_resnext_config(cfg)
     return cfg
 
 
-_DEFAULTS: CfgNode = _defaults()
-
-
-def default_of(key: str) -> Any:
-    """Return the default of a key such as "SOLVER.BASE_LR", or None if there is no such key."""
-    return value_of(_DEFAULTS, key)
-
-
-def _lacks(cfg: CfgNode, defaults: CfgNode) -> bool:
-    return any(
-        name not in cfg or (isinstance(value, CfgNode) and _lacks(cfg[name], value))
-        for name, value in defaults.items()
-    )
-
-
-def _fill(cfg: CfgNode, defaults: CfgNode) -> None:
-    for name, value in defaults.items():
-        if name not in cfg:
-            cfg[name] = copy.deepcopy(value)
-        elif isinstance(value, CfgNode):
-            _fill(cfg[name], value)
+_DEFAULTS: dict[str, Any] = dict(leaves(_all_keys()))
 
 
 def load_config(file: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
     """Read a yaml config, apply overrides and freeze it.
 
-    MODEL.DEVICE "cuda" becomes "cpu" if there is no GPU. A number or a name where a list is meant
-    becomes a list of one.
+    MODEL.DEVICE "cuda" becomes "cpu" if there is no GPU. A single number or name becomes a list of
+    one where a list is expected.
 
     Args:
         file: a path, or the name of a shipped config (see `resnext_det.model_zoo.names`).
         overrides: KEY, VALUE, KEY, VALUE, ... as on the command line.
 
-    Returns:
-        The frozen config.
-
     Raises:
-        ConfigError: the file is missing or no config, or a key or value is refused; every one that
-            is wrong is named.
+        ConfigError: the file is missing or no config, or keys or values are refused; the error
+            names all of them.
     """
-    path = locate_config(file)
     if len(overrides) % 2:
         raise ConfigError(
             f"overrides come in pairs, KEY VALUE, and these are {len(overrides)} words: "
             f"{quoted(' '.join(overrides))}"
         )
-    cfg: CfgNode = _DEFAULTS.clone()
-    problems: list[str] = []
-    values = read_config(path)
-    if _is_version_1(values):
-        cfg = _upgraded(cfg, values, path)
-    else:
-        problems += [f"{quoted(path)}: {problem}" for problem in _merge(values, cfg, cfg)]
-    for key, value in zip(overrides[::2], overrides[1::2]):
-        problems += _merge(_nested(key, value), cfg, cfg)
-    for key in _keys(cfg):
-        value, default = value_of(cfg, key), value_of(_DEFAULTS, key)
-        if value is None and default is not None:
-            problems.append(f"{key} is empty (None); its default is {default!r}.")
-        elif (problem := wrong(key, value)) is not None:
-            problems.append(problem)
+    given = dict(leaves(read_config(locate_config(file))))
+    given.update(zip(overrides[::2], overrides[1::2]))
+    cfg, problems = _all_keys(), []
+    for key, value in given.items():
+        if key in _DEFAULTS:
+            value = _fitted(value, _DEFAULTS[key])
+            problems.append(wrong(key, value))
+            node, name = _parent(cfg, key)
+            node[name] = value
+        elif isinstance(value_of(cfg, key), CfgNode):
+            problems.append(f"{key} is a group of keys, and {quoted(value)} is a single value.")
+        else:
+            nearest = difflib.get_close_matches(key[:200], list(_DEFAULTS), n=1, cutoff=0.5)
+            hint = f"; did you mean {nearest[0]}?" if nearest else "."
+            problems.append(f"there is no config key {plain(key)}{hint}")
     refuse(*problems)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
@@ -175,108 +163,170 @@ def load_config(file: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
     return cfg
 
 
-def _nested(key: str, value: Any) -> dict[str, Any]:
-    """Return {"A": {"B": value}} for "A.B"."""
-    for name in reversed(key.split(".")):
-        value = {name: value}
-    return value  # type: ignore[no-any-return]
-
-
-def _merge(values: Mapping[str, Any], node: CfgNode, cfg: CfgNode, prefix: str = "") -> list[str]:
-    """Put values into a config, and return what cannot be put there; rules are checked later.
-
-    Args:
-        values: nested as the config is.
-        node: of the config, changed in place.
-        cfg: the whole config, for hints.
-        prefix: of the keys of the node.
-    """
-    problems = []
-    for name, value in values.items():
-        key = f"{prefix}{name}"
-        if name not in node:
-            while isinstance(value, dict) and len(value) == 1:  # the rest of the name
-                ((more, value),) = value.items()
-                key += f".{more}"
-            problems.append(_unknown(cfg, key))
-        elif isinstance(node[name], CfgNode) != isinstance(value, dict):
-            group = "a group of keys" if isinstance(node[name], CfgNode) else "a single value"
-            problems.append(f"{quoted(key)} is {group}, and {quoted(value)} is given.")
-        elif isinstance(value, dict):
-            problems += _merge(value, node[name], cfg, f"{key}.")
-        else:
-            node[name] = _fitted(value, value_of(_DEFAULTS, key))
-    return problems
-
-
 def _fitted(value: Any, default: Any) -> Any:
-    """Return a value in the type of a default, where there is no doubt what is meant."""
-    read = value
-    if isinstance(value, str):
+    """Convert a value to the type of the default where its meaning is clear."""
+    if isinstance(value, str):  # from the command line, or a tuple in yaml
+        read = value
         with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             read = ast.literal_eval(value)
-    if isinstance(default, str) and read is not None and not isinstance(read, str):
-        return value  # a folder called 2024
-    if isinstance(default, float) and type(read) is int:
-        with contextlib.suppress(OverflowError):
-            return float(read)
+        if isinstance(default, str) and read is not None and not isinstance(read, str):
+            return value  # a folder called 2024
+        value = read
+    if isinstance(default, float) and type(value) is int and abs(value) < 2**53:
+        return float(value)
     if isinstance(default, list | tuple):
-        if isinstance(read, list | tuple):
-            return type(default)(read)
+        if isinstance(value, list | tuple):
+            return type(default)(value)
         kinds = (str,) if not default or isinstance(default[0], str) else (int, float)
-        # Two to four values are coordinates, channels or stages: one of them alone is a mistake.
-        if isinstance(read, kinds) and type(read) is not bool and len(default) not in (2, 3, 4):
-            return type(default)([read])
-    return read
+        # Lists of two to four are coordinates, channels or stages: one value alone is a mistake.
+        if isinstance(value, kinds) and type(value) is not bool and len(default) not in (2, 3, 4):
+            return type(default)([value])
+    return value
 
 
-def _is_version_1(values: Mapping[str, Any]) -> bool:
-    """Tell whether a config is of Detectron2's first version; without VERSION as it guesses."""
-    guess = any(
-        name in part
-        for part, name in ((values.get("MODEL"), "WEIGHT"), (values.get("TEST"), "AUG_ON"))
-        if isinstance(part, dict)
-    )
-    version = values.get("VERSION", 1 if guess else 2)
-    return type(version) is int and version == 1
+def idle_settings(cfg: CfgNode) -> dict[str, str]:
+    """Return the changed settings that nothing reads.
+
+    Args:
+        cfg: any Detectron2 config. Of an architecture that is not Detectron2's nothing is known,
+            and nothing returned.
+
+    Returns:
+        By key, the key that would have to be set differently for it to be read.
+    """
+    cfg = complete(cfg)
+    if cfg.MODEL.META_ARCHITECTURE not in KNOWN_ARCHITECTURES:
+        return {}
+    changed = [key for key, default in _DEFAULTS.items() if value_of(cfg, key) != default]
+    decides = {key: unread_because(cfg, key) for key in changed}
+    return {key: reason for key, reason in decides.items() if reason}
 
 
-def _upgraded(cfg: CfgNode, values: dict[str, Any], path: Path) -> CfgNode:
-    """Merge a config of Detectron2's first version, whose keys have other names."""
+def idle_warning(cfg: CfgNode) -> str | None:
+    """Return one line about settings that have no effect, or None; see `idle_settings`."""
+    idle = idle_settings(cfg)
+    if not idle:
+        return None
+    shown = ", ".join(f"{key} (see {decides})" for key, decides in list(idle.items())[:5])
+    more = f" and {len(idle) - 5} more" if len(idle) > 5 else ""
+    return f"these settings have no effect in this config: {shown}{more}"
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, without aliases: a few of them can expand to gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not read: repeat the value")
+        return super().compose_node(parent, index)
+
+
+_RETINANET_SIZES = "[[x, x * 2**(1.0/3), x * 2**(2.0/3) ] for x in [32, 64, 128, 256, 512 ]]"
+
+
+def _anchor_sizes(loader: _Loader, node: Any) -> list[list[float]]:
+    """Read the one expression that Detectron2's own configs have (Base-RetinaNet.yaml)."""
+    if loader.construct_sequence(node) != [_RETINANET_SIZES]:
+        raise yaml.YAMLError("!!python/object/apply:eval would run code: write the values out")
+    return [[x, x * 2 ** (1.0 / 3), x * 2 ** (2.0 / 3)] for x in (32, 64, 128, 256, 512)]
+
+
+_Loader.add_constructor("tag:yaml.org,2002:python/object/apply:eval", _anchor_sizes)
+
+
+def parse_config(text: str, name: str) -> Tree:
+    """Read the text of one yaml config.
+
+    Args:
+        text: any content.
+        name: of the text in errors, fit to print.
+
+    Returns:
+        The values, nested as in the text, `_BASE_` included.
+
+    Raises:
+        ConfigError: not yaml of keys and values, or yaml that would run code.
+    """
     try:
-        old = downgrade_config(cfg, to_version=1)
-        old.merge_from_other_cfg(CfgNode(values))
-        upgraded: CfgNode = upgrade_config(old)
-    except (KeyError, ValueError, AssertionError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"{quoted(path)}, of Detectron2's config version 1, cannot be read: {quoted(error)}"
-        ) from error
-    return upgraded
+        values = yaml.load(text, Loader=_Loader) or {}  # a SafeLoader
+        if isinstance(values, dict):
+            return values
+        problem = "it must hold keys and values, such as SOLVER: {BASE_LR: 0.02}."
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        problem = quoted(error)
+    raise ConfigError(f"{name} cannot be read as a config: {problem}")
+
+
+def read_config(file: Path, _depth: int = 0) -> Tree:
+    """Read a yaml config and its bases.
+
+    Args:
+        file: the config. Its `_BASE_` names a file, or a list of them, relative to its own folder
+            or among Detectron2's configs, such as "COCO-Detection/retinanet_R_50_FPN_1x.yaml".
+
+    Returns:
+        The values, nested as in the files; a file's values replace those of its bases.
+
+    Raises:
+        ConfigError: a file is missing, too large or no config, or `_BASE_` is an address.
+    """
+    if _depth > _MOST_BASES:
+        raise ConfigError(f"{quoted(file)}: more than {_MOST_BASES} bases; does one name itself?")
+    try:
+        with open_regular(file) as stream:
+            content = stream.read(_MOST_BYTES + 1)
+        text = content.decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{quoted(file)} cannot be read as a config: {quoted(error)}") from error
+    if len(content) > _MOST_BYTES:
+        raise ConfigError(f"{quoted(file)} is larger than {_MOST_BYTES:,} bytes; no config is.")
+    values = parse_config(text, quoted(file))
+    bases = values.pop("_BASE_", [])
+    merged: Tree = {}
+    for base in bases if isinstance(bases, list) else [bases]:
+        _overlay(read_config(_locate_base(base, file), _depth + 1), merged)
+    _overlay(values, merged)
+    return merged
+
+
+def _locate_base(base: object, file: Path) -> Path:
+    problem = "there is no such file, neither beside it nor among Detectron2's configs."
+    with contextlib.suppress(RuntimeError, OSError, ValueError):  # a name that no file can have
+        if not isinstance(base, str) or not base:
+            problem = "it must be the path of a yaml file, or a list of such."
+        elif "://" in base:
+            problem = "configs are not fetched: download the file and name its path."
+        elif (beside := file.parent / Path(base).expanduser()).is_file():
+            return beside
+        else:
+            return Path(detectron2.model_zoo.get_config_file(base))
+    raise ConfigError(f"{quoted(file)}: _BASE_ is {quoted(base)}; {problem}")
+
+
+def _overlay(values: Mapping[str, Any], under: Tree) -> None:
+    """Put values over those of a base, in place."""
+    for name, value in values.items():
+        if isinstance(value, dict) and isinstance(under.get(name), dict):
+            _overlay(value, under[name])
+        else:
+            under[name] = value
 
 
 def locate_config(file: str | Path) -> Path:
-    """Return the path of a config.
-
-    Args:
-        file: a path, or the name of a shipped config (see `resnext_det.model_zoo.names`).
+    """Return the path of a config, given that or the name of a shipped one.
 
     Raises:
         ConfigError: there is neither.
     """
-    with contextlib.suppress(ValueError, OSError):  # of no file's name at all
+    with contextlib.suppress(ValueError, OSError):  # a name that no file can have
         if Path(file).is_file():
             return Path(file)
     name = str(file).removeprefix("configs/").removesuffix(".yaml")
-    if name in shipped_names():
-        return shipped_config(name)
-    raise ConfigError(
-        f"there is no config file {quoted(Path(file))}. Shipped configs are: "
-        f"{', '.join(shipped_names())}"
-    )
+    return shipped_config(name)
 
 
 def shipped_names() -> list[str]:
-    """Return the names of the shipped configs, sorted; the Base configs are not among them."""
+    """Return the names of the shipped configs, sorted, without the Base configs."""
     found = (path.stem for path in _folder().glob("*.yaml"))
     return sorted(name for name in found if not name.startswith("Base-"))
 
@@ -288,35 +338,20 @@ def shipped_config(name: str) -> Path:
         name: one of `shipped_names()`, such as "faster_rcnn_X_50_32x4d_FPN_paper".
 
     Raises:
-        ConfigError: there is no config of this name.
+        ConfigError: there is no such config.
     """
-    if name not in shipped_names():
-        raise ConfigError(
-            f"there is no config {quoted(name)}; there are: {', '.join(shipped_names())}"
-        )
-    return _folder() / f"{name}.yaml"
+    if name in shipped_names():
+        return _folder() / f"{name}.yaml"
+    raise ConfigError(
+        f"there is no config {quoted(name)}. Name a file, or a shipped config: "
+        f"{', '.join(shipped_names())}"
+    )
 
 
 def _folder() -> Path:
-    """Return where the configs are: in the installed package, or beside it in a checkout."""
+    """Return the folder of the configs: in the installed package, or beside it in a checkout."""
     here = Path(__file__).resolve().parent
     for folder in (here / "configs", here.parent / "configs"):
         if (folder / "Base-ResNeXt-FPN.yaml").is_file():
             return folder
     raise ConfigError(f"the configs of resnext_det are missing beside {here}; install it again.")
-
-
-def _unknown(cfg: CfgNode, key: str) -> str:
-    nearest = difflib.get_close_matches(key[:200], list(_keys(cfg)), n=1, cutoff=0.5)
-    hint = f"; did you mean {nearest[0]}?" if nearest else "."
-    shown = key if key.isprintable() and len(key) <= 100 else quoted(key, 100)
-    return f"there is no config key {shown}{hint}"
-
-
-def _keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
-    """Give every key that holds a value."""
-    for name, value in cfg.items():
-        if isinstance(value, CfgNode):
-            yield from _keys(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name

@@ -1,14 +1,17 @@
-"""What each config key may hold, one rule for every key of Detectron2 and of this package."""
+"""Values that a config key may hold, settings that exclude each other, and keys that go unread."""
 
 from __future__ import annotations
 
+import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import MetadataCatalog
 
 from resnext_det.errors import ConfigError, quoted
 
@@ -18,7 +21,7 @@ class Rule:
     """What a key may hold.
 
     Attributes:
-        allowed: in words, to follow "it must be".
+        allowed: completes "it must be".
         holds: whether a value is allowed.
     """
 
@@ -26,36 +29,44 @@ class Rule:
     holds: Callable[[Any], bool]
 
 
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _is_number(value: Any) -> bool:
-    # True is an int to Python.
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    return isinstance(value, int) or math.isfinite(value)
+    return _is_whole(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _whole(least: int, meaning: str = "", most: int = 2**31 - 1) -> Rule:
-    def holds(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
-
     upper = " or more" if most == 2**31 - 1 else f" to {most}"
-    return Rule(f"a whole number, {least}{meaning}{upper}", holds)
+    return Rule(
+        f"a whole number, {least}{meaning}{upper}",
+        lambda value: _is_whole(value) and least <= value <= most,
+    )
 
 
 def _number(allowed: str, fits: Callable[[float], bool]) -> Rule:
     return Rule(f"a number {allowed}", lambda value: _is_number(value) and fits(value))
 
 
-def _word(*words: object) -> Rule:
-    names = ", ".join(str(word) if word != "" else "''" for word in words)
+def _word(*words: str | int) -> Rule:
+    names = ", ".join(repr(word) if word == "" else str(word) for word in words)
     return Rule(f"one of {names}", lambda value: type(value) in (str, int) and value in words)
 
 
-def _listed(value: Any, holds: Callable[[Any], bool], lengths: range) -> bool:
-    return isinstance(value, list | tuple) and len(value) in lengths and all(map(holds, value))
+def _list(item: Rule, allowed: str, least: int = 0, most: int = 1000) -> Rule:
+    return Rule(
+        f"a list {allowed}",
+        lambda value: (
+            isinstance(value, list | tuple)
+            and least <= len(value) <= most
+            and all(map(item.holds, value))
+        ),
+    )
 
 
-def _list(of: Rule, allowed: str, least: int = 0, most: int = 1000) -> Rule:
-    return Rule(allowed, lambda value: _listed(value, of.holds, range(least, most + 1)))
+def _optional(rule: Rule) -> Rule:
+    return Rule(f"{rule.allowed}, or None", lambda value: value is None or rule.holds(value))
 
 
 def _is_device(value: Any) -> bool:
@@ -65,166 +76,18 @@ def _is_device(value: Any) -> bool:
         return False
 
 
-def _optional(rule: Rule) -> Rule:
-    return Rule(f"{rule.allowed}, or None", lambda value: value is None or rule.holds(value))
-
-
 _FLAG = Rule("True or False", lambda value: isinstance(value, bool))
 _TEXT = Rule("text", lambda value: isinstance(value, str))
 _NAME = Rule("a name", lambda value: isinstance(value, str) and value != "")
-_NAMES = _list(_NAME, "a list of names")
+_NAMES = _list(_NAME, "of names")
+_ANY_WHOLE = Rule("a whole number", _whole(-(2**31)).holds)
 _ANY_NUMBER = Rule("a number", _is_number)
 _POSITIVE = _number("above 0", lambda value: value > 0)
-_NOT_NEGATIVE = _number("from 0 on", lambda value: value >= 0)
+_NOT_NEGATIVE = _number("0 or more", lambda value: value >= 0)
 _SHARE = _number("from 0 to 1", lambda value: 0 <= value <= 1)
-_COUNT = _whole(1)
-_COUNT_OR_0 = _whole(0)
-_FOUR = _list(_POSITIVE, "four numbers above 0", 4, 4)
-_RATIOS = _list(_SHARE, "numbers from 0 to 1", 1)
-_LABELS = _list(_word(-1, 0, 1), "numbers, each -1, 0 or 1", 2)
-_SIZES = _list(_COUNT, "whole numbers, 1 or more", 1)
-_LEVELS = _list(
-    _list(_POSITIVE, "", 1), "lists of numbers above 0, one for all features or one for each", 1
-)
-_LOSS = _word("smooth_l1", "giou", "diou", "ciou")
-_POOLER = _word("ROIAlignV2", "ROIAlign", "ROIPool", "ROIAlignRotated")
-_ANY_WHOLE = Rule("a whole number", _whole(-(2**31)).holds)
-
-_MODEL: dict[str, Rule] = {
-    **dict.fromkeys(("LOAD_PROPOSALS", "MASK_ON", "KEYPOINT_ON"), _FLAG),
-    "DEVICE": Rule("a device, such as cpu, cuda or cuda:0", _is_device),
-    "META_ARCHITECTURE": _NAME,
-    "WEIGHTS": _TEXT,
-    "PIXEL_MEAN": _list(_ANY_NUMBER, "a number for each channel", 1),
-    "PIXEL_STD": _list(_POSITIVE, "a number above 0 for each channel", 1),
-    "BACKBONE.NAME": _NAME,
-    "BACKBONE.FREEZE_AT": _ANY_WHOLE,
-    "FPN.IN_FEATURES": _NAMES,
-    "FPN.OUT_CHANNELS": _COUNT,
-    "FPN.NORM": _TEXT,
-    "FPN.FUSE_TYPE": _word("sum", "avg"),
-    "PROPOSAL_GENERATOR.NAME": _NAME,
-    "PROPOSAL_GENERATOR.MIN_SIZE": _NOT_NEGATIVE,
-    "ANCHOR_GENERATOR.NAME": _NAME,
-    "ANCHOR_GENERATOR.SIZES": _LEVELS,
-    "ANCHOR_GENERATOR.ASPECT_RATIOS": _LEVELS,
-    "ANCHOR_GENERATOR.ANGLES": _list(_list(_ANY_NUMBER, "", 1), "lists of angles in degrees", 1),
-    "ANCHOR_GENERATOR.OFFSET": _number("from 0 to below 1", lambda value: 0 <= value < 1),
-    "RPN.HEAD_NAME": _NAME,
-    "RPN.IN_FEATURES": _list(_NAME, "a list of names, at least one", 1),
-    "RPN.BOUNDARY_THRESH": _number("from -1 on (-1 keeps all anchors)", lambda value: value >= -1),
-    "RPN.IOU_THRESHOLDS": _RATIOS,
-    "RPN.IOU_LABELS": _LABELS,
-    "RPN.BATCH_SIZE_PER_IMAGE": _COUNT,
-    "RPN.POSITIVE_FRACTION": _SHARE,
-    "RPN.BBOX_REG_LOSS_TYPE": _LOSS,
-    "RPN.BBOX_REG_WEIGHTS": _FOUR,
-    **dict.fromkeys(
-        ("RPN.BBOX_REG_LOSS_WEIGHT", "RPN.SMOOTH_L1_BETA", "RPN.LOSS_WEIGHT"), _NOT_NEGATIVE
-    ),
-    **{
-        f"RPN.{when}_NMS_TOPK_{use}": _COUNT
-        for when in ("PRE", "POST")
-        for use in ("TRAIN", "TEST")
-    },
-    "RPN.NMS_THRESH": _SHARE,
-    "RPN.CONV_DIMS": Rule(
-        "numbers of channels, 1 or more, or -1 for those of the input",
-        lambda value: _listed(value, lambda n: n == -1 or _COUNT.holds(n), range(1, 100)),
-    ),
-    "ROI_HEADS.NAME": _NAME,
-    "ROI_HEADS.NUM_CLASSES": _COUNT,
-    "ROI_HEADS.IN_FEATURES": _list(_NAME, "a list of names, at least one", 1),
-    "ROI_HEADS.IOU_THRESHOLDS": _RATIOS,
-    "ROI_HEADS.IOU_LABELS": _LABELS,
-    "ROI_HEADS.BATCH_SIZE_PER_IMAGE": _COUNT,
-    **dict.fromkeys(
-        (
-            *("ROI_HEADS.POSITIVE_FRACTION", "ROI_HEADS.SCORE_THRESH_TEST"),
-            *("ROI_HEADS.NMS_THRESH_TEST", "RETINANET.SCORE_THRESH_TEST"),
-            "RETINANET.NMS_THRESH_TEST",
-        ),
-        _SHARE,
-    ),
-    "ROI_HEADS.PROPOSAL_APPEND_GT": _FLAG,
-    "ROI_BOX_HEAD.NAME": _TEXT,
-    "ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": _LOSS,
-    "ROI_BOX_HEAD.BBOX_REG_LOSS_WEIGHT": _NOT_NEGATIVE,
-    "ROI_BOX_HEAD.BBOX_REG_WEIGHTS": _list(_POSITIVE, "four numbers above 0 (five rotated)", 4, 5),
-    "ROI_BOX_HEAD.SMOOTH_L1_BETA": _NOT_NEGATIVE,
-    **{f"ROI_{head}_HEAD.POOLER_RESOLUTION": _COUNT for head in ("BOX", "MASK", "KEYPOINT")},
-    **{f"ROI_{head}_HEAD.POOLER_SAMPLING_RATIO": _whole(0) for head in ("BOX", "MASK", "KEYPOINT")},
-    **{f"ROI_{head}_HEAD.POOLER_TYPE": _POOLER for head in ("BOX", "MASK", "KEYPOINT")},
-    **dict.fromkeys(("ROI_BOX_HEAD.NUM_FC", "ROI_BOX_HEAD.NUM_CONV"), _COUNT_OR_0),
-    **dict.fromkeys(("ROI_BOX_HEAD.FC_DIM", "ROI_BOX_HEAD.CONV_DIM"), _COUNT),
-    "ROI_BOX_HEAD.NORM": _TEXT,
-    **dict.fromkeys(
-        (
-            *("ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES"),
-            *("ROI_BOX_HEAD.USE_FED_LOSS", "ROI_BOX_HEAD.USE_SIGMOID_CE"),
-        ),
-        _FLAG,
-    ),
-    "ROI_BOX_HEAD.FED_LOSS_FREQ_WEIGHT_POWER": _NOT_NEGATIVE,
-    "ROI_BOX_HEAD.FED_LOSS_NUM_CLASSES": _COUNT,
-    "ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS": _list(_FOUR, "four numbers above 0 for each stage", 1),
-    "ROI_BOX_CASCADE_HEAD.IOUS": _RATIOS,
-    "ROI_MASK_HEAD.NAME": _NAME,
-    "ROI_MASK_HEAD.NUM_CONV": _COUNT_OR_0,
-    "ROI_MASK_HEAD.CONV_DIM": _COUNT,
-    "ROI_MASK_HEAD.NORM": _TEXT,
-    "ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": _FLAG,
-    "ROI_KEYPOINT_HEAD.NAME": _NAME,
-    "ROI_KEYPOINT_HEAD.CONV_DIMS": _SIZES,
-    "ROI_KEYPOINT_HEAD.NUM_KEYPOINTS": _COUNT,
-    "ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE": _COUNT_OR_0,
-    "ROI_KEYPOINT_HEAD.NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS": _FLAG,
-    "ROI_KEYPOINT_HEAD.LOSS_WEIGHT": _NOT_NEGATIVE,
-    "SEM_SEG_HEAD.NAME": _NAME,
-    "SEM_SEG_HEAD.IN_FEATURES": _list(_NAME, "a list of names, at least one", 1),
-    "SEM_SEG_HEAD.IGNORE_VALUE": _ANY_WHOLE,
-    **{f"SEM_SEG_HEAD.{key}": _COUNT for key in ("NUM_CLASSES", "CONVS_DIM", "COMMON_STRIDE")},
-    "SEM_SEG_HEAD.NORM": _TEXT,
-    "SEM_SEG_HEAD.LOSS_WEIGHT": _NOT_NEGATIVE,
-    "PANOPTIC_FPN.INSTANCE_LOSS_WEIGHT": _NOT_NEGATIVE,
-    "PANOPTIC_FPN.COMBINE.ENABLED": _FLAG,
-    "PANOPTIC_FPN.COMBINE.OVERLAP_THRESH": _SHARE,
-    "PANOPTIC_FPN.COMBINE.STUFF_AREA_LIMIT": _NOT_NEGATIVE,
-    "PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH": _SHARE,
-    "RETINANET.NUM_CLASSES": _COUNT,
-    "RETINANET.IN_FEATURES": _list(_NAME, "a list of names, at least one", 1),
-    "RETINANET.NUM_CONVS": _COUNT_OR_0,
-    "RETINANET.IOU_THRESHOLDS": _RATIOS,
-    "RETINANET.IOU_LABELS": _LABELS,
-    "RETINANET.PRIOR_PROB": _number("between 0 and 1", lambda value: 0 < value < 1),
-    "RETINANET.TOPK_CANDIDATES_TEST": _COUNT,
-    "RETINANET.BBOX_REG_WEIGHTS": _FOUR,
-    "RETINANET.FOCAL_LOSS_GAMMA": _NOT_NEGATIVE,
-    "RETINANET.FOCAL_LOSS_ALPHA": _number(
-        "from 0 to 1, or -1 for no weighting", lambda value: value == -1 or 0 <= value <= 1
-    ),
-    "RETINANET.SMOOTH_L1_LOSS_BETA": _NOT_NEGATIVE,
-    "RETINANET.BBOX_REG_LOSS_TYPE": _LOSS,
-    "RETINANET.NORM": _TEXT,
-    "RESNETS.OUT_FEATURES": _NAMES,
-    "RESNETS.NORM": _TEXT,
-    "RESNETS.STRIDE_IN_1X1": _FLAG,
-    "RESNETS.DEFORM_ON_PER_STAGE": _list(_FLAG, "True or False for each of res2 to res5", 4, 4),
-    "RESNETS.DEFORM_MODULATED": _FLAG,
-    # Their ranges depend on one another, and are checked where the network is built.
-    **{
-        f"RESNETS.{key}": _ANY_WHOLE
-        for key in (
-            *("DEPTH", "NUM_GROUPS", "WIDTH_PER_GROUP", "RES5_DILATION", "RES2_OUT_CHANNELS"),
-            *("STEM_OUT_CHANNELS", "DEFORM_NUM_GROUPS"),
-        )
-    },
-    "RESNEXT.FORM": _TEXT,
-    "RESNEXT.CHECKPOINT_STAGES": _NAMES,
-    "RESNEXT.ZERO_INIT_RESIDUAL": _FLAG,
-    "RESNEXT.ALLOW_STRIDE_IN_1X1": _FLAG,
-    "RESNEXT.ALLOW_OTHER_FUNCTION": _FLAG,
-}
+_BETWEEN = _number("between 0 and 1", lambda value: 0 < value < 1)
+_BELOW_1 = _number("from 0 to below 1", lambda value: 0 <= value < 1)
+_POSITIVE_LISTS = _list(_list(_POSITIVE, "", 1), "of lists of numbers above 0", 1)
 
 SCALINGS = ("accumulate", "linear", "none")
 # Detectron2's, see detectron2.solver.build_lr_scheduler.
@@ -234,113 +97,146 @@ MULTI_STEP, COSINE, FIXED_GAMMA = (
     "WarmupStepWithFixedGammaLR",
 )
 
-_SOLVER: dict[str, Rule] = {
-    "SCALING": _word(*SCALINGS),
-    "IMS_PER_BATCH": _COUNT,
-    "IMS_PER_MICRO_BATCH": _whole(0, " (as SOLVER.SCALING has it)"),
-    "REFERENCE_WORLD_SIZE": _whole(0, " (for any number of processes)"),
-    "MAX_ITER": _COUNT,
-    "BASE_LR": _POSITIVE,
-    "BASE_LR_END": _ANY_NUMBER,
-    "LR_PER_IMAGE": _POSITIVE,
-    "BIAS_LR_FACTOR": _NOT_NEGATIVE,
-    "MOMENTUM": _number("from 0 to below 1", lambda momentum: 0 <= momentum < 1),
-    "NESTEROV": _FLAG,
-    "WEIGHT_DECAY": _NOT_NEGATIVE,
-    "WEIGHT_DECAY_NORM": _optional(_NOT_NEGATIVE),
-    "WEIGHT_DECAY_BIAS": _optional(_NOT_NEGATIVE),
-    "LR_SCHEDULER_NAME": _word(MULTI_STEP, COSINE, FIXED_GAMMA),
-    "GAMMA": _number("above 0 and up to 1", lambda gamma: 0 < gamma <= 1),
-    "STEPS": _list(_COUNT, "iterations, whole numbers from 1 on, such as (60000, 80000), or ()"),
-    "NUM_DECAYS": _COUNT,
-    "WARMUP_ITERS": _whole(0, " (for no warm-up)"),
-    "WARMUP_FACTOR": _SHARE,
-    "WARMUP_METHOD": _word("linear", "constant"),
-    "RESCALE_INTERVAL": _FLAG,
-    "CHECKPOINT_PERIOD": _COUNT,
-    "KEEP_LAST": _whole(0, " (for all)"),
-    "SKIP_BAD_UPDATES": _COUNT_OR_0,
-    "CLIP_GRADIENTS.ENABLED": _FLAG,
-    "CLIP_GRADIENTS.CLIP_TYPE": _word("value", "norm", "global_norm"),
-    "CLIP_GRADIENTS.CLIP_VALUE": _POSITIVE,
-    "CLIP_GRADIENTS.NORM_TYPE": Rule(
-        "a number above 0, or .inf", lambda value: _POSITIVE.holds(value) or value == math.inf
+# Rules of this package's keys, and of Detectron2's keys for which the type of the default (see
+# `_of_default`) says too little; the first pattern that matches counts.
+_PATTERNS: tuple[tuple[str, Rule], ...] = (
+    ("VERSION", _word(2)),
+    ("SEED MODEL.BACKBONE.FREEZE_AT MODEL.SEM_SEG_HEAD.IGNORE_VALUE", _ANY_WHOLE),
+    ("FLOAT32_PRECISION", _word("", "highest", "high", "medium")),  # newer Detectron2s
+    ("MODEL.DEVICE", Rule("a device, such as cpu, cuda or cuda:0", _is_device)),
+    ("MODEL.PIXEL_MEAN", _list(_ANY_NUMBER, "of numbers, one per channel", 1)),
+    ("MODEL.PIXEL_STD", _list(_POSITIVE, "of numbers above 0, one per channel", 1)),
+    ("MODEL.FPN.FUSE_TYPE", _word("sum", "avg")),
+    ("MODEL.*.NORM MODEL.ROI_BOX_HEAD.NAME MODEL.WEIGHTS INPUT.FORMAT", _TEXT),
+    ("MODEL.PROPOSAL_GENERATOR.MIN_SIZE *.STUFF_AREA_LIMIT", _NOT_NEGATIVE),
+    ("MODEL.ANCHOR_GENERATOR.SIZES MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", _POSITIVE_LISTS),
+    ("*.ANGLES", _list(_list(_ANY_NUMBER, "", 1), "of lists of angles in degrees", 1)),
+    ("MODEL.ANCHOR_GENERATOR.OFFSET SOLVER.MOMENTUM", _BELOW_1),
+    ("*.BOUNDARY_THRESH", _number("-1 (keeps all anchors) or more", lambda value: value >= -1)),
+    ("*.IOU_THRESHOLDS *.IOUS", _list(_SHARE, "of numbers from 0 to 1", 1)),
+    ("*.IOU_LABELS", _list(_word(-1, 0, 1), "of numbers, each -1, 0 or 1", 2)),
+    ("*.BBOX_REG_LOSS_TYPE", _word("smooth_l1", "giou", "diou", "ciou")),
+    (
+        "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS",
+        _list(_POSITIVE, "of 4 numbers above 0 (5 if rotated)", 4, 5),
     ),
-    "AMP.ENABLED": _FLAG,
-    "AMP.PRECISION": _word("float16", "bfloat16"),
-    "EMA.ENABLED": _FLAG,
-    "EMA.DECAY": _number("between 0 and 1", lambda decay: 0 < decay < 1),
-}
+    (
+        "MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS",
+        _list(_list(_POSITIVE, "", 4, 4), "of lists of four numbers above 0, one per stage", 1),
+    ),
+    ("*.BBOX_REG_WEIGHTS", _list(_POSITIVE, "of four numbers above 0", 4, 4)),
+    (
+        "MODEL.RPN.CONV_DIMS",
+        _list(
+            Rule("", lambda value: _whole(1).holds(value) or value == -1),
+            "of channels, 1 or more, or -1 for those of the input",
+            1,
+        ),
+    ),
+    ("*.POOLER_TYPE", _word("ROIAlignV2", "ROIAlign", "ROIPool", "ROIAlignRotated")),
+    ("*.NUM_CONVS *.MIN_KEYPOINTS_PER_IMAGE", _whole(0)),
+    ("*.PRIOR_PROB SOLVER.EMA.DECAY", _BETWEEN),
+    (
+        "*.FOCAL_LOSS_ALPHA",
+        _number("from 0 to 1, or -1 (unweighted)", lambda value: value == -1 or 0 <= value <= 1),
+    ),
+    ("*THRESH *THRESH_TEST *.POSITIVE_FRACTION *.WARMUP_FACTOR", _SHARE),
+    ("*.DEFORM_ON_PER_STAGE", _list(_FLAG, "of True or False for each of res2 to res5", 4, 4)),
+    ("*.DEFORM_MODULATED *.STRIDE_IN_1X1", _FLAG),
+    ("*.OUT_FEATURES MODEL.FPN.IN_FEATURES", _NAMES),
+    # The network itself checks the others: their ranges depend on each other.
+    ("MODEL.RESNETS.*", _ANY_WHOLE),
+    ("MODEL.RESNEXT.FORM TEST.ENGINE TEST.BEST.METRIC WANDB.PROJECT", _TEXT),
+    ("MODEL.RESNEXT.CHECKPOINT_STAGES", _NAMES),
+    ("MODEL.RESNEXT.*", _FLAG),
+    ("SOLVER.SCALING", _word(*SCALINGS)),
+    ("SOLVER.IMS_PER_MICRO_BATCH", _whole(0, " (as SOLVER.SCALING says)")),
+    ("SOLVER.REFERENCE_WORLD_SIZE", _whole(0, " (any number of processes)")),
+    ("SOLVER.BASE_LR_END", _ANY_NUMBER),
+    ("SOLVER.BASE_LR SOLVER.LR_PER_IMAGE *.CLIP_VALUE", _POSITIVE),
+    ("SOLVER.WEIGHT_DECAY_*", _optional(_NOT_NEGATIVE)),
+    ("SOLVER.LR_SCHEDULER_NAME", _word(MULTI_STEP, COSINE, FIXED_GAMMA)),
+    ("SOLVER.GAMMA", _number("above 0 and up to 1", lambda value: 0 < value <= 1)),
+    ("SOLVER.STEPS", _list(_whole(1), "of iterations, such as (60000, 80000), or ()")),
+    ("SOLVER.WARMUP_ITERS", _whole(0, " (no warm-up)")),
+    ("SOLVER.WARMUP_METHOD", _word("linear", "constant")),
+    ("SOLVER.KEEP_LAST", _whole(0, " (all)")),
+    ("SOLVER.SKIP_BAD_UPDATES", _whole(0)),
+    ("*.CLIP_TYPE", _word("value", "norm", "global_norm")),
+    (
+        "*.NORM_TYPE",
+        Rule("a number above 0, or .inf", lambda n: _POSITIVE.holds(n) or n == math.inf),
+    ),
+    ("SOLVER.AMP.PRECISION", _word("float16", "bfloat16")),
+    ("TEST.EXPECTED_RESULTS", Rule("a list", lambda value: isinstance(value, list | tuple))),
+    ("TEST.EVAL_PERIOD", _whole(0, " (only at the end)")),
+    ("TEST.KEYPOINT_OKS_SIGMAS", _list(_POSITIVE, "of numbers above 0")),
+    ("TEST.BEST.PATIENCE", _whole(0, " (never)")),
+    ("TEST.CROSS_CHECK TEST.VALIDATION_LOSS *.ENABLED", _FLAG),
+    ("INPUT.MIN_SIZE_TRAIN_SAMPLING", _word("choice", "range")),
+    ("INPUT.MIN_SIZE_TEST", _whole(0, " (the images' own size)")),
+    ("INPUT.RANDOM_FLIP", _word("horizontal", "vertical", "none")),
+    ("INPUT.CROP.TYPE", _word("relative", "relative_range", "absolute", "absolute_range")),
+    ("INPUT.CROP.SIZE", _list(_POSITIVE, "of two numbers above 0", 2, 2)),
+    ("INPUT.MASK_FORMAT", _word("polygon", "bitmask")),
+    ("DATASETS.PRECOMPUTED_*", _whole(1)),
+    ("DATASETS.*", _NAMES),
+    ("DATALOADER.NUM_WORKERS", _whole(0, " (loads in the training process)", most=4096)),
+    ("DATALOADER.SAMPLER_TRAIN", _word("TrainingSampler", "RepeatFactorTrainingSampler")),
+    ("DATALOADER.BAD_IMAGES", _word("stop", "skip")),
+    ("GLOBAL.HACK", Rule("anything", lambda value: True)),
+)
 
-_TEST: dict[str, Rule] = {
-    "EXPECTED_RESULTS": Rule("a list", lambda value: isinstance(value, list | tuple)),
-    "EVAL_PERIOD": _whole(0, " (for the end alone)"),
-    "KEYPOINT_OKS_SIGMAS": _list(_POSITIVE, "a list of numbers above 0"),
-    "DETECTIONS_PER_IMAGE": _COUNT,
-    "AUG.ENABLED": _FLAG,
-    "AUG.MIN_SIZES": _SIZES,
-    "AUG.MAX_SIZE": _COUNT,
-    "AUG.FLIP": _FLAG,
-    "PRECISE_BN.ENABLED": _FLAG,
-    "PRECISE_BN.NUM_ITER": _COUNT,
-    "BEST.METRIC": _TEXT,
-    "BEST.PATIENCE": _whole(0, " (for never)"),
-    "ENGINE": _TEXT,
-    "CROSS_CHECK": _FLAG,
-    "VALIDATION_LOSS": _FLAG,
-}
+_OWN_KEYS = (
+    *(f"MODEL.RESNEXT.{key}" for key in ("FORM", "CHECKPOINT_STAGES", "ZERO_INIT_RESIDUAL")),
+    *(f"MODEL.RESNEXT.ALLOW_{key}" for key in ("STRIDE_IN_1X1", "OTHER_FUNCTION")),
+    *(f"SOLVER.{key}" for key in ("SCALING", "IMS_PER_MICRO_BATCH", "LR_PER_IMAGE", "KEEP_LAST")),
+    *("SOLVER.AMP.PRECISION", "SOLVER.SKIP_BAD_UPDATES", "SOLVER.EMA.ENABLED", "SOLVER.EMA.DECAY"),
+    *("TEST.BEST.METRIC", "TEST.BEST.PATIENCE", "TEST.ENGINE", "TEST.CROSS_CHECK"),
+    *("TEST.VALIDATION_LOSS", "DATALOADER.BAD_IMAGES", "WANDB.ENABLED", "WANDB.PROJECT"),
+)
 
-_CROPS = ("relative", "relative_range", "absolute", "absolute_range")
 
-_OTHERS: dict[str, Rule] = {
-    "VERSION": _word(2),
-    "INPUT.MIN_SIZE_TRAIN": _SIZES,
-    "INPUT.MIN_SIZE_TRAIN_SAMPLING": _word("choice", "range"),
-    "INPUT.MAX_SIZE_TRAIN": _COUNT,
-    "INPUT.MIN_SIZE_TEST": _whole(0, " (for the images' own size)"),
-    "INPUT.MAX_SIZE_TEST": _COUNT,
-    "INPUT.RANDOM_FLIP": _word("horizontal", "vertical", "none"),
-    "INPUT.CROP.ENABLED": _FLAG,
-    "INPUT.CROP.TYPE": _word(*_CROPS),
-    "INPUT.CROP.SIZE": _list(_POSITIVE, "two numbers above 0", 2, 2),
-    "INPUT.FORMAT": _TEXT,
-    "INPUT.MASK_FORMAT": _word("polygon", "bitmask"),
-    **{f"DATASETS.{key}": _NAMES for key in ("TRAIN", "TEST")},
-    **{f"DATASETS.PROPOSAL_FILES_{key}": _NAMES for key in ("TRAIN", "TEST")},
-    **{f"DATASETS.PRECOMPUTED_PROPOSAL_TOPK_{key}": _COUNT for key in ("TRAIN", "TEST")},
-    "DATALOADER.NUM_WORKERS": _whole(0, " (to read images in the process that trains)", most=4096),
-    "DATALOADER.ASPECT_RATIO_GROUPING": _FLAG,
-    "DATALOADER.SAMPLER_TRAIN": _word("TrainingSampler", "RepeatFactorTrainingSampler"),
-    "DATALOADER.REPEAT_THRESHOLD": _NOT_NEGATIVE,
-    "DATALOADER.REPEAT_SQRT": _FLAG,
-    "DATALOADER.FILTER_EMPTY_ANNOTATIONS": _FLAG,
-    "DATALOADER.BAD_IMAGES": _word("stop", "skip"),
-    "OUTPUT_DIR": _NAME,
-    "SEED": _ANY_WHOLE,
-    "CUDNN_BENCHMARK": _FLAG,
-    "FLOAT32_PRECISION": _word("", "highest", "high", "medium"),  # of newer Detectron2s
-    "VIS_PERIOD": _COUNT_OR_0,
-    "GLOBAL.HACK": Rule("anything", lambda value: True),
-    "WANDB.ENABLED": _FLAG,
-    "WANDB.PROJECT": _TEXT,
-}
+def _of_default(value: Any) -> Rule:
+    """Return the rule that a default suggests: its type; no number below both the default and 1."""
+    if isinstance(value, bool):
+        return _FLAG
+    if isinstance(value, int):
+        return _whole(min(value, 1))
+    if isinstance(value, float):
+        return _NOT_NEGATIVE
+    if isinstance(value, str):
+        return _NAME if value else _TEXT
+    item = _of_default(value[0])
+    kind = "names" if item is _NAME else "whole numbers, 1 or more"
+    return _list(item, f"of {kind}, at least one", 1)
+
+
+def leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each key of a nested config, such as "SOLVER.BASE_LR", with its value."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _rule(key: str, default: Any = None) -> Rule:
+    for patterns, rule in _PATTERNS:
+        if any(fnmatchcase(key, pattern) for pattern in patterns.split()):
+            return rule
+    return _of_default(default)
+
 
 RULES: dict[str, Rule] = {
-    **{f"MODEL.{key}": rule for key, rule in _MODEL.items()},
-    **{f"SOLVER.{key}": rule for key, rule in _SOLVER.items()},
-    **{f"TEST.{key}": rule for key, rule in _TEST.items()},
-    **_OTHERS,
+    **{key: _rule(key, default) for key, default in leaves(get_cfg())},
+    **{key: _rule(key) for key in _OWN_KEYS},
 }
-"""By key. A key that another package adds has no rule, and may hold what it likes."""
+"""By key. Keys that other packages add have no rule."""
 
 
 def wrong(key: str, value: object) -> str | None:
-    """Return what is wrong with the value of a key, or None.
-
-    Args:
-        key: such as "SOLVER.BASE_LR".
-        value: of any type and size.
-    """
+    """Return what is wrong with the value of a key such as "SOLVER.BASE_LR", or None."""
     rule = RULES.get(key)
     if rule is None or rule.holds(value):
         return None
@@ -356,10 +252,10 @@ def value_of(cfg: CfgNode, key: str) -> Any:
 
 
 def refuse(*found: str | None) -> None:
-    """Raise one error about all that was found to be wrong, if anything was.
+    """Raise one error about all problems found, if any.
 
     Args:
-        found: sentences; None for what is right.
+        found: sentences; None where there is no problem.
 
     Raises:
         ConfigError: there is a sentence.
@@ -370,3 +266,179 @@ def refuse(*found: str | None) -> None:
     if problems:
         numbered = " ".join(f"({number}) {each}" for number, each in enumerate(problems, 1))
         raise ConfigError(f"{len(problems)} settings are wrong: {numbered}")
+
+
+def refuse_impossible(cfg: CfgNode, processes: int = 1, *, training: bool = True) -> None:
+    """Refuse settings that would end a run later, most of them in a library's error.
+
+    Args:
+        cfg: any Detectron2 config.
+        processes: in the run.
+        training: whether it trains; otherwise it only evaluates.
+
+    Raises:
+        ConfigError: names every such setting and what to do.
+    """
+    refuse(*_problems(cfg, processes), *(_training_problems(cfg) if training else ()))
+
+
+def _problems(cfg: CfgNode, processes: int) -> Iterator[str]:
+    model = cfg.MODEL
+    if model.LOAD_PROPOSALS:
+        yield (
+            "MODEL.LOAD_PROPOSALS is True, and Detectron2 executes any code in a proposal file. "
+            "Set it False: the RPN of the detector proposes."
+        )
+    if cfg.TEST.AUG.ENABLED and (model.META_ARCHITECTURE != "GeneralizedRCNN" or model.KEYPOINT_ON):
+        yield (
+            f"TEST.AUG.ENABLED is True, MODEL.META_ARCHITECTURE {model.META_ARCHITECTURE} and "
+            f"MODEL.KEYPOINT_ON {model.KEYPOINT_ON}: Detectron2 can augment only the tests of "
+            "GeneralizedRCNN without keypoints. Set TEST.AUG.ENABLED False."
+        )
+    if len(model.PIXEL_MEAN) != len(model.PIXEL_STD):
+        yield (
+            f"MODEL.PIXEL_MEAN has {len(model.PIXEL_MEAN)} values and MODEL.PIXEL_STD "
+            f"{len(model.PIXEL_STD)}: give both one per channel."
+        )
+    if processes > 1 and model.DEVICE.startswith("cpu"):
+        for part, node in model.items():
+            if isinstance(node, CfgNode) and node.get("NORM") in ("SyncBN", "nnSyncBN"):
+                yield (
+                    f"MODEL.{part}.NORM is {node.NORM}, which PyTorch supports only on GPUs, and "
+                    f"{processes} processes run on the CPU. Set naiveSyncBN, or start one process."
+                )
+
+
+def _training_problems(cfg: CfgNode) -> Iterator[str]:
+    if cfg.VIS_PERIOD and importlib.util.find_spec("cv2") is None:
+        yield (
+            f"VIS_PERIOD is {cfg.VIS_PERIOD}, and Detectron2 draws the pictures with OpenCV, which "
+            "is not installed: pip install opencv-python-headless, or set VIS_PERIOD 0."
+        )
+    head, sizes, crop = cfg.MODEL.ROI_BOX_HEAD, cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.CROP
+    if head.USE_FED_LOSS and not head.USE_SIGMOID_CE:
+        yield (
+            "MODEL.ROI_BOX_HEAD.USE_FED_LOSS is True, which needs USE_SIGMOID_CE True as well: set "
+            "both, or neither."
+        )
+    for name in cfg.DATASETS.TRAIN if head.USE_FED_LOSS else ():
+        if not hasattr(MetadataCatalog.get(name), "class_image_count"):
+            yield (
+                f"MODEL.ROI_BOX_HEAD.USE_FED_LOSS is True, and the metadata of data set {name} has "
+                "no class_image_count, as that of LVIS has. Set USE_FED_LOSS False."
+            )
+    if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" and len(sizes) != 2:
+        yield (
+            f"INPUT.MIN_SIZE_TRAIN_SAMPLING is range, and INPUT.MIN_SIZE_TRAIN is {sizes}: give "
+            "the smallest and the largest, such as (640, 800), or sample by choice."
+        )
+    relative = crop.TYPE.startswith("relative")
+    if crop.ENABLED and not all(s <= 1 if relative else s == int(s) for s in crop.SIZE):
+        allowed = "fractions from 0 to 1" if relative else "whole numbers of pixels"
+        yield f"INPUT.CROP.SIZE is {crop.SIZE}; INPUT.CROP.TYPE {crop.TYPE} takes {allowed}."
+
+
+def _architecture(*names: str) -> Callable[[CfgNode], bool]:
+    return lambda cfg: cfg.MODEL.META_ARCHITECTURE in names
+
+
+def _enabled(key: str, *values: object) -> Callable[[CfgNode], bool]:
+    return lambda cfg: value_of(cfg, key) in (values or (True,))
+
+
+_RCNN = ("GeneralizedRCNN", "PanopticFPN")
+KNOWN_ARCHITECTURES = (*_RCNN, "ProposalNetwork", "RetinaNet", "SemanticSegmentor")
+_ARCHITECTURE, _SCHEDULER = "MODEL.META_ARCHITECTURE", "SOLVER.LR_SCHEDULER_NAME"
+_IN_BOX_HEAD = ("NAME", "NUM_FC", "FC_DIM", "NUM_CONV", "CONV_DIM", "NORM", "TRAIN_ON_PRED*")
+
+# By patterns of keys: the key that decides whether they are read, and when they are.
+_NEEDS: tuple[tuple[str, str, Callable[[CfgNode], bool]], ...] = (
+    ("MODEL.RETINANET.*", _ARCHITECTURE, _architecture("RetinaNet")),
+    ("MODEL.ROI_*", _ARCHITECTURE, _architecture(*_RCNN)),
+    ("MODEL.SEM_SEG_HEAD.*", _ARCHITECTURE, _architecture("SemanticSegmentor", "PanopticFPN")),
+    ("MODEL.PANOPTIC_FPN.*", _ARCHITECTURE, _architecture("PanopticFPN")),
+    (
+        "MODEL.RPN.* MODEL.PROPOSAL_GENERATOR.*",
+        _ARCHITECTURE,
+        _architecture(*_RCNN, "ProposalNetwork"),
+    ),
+    ("VIS_PERIOD", _ARCHITECTURE, _architecture(*_RCNN, "RetinaNet")),
+    ("MODEL.ROI_MASK_HEAD.* INPUT.MASK_FORMAT", "MODEL.MASK_ON", _enabled("MODEL.MASK_ON")),
+    (
+        "MODEL.ROI_KEYPOINT_HEAD.* TEST.KEYPOINT_OKS_SIGMAS",
+        "MODEL.KEYPOINT_ON",
+        _enabled("MODEL.KEYPOINT_ON"),
+    ),
+    (
+        "MODEL.ROI_BOX_CASCADE_HEAD.*",
+        "MODEL.ROI_HEADS.NAME",
+        lambda cfg: "Cascade" in cfg.MODEL.ROI_HEADS.NAME,
+    ),
+    (
+        " ".join(f"MODEL.ROI_BOX_HEAD.{key}" for key in _IN_BOX_HEAD),
+        "MODEL.ROI_HEADS.NAME",
+        lambda cfg: "Res5ROIHeads" not in cfg.MODEL.ROI_HEADS.NAME,  # C4 has no box head
+    ),
+    ("MODEL.FPN.*", "MODEL.BACKBONE.NAME", lambda cfg: "fpn" in cfg.MODEL.BACKBONE.NAME.lower()),
+    (
+        "MODEL.RESNEXT.*",
+        "MODEL.BACKBONE.NAME",
+        lambda cfg: "resnext" in f"{cfg.MODEL.BACKBONE.NAME}{cfg.MODEL.ROI_HEADS.NAME}".lower(),
+    ),
+    (
+        "MODEL.RESNEXT.ALLOW_STRIDE_IN_1X1",
+        "MODEL.RESNETS.STRIDE_IN_1X1",
+        _enabled("MODEL.RESNETS.STRIDE_IN_1X1"),
+    ),
+    (
+        "MODEL.ANCHOR_GENERATOR.ANGLES",
+        "MODEL.ANCHOR_GENERATOR.NAME",
+        lambda cfg: "Rotated" in cfg.MODEL.ANCHOR_GENERATOR.NAME,
+    ),
+    (
+        "DATASETS.PROPOSAL_FILES_* DATASETS.PRECOMPUTED_*",
+        "MODEL.LOAD_PROPOSALS",
+        _enabled("MODEL.LOAD_PROPOSALS"),
+    ),
+    (
+        "MODEL.ROI_BOX_HEAD.FED_LOSS_*",
+        "MODEL.ROI_BOX_HEAD.USE_FED_LOSS",
+        _enabled("MODEL.ROI_BOX_HEAD.USE_FED_LOSS"),
+    ),
+    *(
+        (f"{group}.*", f"{group}.ENABLED", _enabled(f"{group}.ENABLED"))
+        for group in (
+            *("TEST.AUG", "TEST.PRECISE_BN", "SOLVER.CLIP_GRADIENTS", "SOLVER.AMP", "SOLVER.EMA"),
+            *("INPUT.CROP", "WANDB"),
+        )
+    ),
+    (
+        "SOLVER.CLIP_GRADIENTS.NORM_TYPE",
+        "SOLVER.CLIP_GRADIENTS.CLIP_TYPE",
+        _enabled("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "norm"),
+    ),
+    ("SOLVER.BASE_LR_END", _SCHEDULER, _enabled(_SCHEDULER, COSINE)),
+    ("SOLVER.NUM_DECAYS", _SCHEDULER, _enabled(_SCHEDULER, FIXED_GAMMA)),
+    ("SOLVER.GAMMA", _SCHEDULER, _enabled(_SCHEDULER, MULTI_STEP, FIXED_GAMMA)),
+    (
+        "DATALOADER.REPEAT_*",
+        "DATALOADER.SAMPLER_TRAIN",
+        _enabled("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"),
+    ),
+    ("TEST.BEST.PATIENCE", "TEST.BEST.METRIC", lambda cfg: bool(cfg.TEST.BEST.METRIC)),
+    ("GLOBAL.HACK", "nothing in Detectron2 or here", lambda cfg: False),
+)
+
+
+def unread_because(cfg: CfgNode, key: str) -> str | None:
+    """Return the key whose setting keeps another from being read, or None if that is read.
+
+    Args:
+        cfg: with the keys of this package.
+        key: such as "SOLVER.BASE_LR_END".
+    """
+    for patterns, decides, is_read in _NEEDS:
+        matches = any(fnmatchcase(key, pattern) for pattern in patterns.split())
+        if matches and key != decides and not is_read(cfg):
+            return decides
+    return None

@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _check(cfg: Any, arguments: argparse.Namespace, world_size: int) -> None:
     """Fail now, once for all processes, on what would end the run later."""
-    from resnext_det.config_use import refuse_impossible
+    from resnext_det.config_rules import refuse_impossible
     from resnext_det.data.checks import check_datasets
     from resnext_det.engine.evaluate import check_expectations, last_checkpoint
     from resnext_det.engine.schedule import scale

@@ -12,8 +12,8 @@ from detectron2.utils.file_io import PathManager
 
 from resnext_det.backbones import build_detector
 from resnext_det.checkpoint_file import iteration_of, read_outline
-from resnext_det.config import complete
-from resnext_det.config_use import idle_warning, refuse_impossible
+from resnext_det.config import complete, idle_warning
+from resnext_det.config_rules import refuse_impossible
 from resnext_det.engine.checkpoints import last_good
 from resnext_det.engine.inference import renamed
 from resnext_det.engine.recorded_config import check_classes, check_same_function

@@ -13,8 +13,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.utils.file_io import PathManager
 
 from resnext_det.checkpoint_file import Run, read_run
-from resnext_det.config import complete
-from resnext_det.config_files import parse_config
+from resnext_det.config import complete, parse_config
 from resnext_det.data.checks import (
     check_agreement,
     check_registered,

@@ -24,8 +24,8 @@ from torch import nn
 
 from resnext_det.backbones import build_detector
 from resnext_det.checkpoint_file import RUN, read_run, write_checkpoint
-from resnext_det.config import complete
-from resnext_det.config_use import idle_warning, refuse_impossible
+from resnext_det.config import complete, idle_warning
+from resnext_det.config_rules import refuse_impossible
 from resnext_det.data.annotations import forget, serve
 from resnext_det.data.checks import check_agreement, configured_classes
 from resnext_det.data.custom import class_names

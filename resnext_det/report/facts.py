@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from resnext_det.checkpoint_file import read_run
-from resnext_det.config_files import Tree, parse_config, read_config
+from resnext_det.config import Tree, parse_config, read_config
 from resnext_det.data.checks import CUSTOM
 from resnext_det.errors import ConfigError, ResNeXtError
 from resnext_det.evaluation.results_file import INFERENCE, Scalars

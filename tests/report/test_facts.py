@@ -9,7 +9,7 @@ import torch
 
 from resnext_det import model_zoo
 from resnext_det.checkpoint_file import RUN, run_record
-from resnext_det.config_files import Tree, parse_config
+from resnext_det.config import Tree, parse_config
 from resnext_det.report.facts import (
     config_facts,
     dataset_title,
