@@ -16,17 +16,15 @@ from tqdm import tqdm
 logger = logging.getLogger(__name__)
 
 SECONDS = 30.0
-"""The longest time between two signs of life."""
+"""The longest time between two signs of progress."""
 
 _LINE = "{desc}: {n_fmt} of {total_fmt} {unit}s, {elapsed} elapsed, {remaining} left"
 
 
 def progress_bar(*arguments: Any, **settings: Any) -> tqdm[Any]:
-    """Return tqdm's bar on a terminal, and one that logs a line every 30 seconds elsewhere.
+    """Return tqdm's bar on a terminal; elsewhere one that logs a line every 30 seconds.
 
-    Args:
-        arguments: tqdm's.
-        settings: tqdm's; `desc` and `unit` are part of the line.
+    Takes tqdm's arguments; `desc` and `unit` are part of the line.
     """
     if not sys.stderr.isatty():
         settings |= {"file": _LogLines(), "bar_format": _LINE}
@@ -39,11 +37,9 @@ class _LogLines:
 
     def write(self, text: str) -> None:
         line = text.strip("\r\n ")
-        if not line:
-            return
-        if logger.hasHandlers():
+        if line and logger.hasHandlers():
             logger.info("%s", line)
-        else:  # a command that keeps no log
+        elif line:  # a command without a log
             sys.stderr.write(f"{line}\n")
 
     def flush(self) -> None:
@@ -73,15 +69,15 @@ def terminal_handlers(log: logging.Logger) -> list[logging.StreamHandler[Any]]:
 
 
 def print_above_bars(log: logging.Logger) -> None:
-    """Let a logger's lines on the terminal keep clear of progress bars."""
+    """Keep a logger's lines on the terminal clear of progress bars."""
     for handler in terminal_handlers(log):
         handler.setStream(_AboveBars(handler.stream))
 
 
 def ignore_others_warnings() -> None:
-    """Silence what torch tells Detectron2's authors; unless Python was started with -W.
+    """Silence torch's warnings to Detectron2's authors, unless Python was started with -W.
 
-    Commands call this. A program that imports the package decides for itself.
+    Only commands call this: importing the package leaves the warning filters alone.
     """
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch(\.|$)")
@@ -92,10 +88,10 @@ def ignore_others_warnings() -> None:
 
 @contextlib.contextmanager
 def json_alone(wanted: bool) -> Iterator[Callable[[Any], None]]:
-    """Send to standard error what a command and its child processes print, but for one document.
+    """Redirect what a command and its child processes print to standard error, except one document.
 
     Args:
-        wanted: whether the command was given --json; without it, nothing is redirected or printed.
+        wanted: the flag --json; without it, nothing is redirected and no document printed.
 
     Yields:
         A function that prints its argument on standard output, as JSON.

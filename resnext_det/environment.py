@@ -1,4 +1,4 @@
-"""What a figure was measured with: versions, hardware and the commit of the source tree."""
+"""What figures were measured with: versions, hardware and the commit of the source tree."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 _PACKAGES = ("torch", "torchvision", "numpy", "hotcoco", "pycocotools")
-_SECONDS = 10  # after which git is given up: a figure does not wait for a commit
 
 
 def versions() -> dict[str, str]:
@@ -26,7 +25,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> str:
-    """Return the GPU's name, or the processor architecture and the number of its threads."""
+    """Return the GPU's name, or the processor architecture and the number of threads."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
     count = torch.get_num_threads()
@@ -34,43 +33,31 @@ def hardware() -> str:
 
 
 def commit(source: Path = Path(__file__)) -> str | None:
-    """Return the git commit that this package is run from.
-
-    Args:
-        source: a file of the package. The commit is that of the checkout which has it under
-            version control: a package that is installed into some other project's folder has none.
+    """Return the git commit of a source file's checkout.
 
     Returns:
-        The hash in hexadecimal digits, with "+changes" where files under version control differ
-        from it; None outside of a checkout, without git, or where git refuses.
+        The hash, with "+changes" if files under version control differ from it; None if the file
+        is not under version control (the package may be installed into another project's
+        checkout), or git is missing or fails.
     """
-    if _git(source, "ls-files", "--error-unmatch", "--", source.name) is None:
-        return None
-    found = _git(source, "rev-parse", "--verify", "HEAD")
-    changes = _git(source, "status", "--porcelain", "--untracked-files=no")
-    if found is None or changes is None:
-        return None
-    return f"{found}+changes" if changes else found
-
-
-def _git(source: Path, *arguments: str) -> str | None:
-    """Return what git says in the folder of a file, None where it fails."""
-    # Inside a hook of git, GIT_DIR and others name the repository of that hook instead.
+    # A git hook sets GIT_DIR and others, which name the hook's repository.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
-    # The folder of the package, and never the one that the user is in. Git would run what
-    # core.fsmonitor names, and writes into the checkout unless told not to.
-    options = ("-C", str(source.parent), "-c", "core.fsmonitor=false", "--no-optional-locks")
-    try:
-        done = subprocess.run(
-            ["git", *options, *arguments],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_SECONDS,
-            check=False,
-        )
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    # Git would run the program that core.fsmonitor names, and write to the checkout.
+    git = ["git", "-C", str(source.parent), "-c", "core.fsmonitor=false", "--no-optional-locks"]
+    describe = ["describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
+    found = ""
+    for words in (["ls-files", "--error-unmatch", "--", source.name], describe):
+        try:
+            found = subprocess.run(
+                [*git, *words],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=10,  # figures do not wait for a commit
+                check=True,
+            ).stdout.strip()
+        except (OSError, ValueError, subprocess.SubprocessError):
+            return None
+    return found

@@ -1,19 +1,16 @@
-"""Files: written whole or not at all, opened only if they are regular, and the disk they need."""
+"""Files: opened only if regular, written whole or not at all, and the disk space they need."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import hashlib
 import json
 import os
-import re
 import secrets
 import shutil
 import stat
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -22,13 +19,10 @@ from resnext_det.errors import ConfigError, ResNeXtError
 
 
 def open_regular(file: str | Path) -> BinaryIO:
-    """Open a regular file to read its bytes, and nothing else.
+    """Open a regular file (or a symbolic link to one) for reading bytes.
 
-    A FIFO would block for ever, and a device may do worse. The check is made on the open file, so
-    that nothing can take its place in between.
-
-    Args:
-        file: a path; symbolic links are followed.
+    A FIFO would block forever, and a device may do worse. The check is on the open file, so nothing
+    can replace it in between.
 
     Raises:
         OSError: the file cannot be opened, or is not a regular file.
@@ -41,7 +35,7 @@ def open_regular(file: str | Path) -> BinaryIO:
 
 
 def _open_without_blocking(file: str, flags: int) -> int:
-    # Windows has neither flag. The second keeps a terminal from becoming the process's own.
+    # Windows has neither flag. O_NOCTTY keeps a terminal from becoming the process's own.
     return os.open(file, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
 
 
@@ -51,24 +45,21 @@ def written_beside(
 ) -> Iterator[Path]:
     """Yield a path beside the target to write to, which replaces the target at the end.
 
-    If the body raises, Ctrl-C included, nothing is left and the target stays as it was. Leftovers
-    of killed processes are removed once they are a day old: until then another process may be
-    writing them.
+    If the body raises, Ctrl-C included, that file is removed and the target is unchanged.
 
     Args:
         target: the file; missing folders are created.
         error_class: what to raise if it cannot be written; None for the OSError itself.
-        durable: have the content and the new name on the disk at the end, as a rename may survive
-            a power cut that the content does not.
+        durable: flush the content and the new name to the disk, as a rename can survive a power
+            failure that the content does not.
 
     Raises:
-        ResNeXtError: it cannot be written; of the given class.
+        ResNeXtError: it cannot be written.
     """
-    # A name of its own, as two processes may write one file: the last one wins, as a whole.
+    # Two processes may write the same file: each has its own name, and the last one wins.
     beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(target)
         try:
             yield beside
             if durable:
@@ -97,36 +88,17 @@ def _sync(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path, pattern: str) -> None:
-    """Remove what killed processes left half written; no other process may be writing there.
+    """Remove the partial files of killed processes; no other process may be writing there.
 
     Args:
         folder: an existing folder.
-        pattern: of the names of the targets, such as "*.pth".
+        pattern: of the targets' names, such as "*.pth".
 
     Raises:
         OSError: the folder cannot be written.
     """
     for left in folder.glob(f".{pattern}.*.partial"):
         left.unlink(missing_ok=True)
-
-
-def _remove_stale(target: Path) -> None:
-    yesterday = time.time() - 24 * 60 * 60
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.partial")
-    for file in _left_over(target.parent.absolute()):
-        if pattern.fullmatch(file.name):
-            with contextlib.suppress(OSError):
-                if file.lstat().st_mtime < yesterday:
-                    file.unlink()
-
-
-@functools.lru_cache(maxsize=64)
-def _left_over(folder: Path) -> tuple[Path, ...]:
-    """List the partial files of a folder.
-
-    Once for each folder: some are filled with a hundred thousand pictures, one by one.
-    """
-    return tuple(folder.glob(".*.partial"))
 
 
 def write_text(target: Path, text: str) -> None:
@@ -144,7 +116,6 @@ def write_json(target: Path, content: object, *, indent: int | None = 1) -> None
 
     Raises:
         ResNeXtError: it cannot be written.
-        TypeError: the content is not what JSON can hold.
     """
     write_text(target, json.dumps(content, indent=indent) + "\n")
 
@@ -172,14 +143,14 @@ def file_digest(file: Path, algorithm: str = "sha256") -> str:
 
 
 def check_writable(folder: Path, name: str) -> None:
-    """Refuse a folder that cannot be made or written to, before anything takes time.
+    """Create a folder and refuse one that cannot be written, before anything takes time.
 
     Args:
-        folder: it is made where it is not there.
-        name: of the key or flag that named it, for the message.
+        folder: any path.
+        name: of the key or flag that names it, for the message.
 
     Raises:
-        ConfigError: it cannot be written.
+        ConfigError: it cannot be created or written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,50 +1,54 @@
+"""Messages: one line, short, and inert whatever files hold; progress in logs and on terminals."""
+
 from __future__ import annotations
 
+import io
 import logging
+import sys
+import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from detectron2.utils.events import EventStorage
+from tqdm import tqdm
 
+from resnext_det import console
+from resnext_det.engine.hooks import Progress
 from resnext_det.errors import DatasetError, InertMessages, plain, quoted, reported
 
 
-def test_an_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop, reported():
-        raise DatasetError("a file\n  is gone")
-    assert stop.value.code == 2
-    assert capsys.readouterr().err == "error: a file is gone\n"
-
-
-def test_the_code_is_the_tool_s_own(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop, reported(code=1):
-        raise DatasetError("gone")
-    assert stop.value.code == 1
-
-
-def test_ctrl_c_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop, reported(code=1):
-        raise KeyboardInterrupt
-    assert stop.value.code == 130
-    assert capsys.readouterr().err == "stopped by Ctrl-C\n"
-
-
-def test_a_missing_permission_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (DatasetError("a file\n  is gone"), 2, "error: a file is gone\n"),
+        (KeyboardInterrupt(), 130, "stopped by Ctrl-C\n"),
+        (
+            PermissionError(13, "Permission denied", "secret\n/images"),
+            2,
+            "error: secret\\n/images: Permission denied.\n",
+        ),
+    ],
+)
+def test_reports_errors_in_one_line(
+    error: BaseException, code: int, line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Path.is_dir raises it for a folder inside one that may not be searched."""
-
-    def forbidden(path: object, **_: object) -> None:
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(Path, "stat", forbidden)
     with pytest.raises(SystemExit) as stop, reported():
-        Path("secret\n/images").is_dir()
-    assert stop.value.code == 2
-    assert capsys.readouterr().err == "error: secret\\n/images: Permission denied.\n"
+        raise error
+    assert stop.value.code == code
+    assert capsys.readouterr().err == line
 
 
-def test_other_errors_are_not_hidden() -> None:
+def test_reports_hostile_messages_short_and_inert(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit), reported():
+        raise DatasetError(f"no class \x1b]0;title\x07 {'x' * 2**20}")
+    line = capsys.readouterr().err
+    assert line.startswith("error: no class \\x1b]0;title\\x07 xxx")
+    assert len(line) < 5000 and line.strip().isprintable()
+
+
+def test_hides_no_other_errors() -> None:
     with pytest.raises(ZeroDivisionError), reported():
         raise ZeroDivisionError
 
@@ -74,42 +78,89 @@ def nested(levels: int) -> Any:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_foreign_values_are_quoted_short_and_inert(value: object) -> None:
+def test_quotes_hostile_values_short_and_inert(value: object) -> None:
     for limit in (20, 200):
         text = quoted(value, limit)
         assert text.isprintable()
         assert 0 < len(text) <= limit
 
 
-def test_usual_values_are_quoted_as_they_are() -> None:
+def test_quotes_ordinary_values_unchanged() -> None:
     for value in ("it's", 0.02, True, None, [1, 2.5], ("a",), {"A": [1]}, "größe 日本", -1):
         assert quoted(value) == repr(value)
     assert quoted(Path("runs/größe")) == "runs/größe"
     assert quoted(ValueError("bad\n  line")) == "bad line"
     assert quoted("abcdefghijkl", 10) == "'abcde...'"
-    assert quoted("a" * 198) == repr("a" * 198)
     assert quoted("\x1b[31m") == "'\\x1b[31m'"
-
-
-def test_messages_on_the_terminal_are_inert_and_short(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit), reported():
-        raise DatasetError(f"no class \x1b]0;title\x07 {'x' * 2**20}")
-    line = capsys.readouterr().err
-    assert line.startswith("error: no class \\x1b]0;title\\x07 xxx")
-    assert len(line) < 5000
-    assert line.strip().isprintable()
-
-
-def test_logged_names_are_inert_and_tables_keep_their_colours() -> None:
-    record = logging.LogRecord("a", 20, "b", 1, "%s\n\t\x1b[36mtable\x1b[0m", (HOSTILE,), None)
-    assert InertMessages().filter(record)
-    *name, table = record.getMessage().split("\n\t")
-    assert "\\x1b[2J" in name[0]
-    assert name[0].replace("\n", "").isprintable()
-    assert table == "\x1b[36mtable\x1b[0m"
-
-
-def test_names_in_tables_are_inert() -> None:
     assert plain("a cat") == "a cat"
     assert plain(f"cat {HOSTILE}").isprintable()
     assert len(plain("x" * 2**20, 60)) == 60
+
+
+def test_logs_are_inert_but_keep_colours() -> None:
+    record = logging.LogRecord("a", 20, "b", 1, "%s\n\t\x1b[36mtable\x1b[0m", (HOSTILE,), None)
+    assert InertMessages().filter(record)
+    name, _, table = record.getMessage().rpartition("\n\t")
+    assert "\\x1b[2J" in name
+    assert name.replace("\n", "").isprintable()
+    assert table == "\x1b[36mtable\x1b[0m"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture()
+def log(tmp_path: Path) -> Iterator[Path]:
+    """A log.txt for the package's lines."""
+    package = logging.getLogger("resnext_det")
+    file = logging.FileHandler(tmp_path / "log.txt")
+    level = package.level
+    package.addHandler(file)
+    package.setLevel(logging.INFO)
+    yield tmp_path / "log.txt"
+    package.removeHandler(file)
+    package.setLevel(level)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_training_logs_progress(terminal: bool, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", screen)
+    hook = Progress(seconds=3600)
+    with EventStorage() as storage:
+        hook.trainer = types.SimpleNamespace(storage=storage, max_iter=50, start_iter=0, iter=0)
+        hook.before_train()
+        for hook.trainer.iter in range(50):
+            storage.put_scalars(total_loss=2.0, loss_cls=2.0)
+            hook.after_step()
+            storage.step()
+        hook.after_train()
+    first, last = log.read_text().splitlines()
+    assert first.startswith("iteration 1/50: loss 2.000 (cls 2.000)")
+    assert last.startswith("iteration 50/50: loss 2.000")
+    assert ("training" in screen.getvalue()) == terminal
+
+
+def test_bar_logs_lines_without_a_terminal(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr(console, "SECONDS", 0.0)
+    for _ in console.progress_bar(range(3), desc="toy", unit="image"):
+        pass
+    lines = log.read_text().splitlines()
+    assert any(line.startswith("toy: 2 of 3 images, 00:00 elapsed") for line in lines), lines
+
+
+def test_log_lines_appear_above_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    log = logging.Logger("log")
+    log.addHandler(logging.StreamHandler(screen))
+    console.print_above_bars(log)
+    with tqdm(total=2, file=screen, mininterval=0) as bar:
+        bar.update()
+        log.warning("a line")
+    before, _, after = screen.getvalue().partition("a line\n")
+    assert before.endswith("\r")  # the bar is wiped, and redrawn below
+    assert "1/2" in after

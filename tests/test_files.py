@@ -1,21 +1,19 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 
 import pytest
 
 from resnext_det.errors import ResNeXtError
-from resnext_det.files import file_digest, open_regular, written_beside
+from resnext_det.files import file_digest, open_regular, remove_leftovers, written_beside
 
 
 @pytest.mark.parametrize("kind", ["FIFO", "device", "folder", "link to a FIFO"])
-def test_only_regular_files_are_opened(kind: str, tmp_path: Path) -> None:
-    """A FIFO that nobody writes to would block for ever."""
+def test_opens_only_regular_files(kind: str, tmp_path: Path) -> None:
     file = tmp_path / "file"
     if kind == "FIFO":
-        os.mkfifo(file)
+        os.mkfifo(file)  # would block forever
     elif kind == "device":
         file = Path("/dev/zero")
     elif kind == "folder":
@@ -29,18 +27,16 @@ def test_only_regular_files_are_opened(kind: str, tmp_path: Path) -> None:
         assert raised.value.filename == str(file)
 
 
-def test_a_regular_file_is_opened_through_a_link(tmp_path: Path) -> None:
+def test_follows_links(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"content")
     (tmp_path / "link").symlink_to("file")
     with open_regular(tmp_path / "link") as opened:
         assert opened.read() == b"content"
-    with pytest.raises(FileNotFoundError):
-        open_regular(tmp_path / "none")
 
 
-def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
+def test_writes_whole_files_or_none(tmp_path: Path) -> None:
     target = tmp_path / "folder" / "file.txt"
-    with written_beside(target) as beside:
+    with written_beside(target, durable=True) as beside:
         beside.write_text("old")
         assert not target.exists()
     with pytest.raises(KeyboardInterrupt), written_beside(target) as beside:
@@ -48,30 +44,12 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
         raise KeyboardInterrupt
     assert target.read_text() == "old"
     assert list(target.parent.iterdir()) == [target]
-
-
-def test_what_a_killed_run_left_is_removed_a_day_later(tmp_path: Path) -> None:
-    """Of the same file alone, and not what another process may be writing just now."""
-    target = tmp_path / "a.json"
-    stale = tmp_path / ".a.json.0123abcd.partial"
-    kept = [
-        tmp_path / ".a.json.fresh000.partial",
-        tmp_path / ".a.json.0123abce.partial",
-        tmp_path / ".b.a.json.0123abcd.partial",
-        tmp_path / ".a.json.b.0123abcd.partial",
-        tmp_path / ".axjson.0123abcd.partial",
-    ]
-    for file in (stale, *kept):
-        file.write_text("")
-        if file != kept[1]:
-            os.utime(file, (time.time() - 25 * 3600,) * 2)
-    with written_beside(target) as beside:
-        beside.write_text("new")
-    assert sorted(tmp_path.iterdir()) == sorted([target, *kept])
-
-
-def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    target = tmp_path / "file" / "inside.txt"
     with pytest.raises(ResNeXtError, match=r"inside\.txt cannot be written"):
-        written_beside(target).__enter__()
+        written_beside(target / "inside.txt").__enter__()
+
+
+def test_removes_leftovers_of_killed_processes(tmp_path: Path) -> None:
+    for name in (".a.pth.0123abcd.partial", "a.pth", ".b.json.0123abcd.partial"):
+        (tmp_path / name).write_text("")
+    remove_leftovers(tmp_path, "*.pth")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".b.json.0123abcd.partial", "a.pth"]
