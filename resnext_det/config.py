@@ -6,6 +6,7 @@ import ast
 import contextlib
 import copy
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ Tree = dict[str, Any]
 
 _MOST_BYTES = 2**20
 _MOST_BASES = 32  # above each other
+_MOST_VALUES = 100_000
 
 
 def add_resnext_config(cfg: CfgNode) -> None:
@@ -213,19 +215,14 @@ def idle_warning(cfg: CfgNode) -> str | None:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, without aliases: a few of them can expand to gigabytes."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases (*name) are not read: repeat the value")
-        return super().compose_node(parent, index)
+    """PyYAML's safe loader, which also reads the one expression of Detectron2's own configs."""
 
 
 _RETINANET_SIZES = "[[x, x * 2**(1.0/3), x * 2**(2.0/3) ] for x in [32, 64, 128, 256, 512 ]]"
 
 
 def _anchor_sizes(loader: _Loader, node: Any) -> list[list[float]]:
-    """Read the one expression that Detectron2's own configs have (Base-RetinaNet.yaml)."""
+    """Return the value of the expression in Base-RetinaNet.yaml."""
     if loader.construct_sequence(node) != [_RETINANET_SIZES]:
         raise yaml.YAMLError("!!python/object/apply:eval would run code: write the values out")
     return [[x, x * 2 ** (1.0 / 3), x * 2 ** (2.0 / 3)] for x in (32, 64, 128, 256, 512)]
@@ -248,13 +245,28 @@ def parse_config(text: str, name: str) -> Tree:
         ConfigError: not yaml of keys and values, or yaml that would run code.
     """
     try:
-        values = yaml.load(text, Loader=_Loader) or {}  # a SafeLoader
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if _size(node, {}) > _MOST_VALUES:
+            raise yaml.YAMLError(f"more than {_MOST_VALUES:,} values once aliases are expanded")
+        values = loader.construct_document(node) if node else {}
         if isinstance(values, dict):
             return values
         problem = "it must hold keys and values, such as SOLVER: {BASE_LR: 0.02}."
     except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
         problem = quoted(error)
     raise ConfigError(f"{name} cannot be read as a config: {problem}")
+
+
+def _size(node: Any, known: dict[int, float]) -> float:
+    """Return the number of values in a node with aliases expanded; infinite if it holds itself."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = math.inf  # until it is counted: whoever comes here meanwhile is inside it
+        parts = [part for each in node.value for part in (each if type(each) is tuple else [each])]
+        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(node)]
 
 
 def read_config(file: Path, _depth: int = 0) -> Tree:

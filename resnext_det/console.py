@@ -103,9 +103,9 @@ def json_alone(wanted: bool) -> Iterator[Callable[[Any], None]]:
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as stream:
         os.dup2(2, 1)
         try:
-            yield lambda document: print(
-                json.dumps(document, indent=2, allow_nan=False), file=stream, flush=True
-            )
+            with contextlib.redirect_stdout(sys.stderr):
+                yield lambda document: print(
+                    json.dumps(document, indent=2, allow_nan=False), file=stream, flush=True
+                )
         finally:
-            sys.stdout.flush()
             os.dup2(stream.fileno(), 1)

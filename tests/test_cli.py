@@ -92,7 +92,7 @@ def test_choices_match_the_package() -> None:
         ("predict --run none --input README.md --output x", "no config.yaml"),
         ("report a --run b", "name the folder of one run"),
         ("check-data", "required: --annotations"),
-        ("complexity --template 32x4", "did you mean 32x4d?"),
+        ("complexity --template 32x4", "write it like 32x4d"),
         ("weights resnext50_32x4d.tv_in1k --commercial", "the filters are for the list"),
     ],
 )

@@ -168,6 +168,15 @@ def test_cuts_hostile_overrides(value: str) -> None:
     refusal(TOY, value, "1")
 
 
+def test_reads_what_it_writes(tmp_path: Path) -> None:
+    cfg = load_config(TOY)
+    shared = [1.0, 1.0, 1.0, 1.0]  # written once, with an alias
+    cfg.defrost()
+    cfg.MODEL.RPN.BBOX_REG_WEIGHTS = cfg.MODEL.RETINANET.BBOX_REG_WEIGHTS = shared
+    assert "*id001" in cfg.dump()
+    assert tuple(shared) == load_config(written(tmp_path, cfg.dump())).MODEL.RPN.BBOX_REG_WEIGHTS
+
+
 def test_names_all_that_is_wrong(tmp_path: Path) -> None:
     file = written(tmp_path, "SOLVER: {GAMMA: x, MAXITER: 3}\nDATALOADER: {NUM_WORKERS: -1}")
     said = refusal(file, "MODEL.PIXEL_MEAN", "0.5", "TEST.EVAL_PERIOD", "-1", "SEED", "None")
