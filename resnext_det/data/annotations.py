@@ -107,11 +107,7 @@ def forget() -> None:
 
 
 def read_categories(records: list[Record], file: Path) -> dict[int, str]:
-    """Return category names by id, ids ascending: the order of a model's classes.
-
-    Args:
-        records: the file's "categories".
-        file: where they were read from, for messages.
+    """Return the names of a file's "categories" by ascending id: the order of a model's classes.
 
     Raises:
         DatasetError: there are none, or an id or name is malformed or repeats.
@@ -137,14 +133,7 @@ def read_categories(records: list[Record], file: Path) -> dict[int, str]:
 
 
 def register_annotations(name: str, metadata: dict[str, Any], file: Path, images: Path) -> None:
-    """Register a data set that `load_records` loads; it replaces one of the same name.
-
-    Args:
-        name: in Detectron2's catalog.
-        metadata: entries such as "thing_classes".
-        file: the annotations.
-        images: the image folder.
-    """
+    """Register a data set that `load_records` loads; it replaces one of the same name."""
     if name in DatasetCatalog.list():
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
@@ -174,12 +163,8 @@ def load_records(file: Path, images: str, name: str) -> list[Record]:
     """Load a data set as Detectron2's `load_coco_json` does, without unusable annotations.
 
     Annotations that are malformed, marked "ignore", or whose image or category is not listed are
-    left out with a warning. A malformed mask or malformed keypoints are dropped; the box stays.
-
-    Args:
-        file: the annotations.
-        images: the image folder.
-        name: of the data set; the classes are added to its metadata.
+    left out with a warning. A malformed mask or malformed keypoints are dropped; the box stays. The
+    classes are added to the metadata of the data set.
 
     Returns:
         Records in Detectron2's format, by ascending image id.
@@ -216,12 +201,7 @@ def load_records(file: Path, images: str, name: str) -> list[Record]:
 
 
 def note_classes(name: str, categories: dict[int, str], file: Path) -> None:
-    """Add the classes to a data set's metadata.
-
-    Args:
-        name: of the data set.
-        categories: names by id, ids ascending.
-        file: the annotations, for messages.
+    """Add the classes, names by ascending id, to a data set's metadata.
 
     Raises:
         DatasetError: the data set was registered with other classes, or in another order.

@@ -25,12 +25,8 @@ def check_datasets(cfg: CfgNode, names: list[str], *, ignore_health: bool = Fals
     """Refuse data sets that would stop a run later, or teach it something wrong.
 
     Annotations and image headers are examined, and all data sets must have the same classes in the
-    same order. Warnings are logged.
-
-    Args:
-        cfg: the run's config; its number of classes must be that of the annotations.
-        names: of registered data sets; those in cfg.DATASETS.TRAIN are checked for a training.
-        ignore_health: log the errors that `resnext_det.data.health` finds, and go on if possible.
+    same order, as many as the config says. Warnings are logged. With `ignore_health`, so are errors
+    that training and evaluation can ignore.
 
     Raises:
         ConfigError: a name is not registered, or the number of classes differs.
@@ -82,13 +78,7 @@ def check_same_classes(
     """Refuse classes that are not those that a model learned, in the same order.
 
     Class i of a model is the i-th category: with another order, or with one missing, detections
-    would silently count for the wrong classes.
-
-    Args:
-        learned: in the order of the model's outputs.
-        tested: in the order of the category ids.
-        of_learned: whose classes the first are, for the message.
-        of_tested: whose classes the second are, for the message.
+    would silently count for the wrong classes. The last two arguments name their owners.
 
     Raises:
         DatasetError: they differ; the message lists how.
@@ -119,10 +109,7 @@ def check_same_classes(
 
 
 def classes_of(name: str) -> list[str] | None:
-    """Return the classes of a registered data set, in the order of a model's outputs.
-
-    Returns:
-        Names by ascending category id; None if neither its file nor the catalog has any.
+    """Return the classes of a registered data set by ascending category id, None without any.
 
     Raises:
         DatasetError: its annotations cannot be read.
@@ -155,16 +142,10 @@ def check_registered(name: str) -> None:
 
 
 def check_not_empty(document: Record, name: str, file: Path, *, training: bool) -> None:
-    """Refuse annotations without any image, category or annotation.
-
-    Args:
-        document: what `read_annotations` returned.
-        name: of the data set, for messages.
-        file: of the document, for messages.
-        training: whether it is for training or for evaluation.
+    """Refuse annotations of a data set without any image, category or annotation.
 
     Raises:
-        DatasetError: there are no images, no categories or no annotations.
+        DatasetError: there are none.
     """
     for key in ("images", "categories", "annotations"):
         if not document[key]:

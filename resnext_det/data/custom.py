@@ -13,7 +13,6 @@ import argparse
 import hashlib
 import logging
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,17 +47,12 @@ RECORD = "datasets.json"
 
 @dataclass(frozen=True)
 class CustomData:
-    """An annotation file and its image folder, both absolute.
+    """An annotation file and its image folder, both absolute; the digest is for records."""
 
-    Attributes:
-        split: "train" or "test".
-        file: the annotations.
-        images: the folder.
-    """
-
-    split: str
     file: Path
     images: Path
+    split: str = "test"  # or "train"
+    sha256: str = ""
 
     @property
     def name(self) -> str:
@@ -70,14 +64,10 @@ class CustomData:
 
 
 def from_arguments(cfg: CfgNode, arguments: argparse.Namespace) -> CfgNode:
-    """Do what `use` does, for the command line.
+    """Do what `use` does for the flags of `resnext_det_cli.flags.add_own_data`.
 
-    Args:
-        cfg: the run's config.
-        arguments: those of `resnext_det_cli.flags.add_own_data`, "eval_only", and "opts".
-
-    Returns:
-        The new config; the given one without any of the flags.
+    Without any of them, the config is returned unchanged, and the files that its run folder records
+    are registered.
 
     Raises:
         ConfigError: flags, overrides or the config contradict each other.
@@ -123,14 +113,8 @@ def use(
     """Register data sets in this process, and return a config that trains and evaluates on them.
 
     Category ids may start at 0 or 1 and have gaps: class i of the model is the category with the
-    i-th id. The test file must have the same names in the same order.
-
-    Args:
-        cfg: the config; it is not changed.
-        train_json: the annotations to train on; None for an evaluation alone.
-        train_images: the folder of their images; None if they are beside the annotations.
-        test_json: the annotations to evaluate with; None for a training without evaluation.
-        test_images: the folder of their images; None if they are beside the annotations.
+    i-th id. Both files need the same names in the same order. Without a folder, the images are
+    beside the annotations, or where COCO has them.
 
     Returns:
         A copy of the config with DATASETS.TRAIN, DATASETS.TEST and the number of classes.
@@ -168,7 +152,8 @@ def _use(cfg: CfgNode, located: list[CustomData]) -> CfgNode:
     if len({data.name for data in located}) < len(located):
         logger.warning("the model is evaluated on the images that it is trained on")
     for data in located:
-        register(data, classes[0])
+        metadata = {"thing_classes": classes[0]}
+        register_annotations(data.name, metadata, data.file, data.images)
     new: CfgNode = cfg.clone()
     new.defrost()
     new.DATASETS.TRAIN = tuple(data.name for data in located if data.split == "train")
@@ -228,7 +213,7 @@ def _locate(split: str, json: str | Path | None, images: str | Path | None) -> l
     folder = Path(images).expanduser() if images else _folder_of(file)
     if not folder.is_dir():
         raise ConfigError(f"--{split}-images: there is no folder {quoted(folder)}.")
-    return [CustomData(split, file.resolve(), folder.resolve())]
+    return [CustomData(file.resolve(), folder.resolve(), split)]
 
 
 def _folder_of(file: Path) -> Path:
@@ -246,66 +231,39 @@ def _of_arguments(arguments: argparse.Namespace) -> list[CustomData]:
 
 
 def register_arguments(arguments: argparse.Namespace) -> None:
-    """Register the data sets of the command line in this process, if they are not yet.
-
-    Args:
-        arguments: those that another process gave to `from_arguments`.
+    """Register the data sets that another process gave to `from_arguments`, if they are not yet.
 
     Raises:
         ConfigError: a file or folder is missing.
     """
-    for data in _of_arguments(arguments):
-        register(data)
-    for data, _ in _recorded(arguments).values():
-        register(data)
-
-
-def register(data: CustomData, classes: Sequence[str] = ()) -> None:
-    """Register a data set in this process, if it is not yet.
-
-    Args:
-        data: the data set.
-        classes: by ascending category id, if they are known; they replace an earlier registration.
-            Otherwise they are added when the data is loaded.
-    """
-    if data.name in DatasetCatalog.list() and not classes:
-        return
-    metadata = {"thing_classes": list(classes)} if classes else {}
-    register_annotations(data.name, metadata, data.file, data.images)
+    for data in (*_of_arguments(arguments), *_recorded(arguments).values()):
+        if data.name not in DatasetCatalog.list():
+            register_annotations(data.name, {}, data.file, data.images)
 
 
 def record(cfg: CfgNode, folder: Path) -> None:
-    """Record the files of data sets from the command line in a run folder.
-
-    Args:
-        cfg: the run's config.
-        folder: of its config.yaml; data sets that it already records are kept.
+    """Record the files of data sets from the command line in a run folder, beside earlier ones.
 
     Raises:
         ResNeXtError: it cannot be written.
     """
-    names = {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST}
-    entries = {
-        name: {"annotations": str(data.file), "images": str(data.images), "sha256": digest}
-        for name, (data, digest) in read_record(folder).items()
-    }
-    for name in sorted(name for name in names if name.startswith(CUSTOM)):
+    recorded = read_record(folder)
+    for name in {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST}:
         metadata = MetadataCatalog.get(name)
-        if name in DatasetCatalog and Path(metadata.json_file).is_file():
-            entries[name] = {
-                "annotations": metadata.json_file,
-                "images": metadata.image_root,
-                "sha256": file_digest(Path(metadata.json_file)),
-            }
-    if entries:
+        if name.startswith(CUSTOM) and name in DatasetCatalog:
+            file, images = Path(metadata.json_file), Path(metadata.image_root)
+            if file.is_file():
+                recorded[name] = CustomData(file, images, sha256=file_digest(file))
+    if recorded:
+        entries = {
+            name: {"annotations": str(each.file), "images": str(each.images), "sha256": each.sha256}
+            for name, each in sorted(recorded.items())
+        }
         write_json(folder / RECORD, entries)
 
 
-def read_record(folder: Path) -> dict[str, tuple[CustomData, str]]:
-    """Return the data sets that a run folder records, and the SHA-256 of their annotations.
-
-    Returns:
-        By name; empty if the folder records none.
+def read_record(folder: Path) -> dict[str, CustomData]:
+    """Return the data sets that a run folder records, by name.
 
     Raises:
         DatasetError: the record is damaged.
@@ -316,10 +274,12 @@ def read_record(folder: Path) -> dict[str, tuple[CustomData, str]]:
     content, found = read_json(file), {}
     try:
         for name, entry in content.items():
-            data = CustomData("test", Path(entry["annotations"]), Path(entry["images"]))
-            if name != data.name or not isinstance(entry["sha256"], str):
+            digest = str(entry["sha256"])
+            found[name] = CustomData(
+                Path(entry["annotations"]), Path(entry["images"]), sha256=digest
+            )
+            if name != found[name].name:
                 raise ValueError(f"entry {quoted(name)} does not match its files")
-            found[name] = data, entry["sha256"]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DatasetError(
             f"{quoted(file)} is damaged ({quoted(error)}). Remove it, and name the files with "
@@ -328,7 +288,7 @@ def read_record(folder: Path) -> dict[str, tuple[CustomData, str]]:
     return found
 
 
-def _recorded(arguments: argparse.Namespace) -> dict[str, tuple[CustomData, str]]:
+def _recorded(arguments: argparse.Namespace) -> dict[str, CustomData]:
     """Return what is recorded beside the config, unless the command line names files itself."""
     config = getattr(arguments, "config_file", None)
     return read_record(Path(config).parent) if config and not _of_arguments(arguments) else {}
@@ -337,11 +297,11 @@ def _recorded(arguments: argparse.Namespace) -> dict[str, tuple[CustomData, str]
 def _check_recorded(arguments: argparse.Namespace, names: list[str]) -> None:
     """Refuse recorded files that are gone or have changed."""
     recorded = _recorded(arguments)
-    for data, digest in (recorded[name] for name in names if name in recorded):
+    for data in (recorded[name] for name in names if name in recorded):
         fault = ""
         if not data.file.is_file() or not data.images.is_dir():
             fault = f"the annotations {quoted(data.file)} or images {quoted(data.images)} are gone"
-        elif file_digest(data.file) != digest:
+        elif file_digest(data.file) != data.sha256:
             fault = f"the annotations {quoted(data.file)} have changed since the run"
         if fault:
             raise DatasetError(
@@ -351,10 +311,9 @@ def _check_recorded(arguments: argparse.Namespace, names: list[str]) -> None:
 
 
 def class_names(cfg: CfgNode) -> list[str]:
-    """Return the names of the classes that a model learns, in the order of its outputs.
+    """Return the class names of the first data set to train on, else to evaluate on.
 
-    Args:
-        cfg: the first data set of DATASETS.TRAIN is read, or of DATASETS.TEST without any.
+    They are in the order of the model's outputs.
 
     Raises:
         ConfigError: there is no data set, or it is not registered or has no class names.

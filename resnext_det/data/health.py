@@ -12,7 +12,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,46 +44,36 @@ _THREADS = 8  # image folders on a network keep a single thread waiting
 
 
 @dataclass(frozen=True)
-class Fault:
-    """What can be wrong with a record.
+class Finding:
+    """What is wrong with a file.
 
     Attributes:
         severity: "error" if it makes a training or a figure wrong, or stops it later; "warning" if
             Detectron2 copes with it.
         what: is wrong.
-        shown: keys of the record that an example shows, after its id.
+        shown: keys of a record that an example shows, after its id.
         can_ignore: training and evaluation can go on, for an error.
+        count: number of records; 0 if it concerns the whole file.
+        examples: the first few.
     """
 
     severity: Literal["error", "warning"]
     what: str
     shown: tuple[str, ...] = ()
     can_ignore: bool = False
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A fault of a file.
-
-    Attributes:
-        severity: as `Fault` has it.
-        what: is wrong.
-        count: number of records; 0 if it concerns the whole file.
-        examples: the first few.
-        can_ignore: as `Fault` has it.
-    """
-
-    severity: Literal["error", "warning"]
-    what: str
     count: int = 0
     examples: tuple[str, ...] = ()
-    can_ignore: bool = False
 
     def __str__(self) -> str:
         if not self.count:
             return self.what
         more = ["..."] if self.count > len(self.examples) else []
         return f"{self.what}: {self.count:,} ({'; '.join([*self.examples, *more])})"
+
+    def of(self, bad: Sequence[Record | str]) -> list[Finding]:
+        """Return the finding for these records, if there are any; text is shown as it is."""
+        examples = tuple(_example(each, self.shown) for each in bad[:_EXAMPLES])
+        return [replace(self, count=len(bad), examples=examples)] if bad else []
 
 
 @dataclass(frozen=True)
@@ -139,8 +129,9 @@ def examine(
     for kind in ("images", "categories", "annotations"):
         records[kind] = [each for each in document[kind] if isinstance(each, dict)]
         bad = [quoted(each) for each in document[kind] if not isinstance(each, dict)]
-        fault = Fault("error", f"{kind} that are not JSON objects", (), kind == "annotations")
-        findings += _found(fault, bad)
+        left_out = kind == "annotations"
+        fault = Finding("error", f"{kind} that are not JSON objects", can_ignore=left_out)
+        findings += fault.of(bad)
     images, annotations = records["images"], records["annotations"]
     sizes = {each["id"]: each for each in images if is_whole(each.get("id"))}
     names = {each["id"]: each for each in records["categories"] if is_whole(each.get("id"))}
@@ -153,7 +144,7 @@ def examine(
         ("categories", "id", _fatal("category ids that repeat")),
         ("categories", "name", _fatal("names of several categories", "name")),
     ):
-        findings += _found(fault, _repeated(records[kind], key))
+        findings += fault.of(_repeated(records[kind], key))
     findings += _repeated_annotations(annotations)
     findings += _layout(annotations, sizes)
     if folder is not None:
@@ -161,7 +152,7 @@ def examine(
     annotated = {each["image_id"] for each in annotations if is_whole(each.get("image_id"))}
     counts = Counter(each["category_id"] for each in annotations if is_object(each))
     unused = [each for number, each in names.items() if not counts[number]]
-    findings += _found(_warning("categories without annotations", "name"), unused)
+    findings += _warning("categories without annotations", "name").of(unused)
     if not any(_is_usable(each) for each in annotations):
         findings.append(Finding("error", "no annotation that can be learned or evaluated"))
     return Health(
@@ -176,23 +167,16 @@ def examine(
     )
 
 
-def _fatal(what: str, *shown: str) -> Fault:
-    return Fault("error", what, shown)
+def _fatal(what: str, *shown: str) -> Finding:
+    return Finding("error", what, shown)
 
 
-def _error(what: str, *shown: str) -> Fault:
-    return Fault("error", what, shown, can_ignore=True)
+def _error(what: str, *shown: str) -> Finding:
+    return Finding("error", what, shown, can_ignore=True)
 
 
-def _warning(what: str, *shown: str) -> Fault:
-    return Fault("warning", what, shown)
-
-
-def _found(fault: Fault, bad: Sequence[Any]) -> Iterator[Finding]:
-    """Yield a finding if any record has the fault; text is shown as it is."""
-    if bad:
-        examples = tuple(_example(each, fault.shown) for each in bad[:_EXAMPLES])
-        yield Finding(fault.severity, fault.what, len(bad), examples, fault.can_ignore)
+def _warning(what: str, *shown: str) -> Finding:
+    return Finding("warning", what, shown)
 
 
 def _example(record: Record | str, shown: tuple[str, ...]) -> str:
@@ -203,17 +187,16 @@ def _example(record: Record | str, shown: tuple[str, ...]) -> str:
 
 
 def _collect(
-    records: Sequence[Record], faults_of: Callable[[Record], Iterable[Fault]]
-) -> Iterator[Finding]:
+    records: Sequence[Record], faults_of: Callable[[Record], Iterable[Finding]]
+) -> list[Finding]:
     bad = defaultdict(list)
     for record in records:
         for fault in faults_of(record):
             bad[fault].append(record)
-    for fault, of_one in bad.items():
-        yield from _found(fault, of_one)
+    return [finding for fault, of_one in bad.items() for finding in fault.of(of_one)]
 
 
-def _image_faults(image: Record) -> Iterator[Fault]:
+def _image_faults(image: Record) -> Iterator[Finding]:
     if not is_whole(image.get("id")):
         yield _fatal("images whose id is not a whole number from 0 on")
     if not (is_side(image.get("width")) and is_side(image.get("height"))):
@@ -225,7 +208,7 @@ def _image_faults(image: Record) -> Iterator[Fault]:
         yield _error('file names that lead out of the image folder ("..")', "file_name")
 
 
-def _category_faults(category: Record) -> Iterator[Fault]:
+def _category_faults(category: Record) -> Iterator[Finding]:
     if not is_whole(category.get("id")):
         yield _fatal("categories whose id is not a whole number from 0 on")
     if not is_name(category.get("name")):
@@ -234,7 +217,7 @@ def _category_faults(category: Record) -> Iterator[Fault]:
 
 def _annotation_faults(
     annotation: Record, images: dict[int, Record], categories: dict[int, Record]
-) -> Iterator[Fault]:
+) -> Iterator[Finding]:
     get = annotation.get
     for key in ("id", "image_id", "category_id"):
         if not is_whole(get(key)):
@@ -273,7 +256,7 @@ def _size(image: Record, unknown: Any = math.inf) -> tuple[Any, Any]:
     return (width, height) if is_side(width) and is_side(height) else (unknown, unknown)
 
 
-def _box_faults(annotation: Record, image: Record) -> Iterator[Fault]:
+def _box_faults(annotation: Record, image: Record) -> Iterator[Finding]:
     """Yield the worst fault of a box."""
     shown = ("image_id", "bbox")
     x, y, width, height = annotation["bbox"]
@@ -284,21 +267,17 @@ def _box_faults(annotation: Record, image: Record) -> Iterator[Fault]:
         yield _warning("boxes without area, which Detectron2 leaves out", *shown)
     elif x >= right or y >= bottom or x + width <= 0 or y + height <= 0:
         yield _error("boxes outside their image", *shown)
-    elif _reaches_out(x, y, width, height, right, bottom):
+    elif _reaches_out(annotation["bbox"], right, bottom):
         yield _warning("boxes that reach out of their image, and are clipped", *shown)
 
 
-def _reaches_out(
-    x: float, y: float, width: float, height: float, right: float, bottom: float
-) -> bool:
-    return (
-        min(x, y) < -_BOX_TOLERANCE
-        or x + width > right + _BOX_TOLERANCE
-        or y + height > bottom + _BOX_TOLERANCE
-    )
+def _reaches_out(box: list[float], right: float, bottom: float) -> bool:
+    x, y, width, height = box
+    beyond = max(-x, -y, x + width - right, y + height - bottom)
+    return beyond > _BOX_TOLERANCE
 
 
-def _area_faults(annotation: Record) -> Iterator[Fault]:
+def _area_faults(annotation: Record) -> Iterator[Finding]:
     area = annotation.get("area")
     of_box = annotation["bbox"][2] * annotation["bbox"][3]
     sorts = "an evaluation sorts small, medium and large objects by area"
@@ -320,14 +299,14 @@ def _repeated(records: Sequence[Record], key: str) -> list[Record]:
     return list(by_value.values())
 
 
-def _repeated_annotations(annotations: Sequence[Record]) -> Iterator[Finding]:
-    """Yield repeated ids: a warning for crowds, as in the published minival files."""
+def _repeated_annotations(annotations: Sequence[Record]) -> list[Finding]:
+    """Return repeated ids: a warning for crowds, as in the published minival files."""
     repeated = {each["id"] for each in _repeated(annotations, "id")}
     bad = [each for each in annotations if is_whole(each.get("id")) and each["id"] in repeated]
-    crowds = all(each.get("iscrowd") == 1 for each in bad)
     what = "annotations with repeated ids, of which pycocotools finds one"
-    fault = Fault("warning" if crowds else "error", what, ("image_id",), can_ignore=True)
-    yield from _found(fault, bad)
+    crowds = all(each.get("iscrowd") == 1 for each in bad)
+    fault = _warning(what, "image_id") if crowds else _error(what, "image_id")
+    return fault.of(bad)
 
 
 def _layout(annotations: Sequence[Record], images: dict[int, Record]) -> Iterator[Finding]:
@@ -346,7 +325,7 @@ def _layout(annotations: Sequence[Record], images: dict[int, Record]) -> Iterato
         inside = width <= right + _BOX_TOLERANCE and height <= bottom + _BOX_TOLERANCE
         if width <= x or height <= y or not inside:
             return
-        outside += _reaches_out(x, y, width, height, right, bottom)
+        outside += _reaches_out(box, right, bottom)
     if len(boxes) >= _FEWEST_CORNERS and outside > 0.1 * len(boxes):
         what = "all boxes look like (x1, y1, x2, y2): COCO's are (x, y, width, height)"
         yield Finding("error", what, can_ignore=True)
@@ -388,12 +367,12 @@ def _check_files(images: list[Record], folder: Path, skipped: bool) -> Iterator[
         (f"image files that cannot be used{hint}", unreadable),
         (f"image files of another size than their annotations{hint}", other_size),
     ):
-        yield from _found(Fault("error", what, can_ignore=skipped), bad)
+        yield from Finding("error", what, can_ignore=skipped).of(bad)
     what = (
         "images of more than 8 bits a channel, of which the upper 8 are used (if they do not use "
         "the whole range, scale them to 8 bits first)"
     )
-    yield from _found(_warning(what), deep)
+    yield from _warning(what).of(deep)
 
 
 def missing_files(file_names: Sequence[str], folder: Path) -> list[str]:

@@ -39,10 +39,6 @@ def keypoints_of(categories: list[Record], file: Path) -> Keypoints | None:
 
     Names that differ in left and right swap in a flip, such as "left_eye" or "eye.L".
 
-    Args:
-        categories: of an annotation file.
-        file: for messages.
-
     Raises:
         DatasetError: categories name different keypoints, a name repeats, or a left one has no
             right one.
@@ -90,10 +86,7 @@ def _joined(skeleton: Any, names: list[str]) -> Iterable[tuple[str, str]]:
 
 
 def note_keypoints(names: Iterable[str]) -> None:
-    """Add the keypoints in their files to the metadata of data sets.
-
-    Args:
-        names: of data sets; what a program registered for them is kept.
+    """Add the keypoints in their files to the metadata of data sets that have none.
 
     Raises:
         DatasetError: see `keypoints_of`.

@@ -82,13 +82,7 @@ _NEEDED = {
 
 @dataclass(frozen=True)
 class Job:
-    """An annotation file to write.
-
-    Attributes:
-        part: the file.
-        name: of the data set it serves.
-        source: the release it is derived from.
-    """
+    """An annotation file to write: for which data set, and the release it is derived from."""
 
     part: Part
     name: str
@@ -147,14 +141,7 @@ def prepare_minival(
 
 
 def _image_ids(file: Path, split: str, images: str, sizes: Mapping[str, Size]) -> Ids:
-    """Return the image ids of a file, after checking that it is the set it should be.
-
-    Args:
-        file: the annotations.
-        split: the set that it should hold.
-        images: the release that names its images.
-        sizes: of COCO's sets.
-    """
+    """Return the image ids of a file, named by the split `images`, if it is the set `split`."""
     document = parse_annotations(file)
     if read_categories(document["categories"], file) != _CATEGORIES:
         raise DatasetError(f"{quoted(file)} does not have COCO's 80 categories. Download it again.")

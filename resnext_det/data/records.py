@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -190,10 +190,4 @@ class Columns:
 
     def where(self, kept: NDArray[np.bool_] | NDArray[np.int64]) -> Columns:
         """Return some of the annotations: `kept` is a mask (N,), or row numbers."""
-        return Columns(
-            self.image_ids[kept],
-            self.category_ids[kept],
-            self.boxes[kept],
-            self.areas[kept],
-            self.crowds[kept],
-        )
+        return Columns(*(getattr(self, field.name)[kept] for field in fields(self)))

@@ -68,12 +68,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Draw:
-    """One image of the stream.
-
-    Attributes:
-        position: position in the stream shared by all processes, from 0.
-        index: index of the image in the dataset.
-    """
+    """One image of the stream: its position, shared by all processes, and its index in the data."""
 
     position: int
     index: int
@@ -109,13 +104,8 @@ class MicroBatches(Sampler[list[Draw]]):
     """An infinite batch sampler for the micro-batches of one process.
 
     All processes share one order of images, as in Detectron2: draw p belongs to stream p modulo the
-    number of streams. Each stream batches images of the same orientation.
-
-    Args:
-        order: returns a new iterator over the infinite order of image indices.
-        share: what this process computes.
-        start: number of updates done before a resume, to skip.
-        is_landscape: of each image, or None not to group them.
+    number of streams. With `is_landscape`, each stream batches images of the same orientation. A
+    resumed training skips the updates before `start`.
     """
 
     def __init__(
@@ -160,11 +150,7 @@ class MicroBatches(Sampler[list[Draw]]):
 class SeededDataset(Dataset[Record]):
     """Mapped training images, augmented as a function of seed and position.
 
-    Args:
-        records: the data set, in Detectron2's format.
-        mapper: such as Detectron2's `DatasetMapper`.
-        seed: the training's seed.
-        skip: replace an unreadable image with a random other one.
+    With `skip`, a random other image replaces one that cannot be read.
     """
 
     def __init__(
@@ -210,14 +196,9 @@ class SeededDataset(Dataset[Record]):
 def build_stream(
     cfg: CfgNode, mapper: Mapper, share: Share, seed: int, start: int = 0
 ) -> DataLoader[Record]:
-    """Return an infinite loader of one process's micro-batches.
+    """Return an infinite loader of one process's micro-batches of DATASETS.TRAIN.
 
-    Args:
-        cfg: DATASETS.TRAIN and DATALOADER are read.
-        mapper: turns a record into model input.
-        share: what this process computes.
-        seed: the training's seed, the same on all processes.
-        start: number of updates already done.
+    The seed is the same on all processes; `start` is the number of updates already done.
 
     Raises:
         ConfigError: a setting of DATALOADER is unknown.

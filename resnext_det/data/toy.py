@@ -1,9 +1,8 @@
-"""Toy COCO: a seeded generator of images and annotations in COCO's own folder layout.
+"""Toy COCO: a seeded generator of images and annotations in COCO's folder layout.
 
-Shapes on textured backgrounds replace COCO where it is not available: in tests and in
-`make demo`. There are small, medium and large objects by COCO's area limits, occlusion, crowds
-and images without any object, so that all 12 COCO figures are numbers. The same seed gives the
-same bytes (with the same versions of NumPy and Pillow).
+Shapes on textured backgrounds replace COCO in tests and in `make demo`. There are small, medium and
+large objects by COCO's area limits, occlusion, crowds and images without objects, so that all 12
+COCO figures are numbers. The same seed gives the same bytes (with the same NumPy and Pillow).
 """
 
 from __future__ import annotations
@@ -27,8 +26,7 @@ from resnext_det.errors import ConfigError, DatasetError
 
 Generator = np.random.Generator
 Mask = NDArray[np.bool_]
-Canvas = NDArray[np.float64]
-Points = NDArray[np.float64]
+Floats = NDArray[np.float64]
 
 CLASSES = ("circle", "square", "triangle", "star", "cross", "crescent")
 
@@ -43,15 +41,7 @@ _SHORTEST_SIDE = 96
 
 @dataclass(frozen=True)
 class ToySpec:
-    """How much toy data to make.
-
-    Attributes:
-        train_images: images in train2017.
-        val_images: images in val2017, the toy minival.
-        shortest_side: of an image, in pixels.
-        longest_side: of an image, in pixels.
-        seed: decides every byte.
-    """
+    """How much toy data to make: images in train2017 and val2017, their sides in pixels."""
 
     train_images: int = 1000
     val_images: int = 120
@@ -70,27 +60,28 @@ class Drawn:
 
 
 def write_toy_coco(root: Path, spec: ToySpec = ToySpec()) -> Path:
-    """Write the toy data set unless the same one is there already.
-
-    Args:
-        root: the folder that will hold train2017, val2017 and annotations. It appears whole or
-            not at all.
-        spec: how much to make, and the seed.
+    """Write the toy data set into a folder, whole or not at all, unless it is there already.
 
     Returns:
         `root`.
 
     Raises:
-        ConfigError: a count or a side of `spec` that no image can have.
-        DatasetError: the folder exists and is something else, or cannot be written.
+        ConfigError: a count or side of `spec` is impossible.
+        DatasetError: the folder is something else, or cannot be written.
     """
-    _check(spec)
+    if min(spec.train_images, spec.val_images, spec.seed) < 0:
+        raise ConfigError(f"{spec}: numbers of images and the seed must be 0 or more.")
+    if not _SHORTEST_SIDE <= spec.shortest_side <= spec.longest_side:
+        raise ConfigError(
+            f"{spec}: the sides must be {_SHORTEST_SIDE} pixels or more, to hold a crowd, and the "
+            "shortest no longer than the longest."
+        )
     described = json.dumps({"toy_coco": 2, **vars(spec)}, sort_keys=True)
     marker = root / "toy_coco.json"
     if marker.is_file() and marker.read_text() == described:
         return root
     if root.exists() and not marker.is_file():
-        raise DatasetError(f"{root} exists and holds no toy COCO; name a folder that is not there.")
+        raise DatasetError(f"{root} exists but is not toy COCO: name a new folder.")
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
@@ -109,16 +100,6 @@ def write_toy_coco(root: Path, spec: ToySpec = ToySpec()) -> Path:
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return root
-
-
-def _check(spec: ToySpec) -> None:
-    if min(spec.train_images, spec.val_images, spec.seed) < 0:
-        raise ConfigError(f"{spec}: numbers of images and the seed must be 0 or more.")
-    if not _SHORTEST_SIDE <= spec.shortest_side <= spec.longest_side:
-        raise ConfigError(
-            f"{spec}: the sides of an image must be {_SHORTEST_SIDE} pixels or more, to hold a "
-            "crowd, and the shortest no longer than the longest."
-        )
 
 
 def _write_split(root: Path, split: str, first_id: int, count: int, spec: ToySpec) -> None:
@@ -153,22 +134,18 @@ def _write_split(root: Path, split: str, first_id: int, count: int, spec: ToySpe
 
 
 def draw_image(generator: Generator, spec: ToySpec) -> tuple[Image.Image, list[Drawn]]:
-    """Draw one image.
-
-    Args:
-        generator: where the randomness comes from.
-        spec: only the sides of an image are read.
-
-    Returns:
-        The picture, and its objects with what is visible of each; 5 in 100 images have none.
-    """
+    """Draw one image, and return it with its objects; 5 in 100 images have none."""
     width, height = (
         int(side) for side in generator.integers(spec.shortest_side, spec.longest_side + 1, size=2)
     )
     canvas = background(width, height, generator)
     objects: list[Drawn] = []
     wanted = 0 if generator.random() < 0.05 else int(generator.integers(1, 6))
-    for size in sorted(_sizes(wanted, generator), reverse=True):
+    sizes = []
+    for _ in range(wanted):
+        kind = list(SHARES)[int(generator.choice(len(SHARES), p=list(SHARES.values())))]
+        sizes.append(float(generator.uniform(*SIZES[kind])))
+    for size in sorted(sizes, reverse=True):
         _place(canvas, objects, size, generator)
     if wanted and generator.random() < 0.12:
         _place_crowd(canvas, objects, generator)
@@ -176,15 +153,8 @@ def draw_image(generator: Generator, spec: ToySpec) -> tuple[Image.Image, list[D
     return Image.fromarray(pixels.astype(np.uint8)), objects
 
 
-def _sizes(count: int, generator: Generator) -> Iterator[float]:
-    names = list(SHARES)
-    for _ in range(count):
-        name = names[int(generator.choice(len(names), p=list(SHARES.values())))]
-        yield float(generator.uniform(*SIZES[name]))
-
-
-def _place(canvas: Canvas, objects: list[Drawn], size: float, generator: Generator) -> None:
-    """Draw a shape where it hides little of the others; give up where there is no such place."""
+def _place(canvas: Floats, objects: list[Drawn], size: float, generator: Generator) -> None:
+    """Draw a shape that hides little of the others; give up after some tries."""
     name = CLASSES[int(generator.integers(len(CLASSES)))]
     height, width = canvas.shape[:2]
     # A triangle fills a third of its circle and a star less: make them as large as the others.
@@ -204,7 +174,7 @@ def _place(canvas: Canvas, objects: list[Drawn], size: float, generator: Generat
             return
 
 
-def _place_crowd(canvas: Canvas, objects: list[Drawn], generator: Generator) -> None:
+def _place_crowd(canvas: Floats, objects: list[Drawn], generator: Generator) -> None:
     """Draw many tiny shapes of one class side by side, annotated as one crowd."""
     name = CLASSES[int(generator.integers(len(CLASSES)))]
     height, width = canvas.shape[:2]
@@ -226,7 +196,7 @@ def _place_crowd(canvas: Canvas, objects: list[Drawn], generator: Generator) -> 
     objects.append(Drawn(name, crowd, crowd=True))
 
 
-def _rasterise(points: Points, width: int, height: int) -> Mask:
+def _rasterise(points: Floats, width: int, height: int) -> Mask:
     image = Image.new("1", (width, height))
     ImageDraw.Draw(image).polygon([(float(x), float(y)) for x, y in points], fill=1)
     return np.array(image, dtype=np.bool_)
@@ -259,7 +229,7 @@ def _cover(objects: list[Drawn], mask: Mask) -> None:
         objects[index] = Drawn(drawn.name, drawn.visible & ~mask, drawn.crowd)
 
 
-def _paint(canvas: Canvas, mask: Mask, generator: Generator) -> None:
+def _paint(canvas: Floats, mask: Mask, generator: Generator) -> None:
     canvas[mask] = fill(int(mask.sum()), canvas[mask].mean(axis=0), generator)
 
 
@@ -296,38 +266,35 @@ def _uncompressed(mask: Mask) -> dict[str, Any]:
     return {"size": list(mask.shape), "counts": [int(count) for count in counts]}
 
 
-def outline(name: str, size: float, angle: float) -> Points:
-    """Return the outline of a shape.
+def outline(name: str, size: float, angle: float) -> Floats:
+    """Return the corners of a shape around the origin, (N, 2): x and y in pixels.
 
     Args:
         name: one of CLASSES.
-        size: the diameter of the circle around the shape, in pixels.
+        size: diameter of the circle around the shape, in pixels.
         angle: rotation in radians.
-
-    Returns:
-        Corners of shape (N, 2), x and y in pixels, with the centre at the origin.
     """
     points = _UNIT_OUTLINES[name] * (size / 2)
     cosine, sine = np.cos(angle), np.sin(angle)
-    turned: Points = points @ np.array([[cosine, sine], [-sine, cosine]])
+    turned: Floats = points @ np.array([[cosine, sine], [-sine, cosine]])
     return turned
 
 
-def _on_circle(radii: Points, angles: Points) -> Points:
+def _on_circle(radii: Floats, angles: Floats) -> Floats:
     return np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)
 
 
-def _regular(corners: int) -> Points:
+def _regular(corners: int) -> Floats:
     angles = np.arange(corners) * 2 * np.pi / corners - np.pi / 2
     return _on_circle(np.ones(corners), angles)
 
 
-def _star() -> Points:
+def _star() -> Floats:
     angles = np.arange(10) * np.pi / 5 - np.pi / 2
     return _on_circle(np.where(np.arange(10) % 2 == 0, 1.0, 0.42), angles)
 
 
-def _cross() -> Points:
+def _cross() -> Floats:
     arm, end = 0.3, 0.95
     quarter = np.array([[arm, -arm], [end, -arm], [end, arm]])
     turn = np.array([[0.0, 1.0], [-1.0, 0.0]])
@@ -337,7 +304,7 @@ def _cross() -> Points:
     return np.concatenate(parts)
 
 
-def _crescent() -> Points:
+def _crescent() -> Floats:
     outer = np.linspace(0.30 * np.pi, 1.70 * np.pi, 40)
     inner = np.linspace(1.62 * np.pi, 0.38 * np.pi, 40)
     return np.concatenate(
@@ -348,7 +315,7 @@ def _crescent() -> Points:
     )
 
 
-_UNIT_OUTLINES: dict[str, Points] = {
+_UNIT_OUTLINES: dict[str, Floats] = {
     "circle": _regular(48),
     "square": _regular(4),
     "triangle": _regular(3),
@@ -358,17 +325,8 @@ _UNIT_OUTLINES: dict[str, Points] = {
 }
 
 
-def background(width: int, height: int, generator: Generator) -> NDArray[np.float64]:
-    """Return a textured background: two scales of coloured noise and faint stripes.
-
-    Args:
-        width: in pixels.
-        height: in pixels.
-        generator: where the randomness comes from.
-
-    Returns:
-        RGB values 0 to 255 of shape (height, width, 3).
-    """
+def background(width: int, height: int, generator: Generator) -> Floats:
+    """Return coloured noise of two scales with faint stripes: RGB 0 to 255, (height, width, 3)."""
     base = generator.uniform(60, 190)
     tint = base + generator.uniform(-22, 22, size=3)
     canvas = np.broadcast_to(tint, (height, width, 3)).copy()
@@ -381,7 +339,7 @@ def background(width: int, height: int, generator: Generator) -> NDArray[np.floa
     return canvas
 
 
-def _noise(width: int, height: int, cells: int, generator: Generator) -> NDArray[np.float64]:
+def _noise(width: int, height: int, cells: int, generator: Generator) -> Floats:
     """Return smooth noise of shape (height, width, 3), about -1 to 1."""
     coarse = generator.uniform(-1, 1, size=(cells, cells, 3)).astype(np.float32)
     channels = [
@@ -391,19 +349,10 @@ def _noise(width: int, height: int, cells: int, generator: Generator) -> NDArray
     return np.stack([np.asarray(channel, dtype=np.float64) for channel in channels], axis=2)
 
 
-def fill(count: int, behind: NDArray[np.float64], generator: Generator) -> NDArray[np.float64]:
-    """Return the pixels of a shape: a colour that stands out from what is behind, with a grain.
-
-    Args:
-        count: how many pixels.
-        behind: the mean RGB colour behind the shape, shape (3,).
-        generator: where the randomness comes from.
-
-    Returns:
-        RGB values of shape (count, 3).
-    """
+def fill(count: int, behind: Floats, generator: Generator) -> Floats:
+    """Return the pixels of a shape, RGB (count, 3): a grainy colour unlike that behind it, (3,)."""
     colour = generator.uniform(0, 255, size=3)
     while np.abs(colour - behind).sum() < _LEAST_CONTRAST:
         colour = generator.uniform(0, 255, size=3)
-    filled: NDArray[np.float64] = colour + generator.normal(0, 6, size=(count, 1))
+    filled: Floats = colour + generator.normal(0, 6, size=(count, 1))
     return filled

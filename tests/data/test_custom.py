@@ -141,7 +141,7 @@ def test_names_follow_from_paths(
     write(train.parent, "train", {1: "bird", 2: "fish"})
     assert class_names(use(load_config(TOY), train)) == ["bird", "fish"]
     DatasetCatalog.get(cfg.DATASETS.TRAIN[0])
-    odd = CustomData("train", tmp_path / ("a b;c../é" + "x" * 300 + ".json"), tmp_path).name
+    odd = CustomData(tmp_path / ("a b;c../é" + "x" * 300 + ".json"), tmp_path).name
     assert odd.replace("_", "").isalnum() and odd.isascii() and len(odd) < 70
 
 
