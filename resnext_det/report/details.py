@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -151,7 +150,6 @@ def _charts(
 
 def _chart(lines: Sequence[Line], xlabel: str, best: float | None = None) -> bytes:
     figure = Figure(figsize=(5.2, 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     if best is not None:
         axes.axvline(best, color="#888888", linestyle=":", label=f"highest F1 at {best:.2f}")

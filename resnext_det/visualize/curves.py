@@ -15,7 +15,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
@@ -131,7 +130,6 @@ def plot_runs(
     columns = min(3, len(shown))
     rows = -(-len(shown) // columns)
     figure = Figure(figsize=(_PANEL[0] * columns, _PANEL[1] * rows), layout="constrained")
-    FigureCanvasAgg(figure)
     for number, (metric, lines) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(rows, columns, number)
         window = 0.0 if metric == _LEARNING_RATE else smooth * longest
@@ -182,7 +180,6 @@ def run_curves(records: Sequence[Scalars]) -> dict[str, bytes]:
         is_loss = heading == "Loss"
         window = _SMOOTHING * (records[-1]["iteration"] + 1) if is_loss else 0.0
         figure = Figure(figsize=_PANEL, layout="constrained")
-        FigureCanvasAgg(figure)
         lines = [smoothed(line, window) for line in lines]
         draw_lines(figure.add_subplot(), lines, may_be_log=is_loss)
         figures[heading] = rendered(figure, "svg")
