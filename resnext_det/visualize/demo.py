@@ -33,10 +33,16 @@ T = TypeVar("T")
 
 RESULTS = "detections.jsonl"
 
-_STILL = {".bmp", ".gif", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff"}
-IMAGE_SUFFIXES = _STILL | {".avif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".webp"}
-_MOVING = {".asf", ".avi", ".flv", ".m2ts", ".mpeg", ".mpg", ".mts", ".ogv", ".wmv"}
-VIDEO_SUFFIXES = _MOVING | {".3gp", ".m4v", ".mkv", ".mov", ".mp4", ".webm"}
+# fmt: off
+IMAGE_SUFFIXES = {
+    ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".pnm",
+    ".ppm", ".tga", ".tif", ".tiff", ".webp",
+}
+VIDEO_SUFFIXES = {
+    ".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg",
+    ".mts", ".ogv", ".webm", ".wmv",
+}
+# fmt: on
 
 _LONGEST_STEM = 200  # bytes; file systems allow 255, including a suffix
 _LONGEST_SIDE = 65_500  # pixels; libjpeg's JPEG_MAX_DIMENSION
