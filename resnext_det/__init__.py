@@ -1,6 +1,6 @@
 """ResNeXt for Detectron2. Importing this package registers its backbones and data sets.
 
-Nothing else happens at import: no download, no logging set up, no environment changed.
+It does nothing else: no download, no logging setup, no change of the environment.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ def _require_detectron2() -> None:
     try:
         if importlib.util.find_spec("pkg_resources") is None:
             raise ImportError("pkg_resources is missing; setuptools below 81 has it")
-        # What these announce while they are imported is for Detectron2's authors: the ends of
-        # torch.jit.script and, in its model zoo, of pkg_resources.
+        # The imports warn about what Detectron2's authors have to change: torch.jit.script and,
+        # in its model zoo, pkg_resources.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             warnings.filterwarnings("ignore", "pkg_resources is deprecated", UserWarning)
@@ -30,7 +30,7 @@ def _require_detectron2() -> None:
         raise ImportError(
             f"resnext_det needs Detectron2, and importing it failed: {type(error).__name__}: "
             f"{error}. In a checkout of resnext_det, `make setup` installs everything it needs. "
-            "In an environment of your own (setuptools below 81):\n"
+            "In another environment (setuptools below 81):\n"
             "  pip install --no-deps --upgrade --only-binary=:all: --python-version 3.10 "
             "--implementation cp --platform manylinux2014_x86_64 --target "
             '"$(python -c \'import sysconfig; print(sysconfig.get_path("purelib"))\')" '

@@ -12,13 +12,13 @@ get_config_file = shipped_config
 
 
 def get_config(name: str) -> CfgNode:
-    """Return a shipped config, read and frozen.
+    """Return a shipped config, frozen.
 
     Args:
         name: one of `names()`.
 
     Raises:
-        ConfigError: there is no config of this name.
+        ConfigError: there is no such config.
     """
     return load_config(get_config_file(name))
 
@@ -26,14 +26,14 @@ def get_config(name: str) -> CfgNode:
 def get_lazy_config(name: str) -> DictConfig:
     """Return the LazyConfig twin of a shipped config, as Detectron2's `LazyConfig.load` reads it.
 
-    It holds what Detectron2's tools/lazyconfig_train_net.py asks for: `model`, `dataloader`,
-    `optimizer`, `lr_multiplier` and `train`, each to be changed before it is instantiated.
+    It has all that Detectron2's tools/lazyconfig_train_net.py needs: `model`, `dataloader`,
+    `optimizer`, `lr_multiplier` and `train`.
 
     Args:
         name: one of `names()`.
 
     Raises:
-        ConfigError: there is no config of this name.
+        ConfigError: there is no such config.
     """
     config: DictConfig = LazyConfig.load(str(get_config_file(name).with_suffix(".py")))
     return config
