@@ -51,8 +51,8 @@ def evaluate_datasets(
     Args:
         cfg: the config.
         model: with its weights.
-        evaluator_of: returns the evaluator of a data set.
-        loader_of: returns the images of a data set for this process.
+        evaluator_of: returns the evaluator of a data set, given its name.
+        loader_of: likewise, its images for this process.
 
     Returns:
         {"bbox": {"AP": ...}}, by data set if there are several; empty except on the main process.
@@ -129,13 +129,7 @@ def _evaluate(
 def _remaining(
     loader: Loader, done: frozenset[ImageKey], sizes: list[int]
 ) -> Iterator[list[dict[str, Any]]]:
-    """Yield the batches of a loader without images that are done, which are loaded but dropped.
-
-    Args:
-        loader: of lists of records with "image_id".
-        done: ids of images.
-        sizes: receives the number of images in each batch.
-    """
+    """Yield the batches of a loader without the images that are done; append to `sizes`."""
     for batch in SIGNALS.interrupting(loader):
         if left := [record for record in batch if record.get("image_id") not in done]:
             sizes.append(len(left))

@@ -171,9 +171,8 @@ def run_everywhere(
     """Call `function(*arguments)` in every process of a job and wait for all of them.
 
     A single-process job runs in the current process. Otherwise the elastic launcher starts this
-    machine's processes, unless torchrun already has. Processes without a GPU use gloo.
-    `--dist-timeout` applies to startup; collectives use Detectron2's 30 minutes, or
-    `--dist-timeout` if that is longer.
+    machine's processes, unless torchrun already has. Collectives time out after Detectron2's 30
+    minutes, or `--dist-timeout` if that is longer.
 
     Args:
         function: a module-level function.
@@ -235,26 +234,22 @@ def _launch(function: Callable[..., None], arguments: tuple[Any, ...], job: Job)
         try:
             codes = elastic_launch(config, _work)(function, arguments, job)
         except ChildFailedError as error:
-            return _failed(error.get_first_failure()[1].exitcode, signals)
+            code: int = error.get_first_failure()[1].exitcode
+            if code >= 0:
+                return code
+            if signals:
+                return 128 + signals[-1]
+            # A killed process could not report it itself.
+            reason = "see the output above"
+            if code == -signal.SIGKILL:
+                reason = OUT_OF_MEMORY_KILLER
+            with reported(128 - code):
+                raise TrainingError(
+                    f"a process of this job was killed by signal {-code}, {reason}."
+                ) from error
         except SignalException as error:
             return 128 + error.sigval
     return max(code or 0 for code in codes.values())
-
-
-def _failed(code: int, signals: list[int]) -> int:
-    """Return the job's exit code, given that of the first process to fail.
-
-    A process that was killed could not report it, so it is reported here.
-    """
-    if code >= 0:
-        return code
-    if signals:
-        return 128 + signals[-1]
-    reason = "see the output above"
-    if code == -signal.SIGKILL:
-        reason = OUT_OF_MEMORY_KILLER
-    with reported(128 - code):
-        raise TrainingError(f"a process of this job was killed by signal {-code}, {reason}.")
 
 
 def _work(function: Callable[..., None], arguments: tuple[Any, ...], job: Job) -> int:
@@ -334,11 +329,11 @@ def _report(error: Exception, store: Any, job: Job) -> NoReturn:
     except dist.DistError:  # the store's host is gone
         is_first = True
     sentence = explain(error)
-    if is_first and not sentence:
-        traceback.print_exception(error)
-    elif is_first:
+    if is_first:
         with contextlib.suppress(SystemExit), reported():
-            raise TrainingError(sentence) from error
+            if sentence:
+                raise TrainingError(sentence) from error
+            traceback.print_exception(error)
     _exit(2 if sentence else 1)
 
 

@@ -89,45 +89,12 @@ def function_changes(recorded: str, cfg: CfgNode) -> Changes:
     Raises:
         ConfigError: the record is not a yaml config.
     """
-    unused = _unused_parts(cfg.MODEL)
-    found = {}
-    for key, (before, now) in changes(recorded, cfg).items():
-        section, part, *_ = [*key.split("."), ""]
-        if key != "INPUT.FORMAT" and (section != "MODEL" or _NO_FUNCTION.fullmatch(key)):
-            continue
-        if part in unused:
-            continue
-        if key.endswith("NORM") and before in _BATCH_NORMS and now in _BATCH_NORMS:
-            continue
-        if key.endswith(".NAME") and _stock_name(before) == _stock_name(now):
-            continue
-        found[key] = before, now
-    return found
-
-
-def _unused_parts(model: CfgNode) -> set[str]:
-    """Return the sections of MODEL that this architecture does not build."""
-    architecture = model.META_ARCHITECTURE
-    has_regions = architecture in ("GeneralizedRCNN", "PanopticFPN")
-    has_proposals = has_regions or architecture == "ProposalNetwork"
-    used = {
-        "RETINANET": architecture in ("RetinaNet", "FCOS"),
-        "SEM_SEG_HEAD": architecture in ("PanopticFPN", "SemanticSegmentor"),
-        "PROPOSAL_GENERATOR": has_proposals,
-        "RPN": has_proposals,
-        "ROI_HEADS": has_regions,
-        "ROI_BOX_HEAD": has_regions,
-        "ROI_BOX_CASCADE_HEAD": "Cascade" in model.ROI_HEADS.NAME,
-        "ROI_MASK_HEAD": model.MASK_ON,
-        "ROI_KEYPOINT_HEAD": model.KEYPOINT_ON,
-        "FPN": "fpn" in model.BACKBONE.NAME,
+    return {
+        key: (before, now)
+        for key, (before, now) in changes(recorded, cfg).items()
+        if (key.startswith("MODEL.") and not _NO_FUNCTION.fullmatch(key)) or key == "INPUT.FORMAT"
+        if not (key.endswith("NORM") and before in _BATCH_NORMS and now in _BATCH_NORMS)
     }
-    return {part for part, is_used in used.items() if not is_used}
-
-
-def _stock_name(name: object) -> str:
-    """Return Detectron2's name for a network that one of this package's names builds, too."""
-    return str(name).lower().replace("resnext", "resnet").removeprefix("resnet")
 
 
 def check_same_function(cfg: CfgNode, file: Path | None = None, *, allow: bool = False) -> None:
@@ -164,17 +131,17 @@ def check_resumable(cfg: CfgNode, file: Path, run: Run | None, class_names: list
     Args:
         cfg: the config of the resumed training.
         file: the checkpoint.
-        run: its record; None if it has none.
-        class_names: of the resumed training, in the order of the model's outputs.
+        run: its record, if it has one.
+        class_names: of the resumed training.
 
     Returns:
         All settings that differ.
 
     Raises:
-        ConfigError: one of them cannot be changed.
+        ConfigError: a setting that cannot be changed differs.
         DatasetError: the classes differ.
     """
-    if run is None or not run.config:
+    if run is None:
         return {}
     found = changes(run.config, cfg)
     fixed = {key: found[key] for key in _FIXED if key in found}

@@ -23,7 +23,7 @@ from torch import nn
 from resnext_det import load_config
 from resnext_det.engine.evaluate import check_expectations
 from resnext_det.engine.trainer import Trainer
-from resnext_det.errors import ConfigError, EvaluationError
+from resnext_det.errors import ConfigError
 
 TOY = "faster_rcnn_X_26_8x4d_FPN_toy"
 NAMES = ("evaluated_first", "evaluated_second")
@@ -156,37 +156,6 @@ def test_starts_over_if_inputs_changed(cfg: CfgNode, model: nn.Module, change: s
     rest = Counting(model)
     Trainer.test(cfg, rest)
     assert rest.images == 6
-
-
-def test_evaluates_data_set_without_file(cfg: CfgNode, model: nn.Module, tmp_path: Path) -> None:
-    expected = Trainer.test(cfg, model)
-    records, names = DatasetCatalog.get(NAMES[0]), MetadataCatalog.get(NAMES[0]).thing_classes
-    DatasetCatalog.remove(NAMES[0])
-    MetadataCatalog.remove(NAMES[0])
-    DatasetCatalog.register(NAMES[0], lambda: records)
-    MetadataCatalog.get(NAMES[0]).thing_classes = names
-    found = Trainer.test(cfg, model)
-    # Areas are those of the boxes then, so that AP by size may differ.
-    for name in ("AP", "AP50", "AR100", f"AP-{names[0]}"):
-        assert found["bbox"][name] == pytest.approx(expected["bbox"][name], nan_ok=True)
-    DatasetCatalog.remove(NAMES[0])
-    DatasetCatalog.register(NAMES[0], lambda: records[1:])
-    with pytest.raises(EvaluationError, match="1 of 6 images were not predicted"):
-        Trainer.test(cfg, model)
-
-
-def test_metrics_file_holds_one_model(cfg: CfgNode, model: nn.Module, tmp_path: Path) -> None:
-    file = tmp_path / "inference" / "metrics.json"
-    file.parent.mkdir()
-    other = {"weights": "", "model_sha256": "0" * 64, "datasets": {"other": {}}}
-    file.write_text(json.dumps(other))
-    Trainer.test(cfg, model)
-    written = document(tmp_path)
-    assert list(written["datasets"]) == [NAMES[0]]
-    written["datasets"]["other"] = {}
-    file.write_text(json.dumps(written))
-    Trainer.test(cfg, model)
-    assert set(document(tmp_path)["datasets"]) == {NAMES[0], "other"}
 
 
 @pytest.mark.parametrize(

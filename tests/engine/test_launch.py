@@ -290,12 +290,9 @@ def test_reads_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     ("words", "message"),
     [
         ("--num-gpus 0", "--num-gpus is 0"),
-        ("--num-machines 0", "--num-machines 0"),
         ("--machine-rank 2 --num-machines 2 --dist-url tcp://a:1", "--machine-rank 2"),
         ("--num-machines 2", "needs --dist-url tcp://HOST:PORT"),
-        ("--dist-timeout 0", "--dist-timeout is 0"),
         ("--dist-timeout nan", "--dist-timeout is nan"),
-        ("--dist-url host:29500", "--dist-url is 'host:29500'"),
         ("--dist-url tcp://host:70000", "port from 1 to 65535"),
         ("--dist-url tcp://:29500", "tcp://HOST:PORT"),
         ("--dist-url tcp://host:29500?rank=3", "tcp://HOST:PORT"),
@@ -379,7 +376,7 @@ def reduce_with_peer(peer_is_gone: bool) -> None:
     ("function", "arguments", "message", "is_lost"),
     [
         (lose_worker, (signal.SIGKILL,), "out-of-memory killer", False),
-        (lose_worker, (signal.SIGABRT,), "worker died; .*error was: DataLoader worker", False),
+        (lose_worker, (signal.SIGUSR1,), "worker died; .*error was: DataLoader worker", False),
         (exhaust_memory, (), "this machine is out of memory", False),
         (occupy_port, (), "the rendezvous port is in use", False),
         (wait_for_clients, (), "not all processes joined", False),
