@@ -18,8 +18,10 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from threading import Thread
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -27,7 +29,7 @@ import torch
 import torch.distributed as dist
 from detectron2.engine import DEFAULT_TIMEOUT
 from detectron2.utils import comm
-from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -227,12 +229,20 @@ def _launch(function: Callable[..., None], arguments: tuple[Any, ...], job: Job)
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
         )
-        # The launcher's own handlers kill every process after 30 s, even one that is still saving.
-        # Before PyTorch 2.9 they cannot be disabled.
-        if hasattr(config, "signals_to_handle"):
-            config.signals_to_handle = "SIGHUP,SIGQUIT"
+        finished: Future[dict[int, int | None]] = Future()
+
+        def launch() -> None:
+            try:
+                finished.set_result(elastic_launch(config, _work)(function, arguments, job))
+            except BaseException as error:
+                finished.set_exception(error)
+
+        # Not in the main thread, which would wait for other machines in C++ and not see signals.
+        # Besides, the launcher's own handlers would kill processes that are still saving after 30
+        # s, but they are installed in the main thread only.
+        Thread(target=launch, daemon=True).start()
         try:
-            codes = elastic_launch(config, _work)(function, arguments, job)
+            codes = finished.result()
         except ChildFailedError as error:
             code: int = error.get_first_failure()[1].exitcode
             if code >= 0:
@@ -247,8 +257,6 @@ def _launch(function: Callable[..., None], arguments: tuple[Any, ...], job: Job)
                 raise TrainingError(
                     f"a process of this job was killed by signal {-code}, {reason}."
                 ) from error
-        except SignalException as error:
-            return 128 + error.sigval
     return max(code or 0 for code in codes.values())
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from threading import Timer
 
 import pytest
 import torch
@@ -210,6 +211,16 @@ def test_reports_missing_machine(rank: int, url: str, capfd: pytest.CaptureFixtu
         run_everywhere(print, Job(2, 2, rank, url, timeout=1))
     assert end.value.code == 2
     assert "\nerror: not all processes joined" in "\n" + capfd.readouterr().err
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_signal_ends_wait_for_machines(rank: int, url: str) -> None:
+    Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    began = time.monotonic()
+    with pytest.raises(SystemExit) as end:
+        run_everywhere(print, Job(2, 2, rank, url, timeout=20))
+    assert end.value.code == 128 + signal.SIGTERM
+    assert time.monotonic() - began < 15
 
 
 def test_reports_machines_that_disagree(
