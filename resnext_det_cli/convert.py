@@ -4,7 +4,7 @@
     %(prog)s resnext50_32x4d.pth resnext50_d2.pth --form concatenated
     %(prog)s model_final.pth detector.pth --form grouped
 
-SOURCE is a backbone in any layout that the README names. With --form it may also be a whole
+SOURCE is a backbone in any layout that docs/weights.md lists. With --form it may also be a whole
 detector: its blocks are rewritten in that form, everything else is kept.
 
 --verify then compares OUTPUT with the source's own network, of torchvision or timm, on one image,

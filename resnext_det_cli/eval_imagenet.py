@@ -4,8 +4,8 @@
     %(prog)s --weights my.pth --data imagenet/val --like resnext50_32x4d.tv_in1k --json top1.json
 
 --weights is a name that `resnext-det weights` lists, which is downloaded if necessary, or a file
-that still has its classifier, in any layout that the README names. --data has one folder per class,
-sorted like the classes (n01440764, ...).
+that still has its classifier, in any layout that docs/weights.md lists. --data has one folder per
+class, sorted like the classes (n01440764, ...).
 
 A file of the catalog, recognized by its checksum, gets the preprocessing of its published figures.
 For another file --like takes that of an entry; --resize, --crop and --interpolation override both.

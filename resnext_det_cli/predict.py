@@ -42,9 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="batch size (default: 1); in a larger batch smaller images are padded, which can "
         "change their detections slightly",
     )
-    parser.add_argument("--opts", nargs="*", default=[], metavar="KEY VALUE", help="overrides")
     parser.add_argument(
-        "overrides", nargs="*", metavar="KEY VALUE", help="the same; not right after --input"
+        "--opts", nargs="*", default=[], metavar="KEY VALUE", help="config overrides"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY VALUE", help="like --opts; not right after --input"
     )
 
 

@@ -3,8 +3,8 @@
     python tools/install.py
     python tools/install.py --folder .venv --detectron2 source
 
-Runs before anything is installed, so it uses the standard library alone, in a syntax that
-Pythons too old for the package can still read well enough to say so.
+It runs before anything is installed, so it uses only the standard library, and only syntax that
+Pythons too old for the package can parse: they say so instead of failing.
 """
 
 import argparse
@@ -22,12 +22,19 @@ DETECTRON2_SOURCE = "git+https://github.com/facebookresearch/detectron2.git@a59f
 
 
 def main():
-    """Parse the arguments, install what is missing, check that it imports."""
+    """Install what is missing and check that it imports."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--folder", default=os.path.join(ROOT, ".venv"))
-    parser.add_argument("--detectron2", choices=["wheel", "source"], default="wheel")
+    parser.add_argument(
+        "--folder", default=os.path.join(ROOT, ".venv"), help="of the environment (default: .venv)"
+    )
+    parser.add_argument(
+        "--detectron2",
+        choices=["wheel", "source"],
+        default="wheel",
+        help="a wheel (default), or upstream's source, which needs a compiler",
+    )
     arguments = parser.parse_args()
     refuse_other_pythons()
     folder = os.path.abspath(arguments.folder)
@@ -45,7 +52,7 @@ def main():
 
 
 def refuse_other_pythons():
-    """Exit with what to do, unless this Python is one the lock was resolved for."""
+    """Exit, unless the requirements were locked for this Python."""
     if OLDEST <= sys.version_info[:2] <= NEWEST:
         return
     sys.exit(
@@ -83,7 +90,7 @@ def write(name, text):
 
 
 def make_environment(folder, stamp):
-    """Create the virtual environment; one of another Python gives way if this script made it."""
+    """Create the virtual environment; replace one of another Python if this script made it."""
     version = environment_version(folder)
     if version == platform.python_version():
         return
@@ -91,8 +98,8 @@ def make_environment(folder, stamp):
         shutil.rmtree(folder)
     elif version is not None:
         sys.exit(
-            "error: {} is a virtual environment of Python {} that somebody else made; name "
-            "another folder, or remove it yourself.".format(folder, version)
+            "error: {} is a virtual environment of Python {} that this script did not make; name "
+            "another folder, or remove it.".format(folder, version)
         )
     elif os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         sys.exit("error: {} is not a virtual environment; move it away first.".format(folder))
@@ -123,7 +130,7 @@ def install(python, detectron2):
 
 
 def wheel_options(python):
-    """Return the options that make pip take Detectron2's wheel under any Python and system."""
+    """Return the options that make pip install Detectron2's wheel on any Python and system."""
     query = "import sysconfig; print(sysconfig.get_path('purelib'))"
     packages = subprocess.check_output([python, "-c", query], universal_newlines=True).strip()
     return [
@@ -134,7 +141,7 @@ def wheel_options(python):
 
 
 def pip(python, *arguments):
-    """Run pip install; exit with the command where it fails."""
+    """Run pip install; exit if it fails."""
     command = [python, "-m", "pip", "install", "--disable-pip-version-check", *arguments]
     print("+ " + " ".join(command), flush=True)
     if subprocess.call(command) != 0:
@@ -142,9 +149,9 @@ def pip(python, *arguments):
 
 
 def verify(python):
-    """Exit with the error where the freshly installed package does not import."""
+    """Exit if the installed package does not import."""
     if subprocess.call([python, "-c", "import resnext_det"], cwd=os.path.dirname(python)) != 0:
-        sys.exit("error: everything is installed, yet `import resnext_det` fails; see above.")
+        sys.exit("error: everything is installed, but `import resnext_det` fails; see above.")
 
 
 if __name__ == "__main__":
