@@ -1,4 +1,4 @@
-"""Keypoints of annotation files, as Detectron2 knows them for COCO's people."""
+"""Keypoints of annotation files, against those of Detectron2 for COCO's people."""
 
 from __future__ import annotations
 
@@ -28,11 +28,14 @@ NAMES = ["left_ear", "nose", "right_ear"]
 SMALL = "MODEL.KEYPOINT_ON True SOLVER.MAX_ITER 2 SOLVER.STEPS () SOLVER.WARMUP_ITERS 0"
 SMALL += " SOLVER.IMS_PER_BATCH 2 INPUT.MIN_SIZE_TRAIN (64,) INPUT.MAX_SIZE_TRAIN 96"
 SMALL += " TEST.KEYPOINT_OKS_SIGMAS [0.05,0.1,0.05] DATALOADER.NUM_WORKERS 0"
+# Heat maps are resized to every box, which takes most of the time.
+SMALL += " TEST.DETECTIONS_PER_IMAGE 3 INPUT.MIN_SIZE_TEST 64 INPUT.MAX_SIZE_TEST 96"
+SMALL += " MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS (16,16)"
 
 
 @pytest.fixture
 def toy(tmp_path: Path) -> Path:
-    """Toy data with three keypoints an object, but for some objects that have none."""
+    """Toy data with three keypoints per object; some objects have none."""
     root = write_toy_coco(tmp_path / "coco", ToySpec(train_images=6, val_images=3))
     for split in ("train2017", "val2017"):
         file = root / "annotations" / f"instances_{split}.json"
@@ -62,7 +65,7 @@ def config(*words: object) -> CfgNode:
     return load_config("faster_rcnn_X_26_8x4d_FPN_toy", overrides)
 
 
-def test_cocos_people_are_those_that_detectron2_knows() -> None:
+def test_people_have_the_keypoints_of_detectron2() -> None:
     category = {"keypoints": list(COCO_PERSON_KEYPOINT_NAMES), "skeleton": [[16, 14], [6, 7]]}
     found = keypoints_of([{"name": "dog"}, category], Path("a.json"))
     assert found is not None
@@ -81,7 +84,7 @@ def test_cocos_people_are_those_that_detectron2_knows() -> None:
         (["top", "lower", "corner"], ()),
     ],
 )
-def test_sides_are_told_by_name(names: list[str], flips: Any) -> None:
+def test_left_and_right_swap_by_name(names: list[str], flips: Any) -> None:
     found = keypoints_of([{"keypoints": names}], Path("a.json"))
     assert found is not None and found.flips == flips
 
@@ -96,7 +99,7 @@ def test_sides_are_told_by_name(names: list[str], flips: Any) -> None:
         ([["a"], ["b"]], "the same for all categories"),
     ],
 )
-def test_keypoints_that_cannot_be_learned_are_refused(given: list[Any], said: str) -> None:
+def test_refuses_keypoints_that_cannot_be_learned(given: list[Any], said: str) -> None:
     with pytest.raises(DatasetError, match=said):
         keypoints_of([{"keypoints": each} for each in given], Path("a.json"))
 
@@ -113,7 +116,7 @@ def registered(toy: Path) -> Iterator[str]:
     MetadataCatalog.remove(name)
 
 
-def test_records_become_what_stock_detectron2_makes_of_them(registered: str, toy: Path) -> None:
+def test_instances_are_those_of_detectron2(registered: str, toy: Path) -> None:
     ours = custom.use(config(), **files(toy))
     assert ours.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS == 3
     theirs = ours.clone()
@@ -130,7 +133,7 @@ def test_records_become_what_stock_detectron2_makes_of_them(registered: str, toy
         assert (found.gt_keypoints.tensor == expected.gt_keypoints.tensor).all()
 
 
-def test_a_training_on_data_of_ones_own_ends_with_figures(toy: Path, tmp_path: Path) -> None:
+def test_trains_and_evaluates_keypoints(toy: Path, tmp_path: Path) -> None:
     cfg = custom.use(config("OUTPUT_DIR", tmp_path / "run"), **files(toy))
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=False)
@@ -141,7 +144,7 @@ def test_a_training_on_data_of_ones_own_ends_with_figures(toy: Path, tmp_path: P
     NamingDatasetMapper(alone, False)
 
 
-def test_keypoints_that_are_missing_are_named(toy: Path) -> None:
+def test_refuses_data_without_keypoints(toy: Path) -> None:
     paths = files(toy)
     document = json.loads(paths["train_json"].read_text())
     for category in document["categories"]:

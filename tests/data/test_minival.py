@@ -8,7 +8,6 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
@@ -18,13 +17,13 @@ from pycocotools.coco import COCO
 from resnext_det.data.minival import SIZES, Size, prepare_minival
 from resnext_det.data.registered import MINIVAL, TRAIN_2014, VALMINUSMINIVAL, locate
 from resnext_det.errors import DatasetError
+from resnext_det_cli import main
 from tests.helpers.generated_coco import SMALL, GeneratedCoco, generate
 
 MINIVAL_FILE = "instances_minival2014.json"
 REMAINDER_FILE = "instances_valminusminival2014.json"
 VAL_FILE = "instances_val2017.json"
 ALL = ("train2014", "val2014", "train2017", "val2017")
-Tool = Callable[..., "CompletedProcess[str]"]
 
 
 @pytest.fixture(scope="session")
@@ -303,32 +302,37 @@ def test_leaves_nothing_half_written(
     assert read(coco, REMAINDER_FILE) == expected(generated, "val2014", "valminusminival")
 
 
-def test_the_command_on_true_sizes(coco: Path, tool: Tool) -> None:
+def test_the_command_on_true_sizes(
+    coco: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """val2017 has its true size; nothing else is there."""
+
+    def run(*words: object) -> tuple[int, str]:
+        try:
+            code = main(["prepare-minival", *map(str, words)])
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out + captured.err
+
     sizes = {**SMALL, "minival": SIZES["minival"], "val2014": Size(5_001, 36_782)}
-    made = generate(sizes)
-    lay(coco, made, ("val2017",), ("val2017",))
-    done = tool("prepare_minival.py", ["--coco", coco])
-    assert done.returncode == 0, done.stderr
-    assert "coco_2014_minival: ready, from instances_val2017.json and val2017" in done.stdout
-    assert f"export DETECTRON2_DATASETS={coco.parent}" in done.stdout
+    lay(coco, generate(sizes), ("val2017",), ("val2017",))
+    code, said = run("--coco", coco)
+    assert code == 0 and f"export DETECTRON2_DATASETS={coco.parent}" in said
+    assert "coco_2014_minival: ready, from instances_val2017.json and val2017" in said
     next((coco / "val2017").iterdir()).unlink()
-    done = tool("prepare_minival.py", ["--dry-run"], datasets=coco.parent)
-    assert done.returncode == 1
-    assert "1 of 5,000 images are missing" in done.stdout
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(coco.parent))
+    code, said = run("--dry-run")
+    assert code == 1 and "1 of 5,000 images are missing" in said
     (coco / "annotations" / VAL_FILE).write_text("[")
-    done = tool("prepare_minival.py", ["--coco", coco])
-    assert done.returncode == 2
-    assert "instances_val2017.json is not JSON" in done.stderr
-    assert "Traceback" not in done.stderr
+    code, said = run("--coco", coco)
+    assert code == 2 and "instances_val2017.json is not JSON" in said
 
 
 @pytest.mark.slow
-def test_files_of_the_true_size(tmp_path: Path, tool: Tool) -> None:
-    made, coco = generate(SIZES), tmp_path / "coco"
-    lay(coco, made, ALL, ("val2014",))
-    done = tool("prepare_minival.py", ["--coco", coco])
-    assert done.returncode == 0, done.stderr
+def test_files_of_the_true_size(coco: Path) -> None:
+    lay(coco, generate(SIZES), ALL, ("val2014",))
+    assert prepare_minival(coco, print)
     assert len(COCO(str(coco / "annotations" / MINIVAL_FILE)).anns) == 36_781
     remainder = COCO(str(coco / "annotations" / REMAINDER_FILE))
     assert (len(remainder.imgs), len(remainder.anns)) == (35_504, 255_094)

@@ -26,7 +26,7 @@ TRAIN, TRAIN_OF_2017 = "instances_train2014.json", "instances_train2014_from2017
 
 @pytest.fixture(autouse=True)
 def registered_again() -> Iterator[None]:
-    """The catalog is everybody's: put it back."""
+    """Restore the catalog, which all tests share."""
     yield
     register_datasets(datasets_root())
 
@@ -35,7 +35,6 @@ def registered_again() -> Iterator[None]:
     ("there", "expected"),
     [
         ((), (MINIVAL, "val2014")),
-        ((MINIVAL, VAL), (MINIVAL, "val2014")),
         ((VAL,), (VAL, "val2017")),
         ((MINIVAL, VAL, "val2014", "val2017"), (MINIVAL, "val2014")),
         ((MINIVAL, VAL, "val2017"), (VAL, "val2017")),
@@ -44,16 +43,12 @@ def registered_again() -> Iterator[None]:
         (("val2017",), (MINIVAL, "val2014")),
         ((REMAINDER, OF_2017, "val2014", "train2017"), (REMAINDER, "val2014")),
         ((REMAINDER, OF_2017, "train2017"), (OF_2017, "train2017")),
-        ((REMAINDER, "train2017"), (REMAINDER, "val2014")),
-        ((TRAIN, TRAIN_OF_2017, "train2014"), (TRAIN, "train2014")),
         ((TRAIN, TRAIN_OF_2017, "train2017"), (TRAIN_OF_2017, "train2017")),
         ((TRAIN,), (TRAIN, "train2014")),
         ((MINIVAL, VAL, "empty val2014", "val2017"), (VAL, "val2017")),
-        ((MINIVAL, VAL, "empty val2014", "empty val2017"), (MINIVAL, "val2014")),
-        ((REMAINDER, OF_2017, "empty val2014", "train2017"), (OF_2017, "train2017")),
     ],
 )
-def test_files_and_folders_that_fit_together_are_chosen(
+def test_chooses_files_and_folders_that_fit_together(
     there: tuple[str, ...], expected: tuple[str, str], tmp_path: Path
 ) -> None:
     coco = tmp_path / "coco"
@@ -71,25 +66,17 @@ def test_files_and_folders_that_fit_together_are_chosen(
     assert locate(coco, name) == (coco / "annotations" / expected[0], coco / expected[1])
 
 
-@pytest.mark.parametrize("content", ["others", "hollow", "links", "folders"])
-def test_a_folder_without_an_image_of_its_split_is_not_there(content: str, tmp_path: Path) -> None:
+def test_a_folder_without_images_of_its_split_is_empty(tmp_path: Path) -> None:
     coco = tmp_path / "coco"
-    (coco / "annotations").mkdir(parents=True)
+    for name in ("annotations", "val2014", "val2017"):
+        (coco / name).mkdir(parents=True)
     for name in (MINIVAL, VAL):
         (coco / "annotations" / name).touch()
-    for split in ("val2014", "val2017"):
-        (coco / split).mkdir()
     (coco / "val2017" / "000000000009.jpg").write_bytes(b"jpeg")
-    image = coco / "val2014" / "COCO_val2014_000000000009.jpg"
-    if content == "others":
-        (coco / "val2014" / "000000000009.jpg").write_bytes(b"jpeg")
-        (coco / "val2014" / ".DS_Store").write_bytes(b"x")
-    elif content == "hollow":
-        image.touch()
-    elif content == "links":
-        image.symlink_to(tmp_path / "nowhere")
-    else:
-        image.mkdir()
+    (coco / "val2014" / "000000000009.jpg").write_bytes(b"jpeg")
+    (coco / "val2014" / "COCO_val2014_000000000001.jpg").touch()
+    (coco / "val2014" / "COCO_val2014_000000000002.jpg").symlink_to(tmp_path / "nowhere")
+    (coco / "val2014" / "COCO_val2014_000000000003.jpg").mkdir()
     assert locate(coco, NAMES[0])[1] == coco / "val2017"
     (coco / "val2014" / "COCO_val2014_000000000010.jpg").symlink_to(
         coco / "val2017" / "000000000009.jpg"
@@ -97,8 +84,8 @@ def test_a_folder_without_an_image_of_its_split_is_not_there(content: str, tmp_p
     assert locate(coco, NAMES[0])[1] == coco / "val2014"
 
 
-def test_registering_opens_nothing_and_is_harmless_twice(tmp_path: Path) -> None:
-    """What stands there is no JSON at all, and the folder of the second time is nowhere."""
+def test_registering_twice_opens_nothing(tmp_path: Path) -> None:
+    """The files are not JSON, and the last folder does not exist."""
     annotations = tmp_path / "coco" / "annotations"
     annotations.mkdir(parents=True)
     for name in (MINIVAL, REMAINDER, TRAIN, VAL):

@@ -60,29 +60,23 @@ def test_processes_and_accumulation_see_the_same_images(is_landscape: list[bool]
 
 @pytest.mark.parametrize("is_landscape", [None, IS_LANDSCAPE], ids=["mixed", "grouped"])
 @pytest.mark.parametrize("start", [0, 1, 7])
-def test_a_stream_goes_on_where_it_was_left(start: int, is_landscape: list[bool] | None) -> None:
+def test_a_stream_continues_where_it_stopped(start: int, is_landscape: list[bool] | None) -> None:
     whole = updates(2, 3, 12, is_landscape=is_landscape)
     assert updates(2, 3, 12 - start, is_landscape=is_landscape, start=start) == whole[start:]
 
 
-def test_images_of_a_batch_lie_or_stand_together() -> None:
+def test_every_image_comes_once_per_epoch_with_others_of_its_orientation() -> None:
+    batches = [batch for update in updates(2, 2, 23) for batch in update]
+    ordered = sorted((draw for batch in batches for draw in batch), key=lambda draw: draw.position)
+    assert [draw.position for draw in ordered] == list(range(len(ordered)))
+    assert sorted(draw.index for draw in ordered[:SIZE]) == list(range(SIZE))
     for update in updates(2, 2, 20, is_landscape=IS_LANDSCAPE):
         for batch in update:
             assert len({IS_LANDSCAPE[draw.index] for draw in batch}) == 1
 
 
-def test_every_image_comes_once_in_a_round() -> None:
-    draws = [
-        draw for update in updates(2, 2, 23, is_landscape=None) for part in update for draw in part
-    ]
-    ordered = sorted(draws, key=lambda draw: draw.position)
-    assert [draw.position for draw in ordered] == list(range(len(draws)))
-    first = ordered[:SIZE]
-    assert sorted(draw.index for draw in first) == list(range(SIZE))
-
-
-def test_the_order_is_detectron2s(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What two processes of stock Detectron2 would take, image by image."""
+def test_the_order_is_detectron2s() -> None:
+    """As two processes of stock Detectron2 take them, image by image."""
     for process in range(2):
         sampler = TrainingSampler(SIZE, seed=5)
         sampler._rank, sampler._world_size = process, 2
@@ -91,12 +85,7 @@ def test_the_order_is_detectron2s(monkeypatch: pytest.MonkeyPatch) -> None:
         assert [draw.index for batch in ours for draw in batch] == stock
 
 
-def test_seeds_depend_on_every_word() -> None:
-    found = {seeds(*words) for words in itertools.product(range(4), repeat=3)}
-    assert len(found) == 4**3
-
-
-def test_random_numbers_are_as_before_afterwards() -> None:
+def test_seeded_restores_the_random_state() -> None:
     def draw() -> tuple[float, float, float]:
         return random.random(), np.random.rand(), float(torch.rand(()))
 
@@ -112,6 +101,7 @@ def test_random_numbers_are_as_before_afterwards() -> None:
         assert draw() == inside
     with seeded(3, 5):
         assert all(one != two for one, two in zip(draw(), inside))
+    assert len({seeds(*words) for words in itertools.product(range(4), repeat=3)}) == 4**3
 
 
 def unreadable(record: dict[str, Any]) -> dict[str, Any]:
@@ -120,7 +110,7 @@ def unreadable(record: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def test_images_that_cannot_be_read_stop_or_are_skipped_and_told() -> None:
+def test_stops_at_or_skips_unreadable_images() -> None:
     records = [{"id": number} for number in range(6)]
     with pytest.raises(DatasetError, match="the image 3 cannot be read"):
         SeededDataset(records, unreadable, 0)[Draw(0, 3)]
@@ -128,9 +118,6 @@ def test_images_that_cannot_be_read_stop_or_are_skipped_and_told() -> None:
     assert found["id"] % 2 == 0 and "the image 3 cannot be read" in found["skipped"][0]
     assert found == SeededDataset(records, unreadable, 0, skip=True)[Draw(0, 3)]
     assert SeededDataset(records, unreadable, 0, skip=True)[Draw(0, 2)] == {"id": 2}
-
-
-def test_nothing_but_bad_images_is_an_error() -> None:
     with pytest.raises(DatasetError, match="in a row cannot be used, such as: the image"):
         SeededDataset([{"id": 1}], unreadable, 0, skip=True)[Draw(0, 0)]
 
@@ -179,9 +166,15 @@ def test_workers_and_resumes_change_no_pixel(photographs: str) -> None:
         assert all(torch.equal(one, two) for (_, one), (_, two) in zip(found, expected))
 
 
-def test_a_model_of_stuff_needs_its_annotations(photographs: str) -> None:
-    cfg = config(photographs)
-    cfg.MODEL.META_ARCHITECTURE = "PanopticFPN"
+def test_refuses_wrong_settings(photographs: str) -> None:
+    share = Share(0, 1, 1, 2)
+    for key, value, said in (
+        ("DATALOADER.BAD_IMAGES", "ignore", "must be stop or skip"),
+        ("DATALOADER.SAMPLER_TRAIN", "Mine", "must be TrainingSampler or Repeat"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            build_stream(config(photographs, key, value), lambda record: record, share, 1)
+    cfg = config(photographs, "MODEL.META_ARCHITECTURE", "PanopticFPN")
     with pytest.raises(DatasetError, match=r"6 of 6 images of .* have no sem_seg_file_name"):
         training_records(cfg)
 
@@ -193,17 +186,7 @@ def test_records_are_those_of_detectron2s_loader(photographs: str) -> None:
     assert {type(each) for each in ours} == {dict} and ours[0].keys() == stock[0].keys()
 
 
-def test_wrong_settings_are_refused(photographs: str) -> None:
-    share = Share(0, 1, 1, 2)
-    cfg = config(photographs, "DATALOADER.BAD_IMAGES", "ignore")
-    with pytest.raises(ConfigError, match="must be stop or skip"):
-        build_stream(cfg, lambda record: record, share, 1)
-    cfg = config(photographs, "DATALOADER.SAMPLER_TRAIN", "Mine")
-    with pytest.raises(ConfigError, match="must be TrainingSampler or Repeat"):
-        build_stream(cfg, lambda record: record, share, 1)
-
-
-def test_rare_classes_are_repeated_in_the_same_order(photographs: str) -> None:
+def test_repeats_rare_classes_by_seed(photographs: str) -> None:
     words = ["DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"]
     cfg = config(photographs, *words, "DATALOADER.REPEAT_THRESHOLD", 0.1)
 
