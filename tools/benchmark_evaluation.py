@@ -101,7 +101,7 @@ def main() -> None:
     from resnext_det.environment import hardware, versions
     from resnext_det.errors import EvaluationError, reported
     from resnext_det.evaluation.annotations import read_ground_truth
-    from resnext_det.evaluation.coco import by_hotcoco, by_pycocotools
+    from resnext_det.evaluation.coco import by_pycocotools, compute
     from resnext_det.evaluation.detections import read_detections
     from resnext_det.files import write_json
 
@@ -113,7 +113,7 @@ def main() -> None:
         detections = read_detections(files[1], truth)
         for _ in range(arguments.rounds):
             times = [time.perf_counter()]
-            ours = by_hotcoco(truth, detections).summary
+            ours = compute(truth, detections)[0].summary
             times.append(time.perf_counter())
             theirs = by_pycocotools(truth, detections).summary
             times.append(time.perf_counter())

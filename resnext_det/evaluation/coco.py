@@ -192,13 +192,6 @@ def _accumulated(evaluation: Any, protocol: Protocol) -> Accumulated:
     )
 
 
-def by_hotcoco(
-    truth: GroundTruth, detections: Detections, protocol: Protocol = Protocol()
-) -> Accumulated:
-    """Evaluate by hotcoco."""
-    return _accumulated(hotcoco_evaluation(truth, detections, protocol), protocol)
-
-
 def by_pycocotools(
     truth: GroundTruth, detections: Detections, protocol: Protocol = Protocol()
 ) -> Accumulated:

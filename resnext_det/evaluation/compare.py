@@ -16,7 +16,7 @@ from tabulate import tabulate
 from resnext_det.console import progress_bar
 from resnext_det.errors import DatasetError, plain, quoted
 from resnext_det.evaluation.annotations import GroundTruth
-from resnext_det.evaluation.coco import FIGURES, by_hotcoco, hotcoco_evaluation, percent, shown
+from resnext_det.evaluation.coco import FIGURES, compute, hotcoco_evaluation, percent, shown
 from resnext_det.evaluation.detections import Detections, read_detections
 from resnext_det.evaluation.results_file import read_metrics
 from resnext_det.files import file_digest
@@ -103,7 +103,7 @@ def compare(
     rows = [set(map(tuple, each.table.tolist())) for each in (before, now)]
     differing = len({row[0] for row in rows[0] ^ rows[1]})
     enough = resamples > 0 and (differing == 0 or differing >= _FEWEST_DIFFERING)
-    summaries = [map(percent, by_hotcoco(truth, each).summary) for each in (before, now)]
+    summaries = [map(percent, compute(truth, each)[0].summary) for each in (before, now)]
     differences = []
     for name, one, other, low, high in zip(FIGURES, *summaries, lower, upper):
         difference = None if one is None or other is None else other - one

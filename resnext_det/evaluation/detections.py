@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,10 @@ import hotcoco
 import numpy as np
 from numpy.typing import NDArray
 
+from resnext_det.data.annotations import read_json
 from resnext_det.data.records import GREATEST_ID
 from resnext_det.errors import DatasetError, quoted
 from resnext_det.evaluation.annotations import GroundTruth
-from resnext_det.files import open_regular
 
 KINDS = ("bbox", "segm", "keypoints")
 """What can be evaluated, by COCO's names."""
@@ -235,14 +234,7 @@ def read_detections(file: Path, truth: GroundTruth, *, with_classes: bool = True
     Raises:
         DatasetError: the file cannot be read, or holds other things than such detections.
     """
-    try:
-        with open_regular(file) as stream:
-            content = json.loads(stream.read())
-    except (ValueError, RecursionError, OSError) as error:
-        raise DatasetError(
-            f"the detections {quoted(file)} cannot be read: {quoted(error)}. Give a JSON file in "
-            "COCO's results format."
-        ) from error
+    content = read_json(file)
     if not isinstance(content, list):
         raise DatasetError(
             f"{quoted(file)} holds {quoted(content)} instead of a list of detections. Give each "

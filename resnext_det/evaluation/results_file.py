@@ -28,6 +28,7 @@ INFERENCE = "inference"
 METRICS = "metrics.json"
 _LONGEST_LINE = 1 << 20
 _LONGEST_COMMAND = 4096
+_INVALID = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 Scalars = dict[str, float]
 """What a training logs of one iteration: "total_loss", "lr", "bbox/AP" and so on."""
@@ -148,10 +149,7 @@ def read_metrics(run: Path) -> Metrics:
             ),
             commit=_text_or_none(document.get("commit")),
         )
-    except (
-        *(OSError, ValueError, KeyError, TypeError, AttributeError),
-        *(OverflowError, RecursionError),
-    ) as error:
+    except (OSError, *_INVALID) as error:
         raise DatasetError(
             f"{quoted(file)} is not what an evaluation writes ({quoted(repr(error))}). Evaluate "
             "the run again."
@@ -282,7 +280,7 @@ def write_metrics(
             earlier = json.loads(target.read_text(encoding="utf-8"))
             if all(earlier[key] == value for key, value in description.items()):
                 others = dict(earlier["datasets"])
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, *_INVALID):
             pass
         document = {
             **description,

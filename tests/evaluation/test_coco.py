@@ -25,7 +25,6 @@ from resnext_det.evaluation import coco
 from resnext_det.evaluation.annotations import GroundTruth, read_ground_truth
 from resnext_det.evaluation.coco import (
     Engine,
-    Protocol,
     by_pycocotools,
     compute,
     figures_of,
@@ -178,14 +177,6 @@ def test_the_named_engine_computes(
             compute(*pair, engine=BOTH)
     with pytest.raises(ConfigError, match=r"unknown engine .cocoapi.: name hotcoco or"):
         Engine("cocoapi")
-
-
-def test_cross_check_covers_proposals(pair: tuple[GroundTruth, Detections]) -> None:
-    protocol = Protocol(limits=(5, 20), by_class=False)
-    found, _ = compute(*pair, protocol, BOTH)
-    assert found.recall.shape == (10, 1, 4, 2)
-    assert found.summary == ()
-    assert 0 < found.recall[:, 0, 0, 0].mean() < found.recall[:, 0, 0, 1].mean()
 
 
 def recall_by_detectron2(file: Path, proposals: Detections, limit: int, area: str) -> float:
