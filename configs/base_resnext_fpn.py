@@ -1,15 +1,15 @@
 """Base-ResNeXt-FPN.yaml as a LazyConfig, for Detectron2's tools/lazyconfig_train_net.py.
 
-Each child is the twin of the yaml of its name: tests/test_lazy_configs.py compares both, value by
-value. What the schedule is, and what it is not, stands in Base-ResNeXt-FPN.yaml.
+Each child is the twin of the yaml of its name; tests/test_lazy_configs.py compares the values.
+Base-ResNeXt-FPN.yaml explains the schedule.
 
-Without a counterpart here, as that tool has none:
+That tool has no counterpart of two keys:
 - SOLVER.REFERENCE_WORLD_SIZE: on fewer than 8 GPUs nothing is scaled, so set
-  dataloader.train.total_batch_size, optimizer.lr and train.max_iter yourself. The warm-up and the
-  step move with train.max_iter.
-- MODEL.WEIGHTS with its proof: train.init_checkpoint is read by Detectron2 alone, so give it what
-  tools/convert_weights.py wrote. The backbone refuses a file that fills it only in part; whether
-  pixels and stride are those of the weights, nobody compares.
+  dataloader.train.total_batch_size, optimizer.lr and train.max_iter yourself. Warm-up and step
+  scale with train.max_iter.
+- MODEL.WEIGHTS: Detectron2 alone reads train.init_checkpoint, so give it a file that
+  tools/convert_weights.py wrote. The backbone refuses a file that would fill only part of it, but
+  nothing checks that pixels and stride are those of the weights.
 """
 
 import torch
@@ -44,9 +44,9 @@ from resnext_det.data.mapper import NamingDatasetMapper
 from resnext_det.evaluation.evaluator import detection_evaluator
 
 if globals().get("__loader__") is not None:
-    # Python imports a module once, so all children would change one and the same base.
+    # Python imports a module only once, so all children would change the same base.
     raise ImportError(
-        "this is a LazyConfig, and no module to import: read it with "
+        "this file is a LazyConfig, which cannot be imported: read it with "
         "resnext_det.model_zoo.get_lazy_config or detectron2.config.LazyConfig.load."
     )
 
@@ -114,7 +114,7 @@ model = L(GeneralizedRCNN)(
             test_topk_per_image=100,
         ),
     ),
-    # ImageNet's statistics in the one pixel convention of this package: BGR, 0 to 255.
+    # ImageNet's statistics in this package's only pixel convention: BGR, 0 to 255.
     pixel_mean=[103.530, 116.280, 123.675],
     pixel_std=[57.375, 57.120, 58.395],
     input_format="BGR",
@@ -134,7 +134,7 @@ train = {
     "eval_period": 0,  # after the last iteration only
     "log_period": 20,
     "device": "cuda" if torch.cuda.is_available() else "cpu",
-    "seed": -1,  # another one in each run
+    "seed": -1,  # a different one in each run
 }
 
 dataloader = {
@@ -172,7 +172,7 @@ dataloader = {
     ),
     "evaluator": L(detection_evaluator)(
         dataset="${..test.dataset.names}",
-        # A subfolder: the trainer's log and the evaluator's figures are both metrics.json.
+        # A subfolder, because the training log and the evaluator's figures are both metrics.json.
         output="${train.output_dir}/inference",
         weights="${train.init_checkpoint}",
     ),

@@ -1,4 +1,4 @@
-"""The paper's schedule in small, for the toy data."""
+"""A short version of the paper's schedule for the toy data."""
 
 from .base_resnext_fpn import dataloader, lr_multiplier, model, optimizer, train
 

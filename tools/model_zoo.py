@@ -19,11 +19,11 @@ COCO_IMAGES = 118_287  # train2017
 HEAD = """# Model zoo
 
 `tools/model_zoo.py` writes this page from the shipped configs and `docs/zoo.yaml`. Nothing was
-trained on COCO here: every AP on COCO below was published by somebody else.
+trained on COCO here: all AP on COCO below were published by others.
 
-Parameters exclude FrozenBN, which has none. Multiply-adds are those of convolutions and linear
-layers for one image at test size, with the config's number of proposals. Epochs are passes over
-the 118,287 images of train2017, or over the toy images.
+FrozenBN has no parameters. Multiply-adds are those of convolutions and linear layers for one image
+at test size, with the config's number of proposals. Epochs are passes over the 118,287 images of
+train2017 or over the toy images.
 """
 
 
