@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
@@ -21,9 +20,8 @@ from resnext_det.backbones import build_detector
 from resnext_det.errors import ConfigError
 from resnext_det.modeling.complexity import PUBLISHED, Part, network_complexity
 from resnext_det.modeling.template import BLOCKS_PER_STAGE, Cost
+from resnext_det_cli import main
 from resnext_det_cli.complexity import config_complexity
-
-Tool = Callable[..., "CompletedProcess[str]"]
 
 FASTER_RCNN = "faster_rcnn_X_50_32x4d_FPN_paper"
 C4 = [
@@ -248,14 +246,15 @@ def test_refuses_other_architectures_and_sizes() -> None:
             config_complexity(load_config(FASTER_RCNN), *size)
 
 
-def test_command(tool: Tool) -> None:
-    done = tool("complexity.py", [])
-    rows = [" ".join(line.split()) for line in done.stdout.splitlines()]
+def test_command(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["complexity"])
+    rows = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "1 50 layers 32x4d 25,028,904 25,000,000 4.230 G 4.2 G +0.7%" in rows
     assert "2 block of res2, 32x4d 70,144 70,000 0.220 G 0.22 G +0.0%" in rows
-    arguments = ["MODEL.RPN.POST_NMS_TOPK_TEST", "300", "--size", "250", "300"]
-    done = tool("complexity.py", [*arguments, "--config-file", FASTER_RCNN])
-    assert "One image of 256 x 320, heads for 300 regions." in done.stdout
-    done = tool("complexity.py", ["--template", "32x4", "--depth", "101"])
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.splitlines()[-1].startswith("error: template '32x4' is not of the form")
+    main(["complexity", "MODEL.RPN.POST_NMS_TOPK_TEST", "300", "--config-file", FASTER_RCNN])
+    assert "One image of 800 x 1344, heads for 300 regions." in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        main(["complexity", "--template", "32x4", "--depth", "101"])
+    out, err = capsys.readouterr()
+    assert not out
+    assert err.splitlines()[-1].startswith("error: template '32x4' is not of the form CxDd")
