@@ -163,9 +163,9 @@ def make_stage(
         res2_out_channels: output channels of res2.
         form: of the blocks.
         norm: for every convolution.
-        stride_in_1x1: the place of the stride.
+        stride_in_1x1: whether the stride is in the first 1x1 convolution.
         dilation: of the 3x3 convolutions; a dilated stage has stride 1 (DC5).
-        deformable: arguments for `DeformBottleneckBlock`, if the stage shall be made of these.
+        deformable: arguments for `DeformBottleneckBlock`, to build the stage from these.
         zero_init_residual: start the last norm of every block at 0.
         checkpointed: keep only the inputs of the blocks.
 
