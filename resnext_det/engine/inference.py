@@ -118,7 +118,7 @@ def _evaluate(
         _remaining(loader, done, sizes),
         total=len(loader),
         desc=name,
-        unit="batch",
+        unit="iteration",
         disable=not comm.is_main_process(),
     )
     callbacks = {"before_inference": mark, "after_inference": mark, "on_end": measure}
