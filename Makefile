@@ -14,7 +14,7 @@ else
 RUN := output/demo-from-scratch
 WEIGHTS := ""
 endif
-# The first Python that runs and that the lock was made for; install.py explains a miss.
+# The first Python that the requirements were locked for; if there is none, install.py says so.
 PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3.14 python3.10 python3; do \
 	$$name -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' \
 	2>/dev/null && { echo $$name; exit; }; done; echo python3)
@@ -43,7 +43,7 @@ test: setup
 test-slow: setup
 	$(IN_VENV) -m pytest -m slow --timeout=1800
 
-# The tests that show an installation to work, in about a minute.
+# A quick check of an installation, about a minute.
 smoke: setup
 	$(IN_VENV) -m pytest tests/test_install.py tests/test_config.py tests/modeling/test_resnext.py \
 		tests/engine/test_recorded_config.py

@@ -1,4 +1,4 @@
-"""What several tests share: a small toy data set, a run's folder, and the commands of tools/."""
+"""Shared fixtures: a small toy data set, a run's folder, and the commands of tools/."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
-import numpy as np
 import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -49,43 +48,41 @@ def real_photographs() -> Path:
     return Path(PHOTOGRAPHS)
 
 
-def run_tool(
-    name: str, arguments: Sequence[object], datasets: Path | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Run a script of tools/ in a process of its own, as a user does."""
-    environment = dict(os.environ)
-    if datasets is not None:
-        environment["DETECTRON2_DATASETS"] = str(datasets)
-    return subprocess.run(
-        [sys.executable, str(ROOT / "tools" / name), *(str(word) for word in arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-
-
 @pytest.fixture(scope="session")
 def tool() -> Tool:
-    """`run_tool`, as a fixture: tests are no package that could import it."""
-    return run_tool
+    """Run a script of tools/ in its own process, as a user does."""
 
+    def run(
+        name: str, arguments: Sequence[object], datasets: Path | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        environment = dict(os.environ)
+        if datasets is not None:
+            environment["DETECTRON2_DATASETS"] = str(datasets)
+        return subprocess.run(
+            [sys.executable, str(ROOT / "tools" / name), *(str(word) for word in arguments)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=500,
+        )
 
-def evaluated_by_pycocotools(annotations: Path, detections: list[dict[str, Any]]) -> COCOeval:
-    """COCO's evaluation as its own demo does it: from files, and with nothing of this package."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(str(annotations))
-        evaluation = COCOeval(truth, truth.loadRes(detections), "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return evaluation
+    return run
 
 
 @pytest.fixture(scope="session")
 def stock_evaluation() -> StockEvaluation:
-    """`evaluated_by_pycocotools`, as a fixture."""
-    return evaluated_by_pycocotools
+    """COCO's evaluation as its own demo does it: from files, and with nothing of this package."""
+
+    def evaluate(annotations: Path, detections: list[dict[str, Any]]) -> COCOeval:
+        with contextlib.redirect_stdout(io.StringIO()):
+            truth = COCO(str(annotations))
+            evaluation = COCOeval(truth, truth.loadRes(detections), "bbox")
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+        return evaluation
+
+    return evaluate
 
 
 FIGURES = {
@@ -94,30 +91,15 @@ FIGURES = {
 }  # fmt: skip
 
 
-def jittered(annotations: dict[str, Any]) -> list[dict[str, Any]]:
-    generator = np.random.default_rng(0)
-    return [
-        {
-            "image_id": entry["image_id"],
-            "category_id": entry["category_id"],
-            "bbox": [float(v) for v in np.array(entry["bbox"]) + generator.uniform(-2, 2, 4)],
-            "score": float(generator.uniform(0.4, 1)),
-        }
-        for entry in annotations["annotations"]
-    ]
-
-
 @pytest.fixture()
 def run(tmp_path: Path) -> Path:
-    """Return the folder of a small run, with everything a training and an evaluation leave."""
+    """The folder of a small run, with what an evaluation leaves."""
     toy = write_toy_coco(tmp_path / "toy", ToySpec(train_images=1, val_images=6))
-    path = toy / "annotations" / "instances_val2017.json"
-    annotations = json.loads(path.read_text())
     folder = tmp_path / "run"
     folder.mkdir()
-    (folder / "results.json").write_text(json.dumps(jittered(annotations)))
+    (folder / "results.json").write_text("[]")
     entry = {
-        "annotations": str(path),
+        "annotations": str(toy / "annotations" / "instances_val2017.json"),
         "images": str(toy / "val2017"),
         "detections": "results.json",
         "image_count": 6,
@@ -136,18 +118,7 @@ def run(tmp_path: Path) -> Path:
         "datasets": {"toy_val": entry},
     }
     (folder / "metrics.json").write_text(json.dumps(metrics))
-    (folder / "metrics.jsonl").write_text("\n".join(training_lines()) + "\n")
-    (folder / "config.yaml").write_text(
-        "MODEL:\n  RESNETS: {DEPTH: 26, NUM_GROUPS: 8, WIDTH_PER_GROUP: 4}\n"
-        "SOLVER: {MAX_ITER: 12000, BASE_LR: 0.04, STEPS: [280, 320], IMS_PER_BATCH: 8}\n"
-    )
+    curve = {"iteration": 400, "bbox/AP": 41.25, "bbox/AP50": 62.35}
+    (folder / "metrics.jsonl").write_text(f"{json.dumps(curve)}\n")
+    (folder / "config.yaml").write_text("SOLVER: {MAX_ITER: 12000, BASE_LR: 0.04}\n")
     return folder
-
-
-def training_lines() -> list[str]:
-    keys = ("total_loss", "loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc")
-    lines = [
-        json.dumps({"iteration": i, "lr": 0.1, **{key: 20 / (i + n) for n, key in enumerate(keys)}})
-        for i in range(19, 400, 20)
-    ]
-    return [*lines, '{"iteration": 400, "bbox/AP": 41.25, "bbox/AP50": 62.35}']
