@@ -339,7 +339,7 @@ def test_an_image_of_ones_own(tmp_path: Path, converted: Convert) -> None:
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
-    """Run the command in this process; test_tools.py runs it in one of its own."""
+    """Run the command in this process."""
     monkeypatch.setattr(sys, "argv", [TOOL.name, *(str(word) for word in arguments)])
     runpy.run_path(str(TOOL), run_name="__main__")
 
