@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--input", nargs="+", metavar="X", help='images, videos, folders, or patterns ("*.jpg")'
     )
     source.add_argument(
-        "--webcam", nargs="?", type=int, const=0, metavar="N", help="a camera (default: 0)"
+        "--webcam", nargs="?", type=int, const=0, metavar="N", help="a Linux camera (default: 0)"
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a folder")
     parser.add_argument(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -76,21 +74,14 @@ def open_video(file: Path) -> Iterator[VideoReader]:
 
 @contextlib.contextmanager
 def open_camera(number: int) -> Iterator[VideoReader]:
-    """Open a camera, counted from 0. Never tested with a real camera.
+    """Open a camera of Linux, counted from 0. Never tested with a real camera.
 
     Raises:
-        ConfigError: PyAV is not installed, or the platform is not Linux or macOS.
+        ConfigError: PyAV is not installed.
         DatasetError: the camera is missing, busy or forbidden.
     """
-    cameras: dict[str, tuple[str, str, dict[str, str]]] = {
-        "linux": ("video4linux2", f"/dev/video{number}", {}),
-        # Many cameras lack avfoundation's default of 29.97 frames/s.
-        "darwin": ("avfoundation", f"{number}:none", {"framerate": "30"}),
-    }
-    if sys.platform not in cameras:
-        raise ConfigError("--webcam works on Linux and macOS: record a video and pass --input.")
-    form, device, options = cameras[sys.platform]
-    with _opened(device, f"--webcam {number} ({device})", form, options) as reader:
+    device = f"/dev/video{number}"
+    with _opened(device, f"--webcam {number} ({device})", "video4linux2", {}) as reader:
         yield reader
 
 
@@ -194,21 +185,16 @@ class VideoReader:
             raise DatasetError(f"{self.name} has no frame that can be decoded{reason}.")
 
     def _decoded(self) -> Iterator[VideoFrame]:
-        while True:
-            try:
-                for packet in self._container.demux(self._stream):
-                    try:
-                        yield from packet.decode()
-                    except self._av.FFmpegError as error:  # carry on, as video players do
-                        message = f"a part cannot be decoded ({error.strerror})"
-                        self._first_problem = self._first_problem or message
-                return
-            except self._av.BlockingIOError:
-                time.sleep(0.005)  # a macOS camera without a new frame yet
-            except (self._av.FFmpegError, OSError) as error:
-                message = f"reading stopped early ({error.strerror})"
-                self._first_problem = self._first_problem or message
-                return
+        try:
+            for packet in self._container.demux(self._stream):
+                try:
+                    yield from packet.decode()
+                except self._av.FFmpegError as error:  # carry on, as video players do
+                    message = f"a part cannot be decoded ({error.strerror})"
+                    self._first_problem = self._first_problem or message
+        except (self._av.FFmpegError, OSError) as error:
+            message = f"reading stopped early ({error.strerror})"
+            self._first_problem = self._first_problem or message
 
 
 class VideoWriter:

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
-from subprocess import CompletedProcess
 from typing import Any
 
 import numpy as np
@@ -19,6 +17,7 @@ import pytest
 from resnext_det.errors import DatasetError, ResNeXtError
 from resnext_det.evaluation.results_file import read_metrics
 from resnext_det.report.page import write_report
+from resnext_det_cli import main
 from tests.report.conftest import CLASSES, CONFIG, edit
 
 HOSTILE = "\"'><script>alert(1)</script><img src=x onerror=alert(1)>"
@@ -228,6 +227,6 @@ def test_failed_writing_keeps_the_old_page(run: Path, monkeypatch: pytest.Monkey
     assert (run / "report.html").read_text() == "the old page"
 
 
-def test_report_command(run: Path, tool: Callable[..., CompletedProcess[str]]) -> None:
-    done = tool("report.py", ["--run", run, "--output", run / "page.html"])
-    assert done.stdout.splitlines()[-1] == f"Report: {run / 'page.html'}", done.stderr
+def test_report_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", "--run", str(run), "--output", str(run / "page.html")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"Report: {run / 'page.html'}"

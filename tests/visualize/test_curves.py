@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from subprocess import CompletedProcess
 from typing import Any
 from xml.etree import ElementTree
 
@@ -15,6 +14,7 @@ import pytest
 
 from resnext_det.errors import ConfigError, DatasetError
 from resnext_det.visualize.curves import Line, line_of, plot_runs, run_curves, smoothed
+from resnext_det_cli import main
 
 Write = Callable[..., Path]
 
@@ -155,9 +155,7 @@ def test_run_curves() -> None:
     assert run_curves([]) == {}
 
 
-def test_curves_command(
-    tool: Callable[..., CompletedProcess[str]], write: Write, tmp_path: Path
-) -> None:
+def test_curves_command(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "curves.png"
-    done = tool("plot_curves.py", [write("run"), "--output", output, "--smooth", 0])
-    assert (done.returncode, done.stdout) == (0, f"Curves: {output}\n"), done.stderr
+    assert main(["curves", str(write("run")), "--output", str(output), "--smooth", "0"]) == 0
+    assert capsys.readouterr().out == f"Curves: {output}\n"

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
 from pathlib import Path
-from subprocess import CompletedProcess
 from typing import Any
 
 import numpy as np
@@ -27,6 +25,7 @@ from resnext_det.visualize.dataset import (
     write_images,
 )
 from resnext_det.visualize.draw import draw_objects
+from resnext_det_cli import main
 
 SEED = 11
 
@@ -175,15 +174,14 @@ def test_refuses_an_evaluation_without_data(datasets: Path) -> None:
 
 
 def test_show_data_command(
-    tool: Callable[..., CompletedProcess[str]], datasets: Path, tmp_path: Path
+    datasets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     toy = datasets / "toy_coco"
-    arguments = ["SEED", 5, "--config-file", "configs/faster_rcnn_X_26_8x4d_FPN_toy.yaml"]
-    arguments += ["--train-json", toy / "annotations" / "instances_train2017.json"]
-    arguments += ["--count", 3, "--output", tmp_path / "seen"]
-    done = tool("visualize_data.py", [*arguments, "--train-images", toy / "train2017"])
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    words = ["SEED", 5, "--config-file", "faster_rcnn_X_26_8x4d_FPN_toy", "--count", 3]
+    words += ["--train-json", toy / "annotations" / "instances_train2017.json"]
+    words += ["--train-images", toy / "train2017", "--output", tmp_path / "seen"]
+    assert main(["show-data", *map(str, words)]) == 0
+    lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "seed 5"
     names = sorted(each.name for each in (tmp_path / "seen").iterdir())
     assert names == ["0000.png", "0001.png", "0002.png", SHEET]

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
-from subprocess import CompletedProcess
 from typing import Any
 
 import av
@@ -21,10 +19,9 @@ from resnext_det.engine.predictor import Detection, Predictor
 from resnext_det.errors import ConfigError, DatasetError
 from resnext_det.visualize.demo import RESULTS, Demo, find_sources
 from resnext_det.visualize.video import open_video
+from resnext_det_cli import main
 from tests.visualize.conftest import write_frames
 
-Tool = Callable[..., "CompletedProcess[str]"]
-TOY = ["--config-file", "configs/faster_rcnn_X_26_8x4d_FPN_toy.yaml"]
 TIMES = [0.0, 0.1, 0.4, 0.5]
 
 
@@ -214,7 +211,9 @@ def test_refuses_images_that_no_jpeg_can_hold(predictor: Predictor, tmp_path: Pa
     assert "at most 65500 a side" in demo.problems[0]
 
 
-def test_predict_command(tool: Tool, detector: CfgNode, tmp_path: Path) -> None:
+def test_predict_command(
+    detector: CfgNode, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Overrides may be anywhere; a broken file is reported, and the others are drawn."""
     folder, output = tmp_path / "in", tmp_path / "in" / "out"
     folder.mkdir()
@@ -222,15 +221,15 @@ def test_predict_command(tool: Tool, detector: CfgNode, tmp_path: Path) -> None:
         Image.new("RGB", (60, 40), (90, 120, 30)).save(folder / name)
     (folder / "broken.jpg").write_bytes(b"no picture")
     write_frames(folder / "a.mkv", [0.0, 0.1, 0.2])
-    arguments = ["INPUT.MIN_SIZE_TEST", 64, *TOY, "--input", folder / "*.jpg", folder / "a.mkv"]
-    arguments += ["--output", output, "MODEL.WEIGHTS", detector.MODEL.WEIGHTS]
-    arguments += ["--threshold", 0, "--opts", "INPUT.MAX_SIZE_TEST", 96]
-    done = tool("demo.py", [*arguments, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.999])
-    assert done.returncode == 1, done.stderr
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith(f"error: the image {folder / 'broken.jpg'} cannot be read")
-    assert f"drawn into {output}: 2 images, 1 videos of 3 frames" in done.stdout
-    assert done.stdout.splitlines()[-1].startswith("network: ")
+    words = ["INPUT.MIN_SIZE_TEST", 64, "--config-file", "faster_rcnn_X_26_8x4d_FPN_toy"]
+    words += ["--input", folder / "*.jpg", folder / "a.mkv", "--output", output]
+    words += ["MODEL.WEIGHTS", detector.MODEL.WEIGHTS, "--threshold", 0]
+    words += ["--opts", "INPUT.MAX_SIZE_TEST", 96, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.999]
+    assert main(["predict", *map(str, words)]) == 1
+    said = capsys.readouterr()
+    assert f"error: the image {folder / 'broken.jpg'} cannot be read" in said.err
+    assert f"drawn into {output}: 2 images, 1 videos of 3 frames" in said.out
+    assert said.out.splitlines()[-1].startswith("network: ")
     assert sorted(each.name for each in output.iterdir()) == ["a.jpg", "a.mp4", "b.jpg", RESULTS]
     lines = [each for each in results(output) if "detections" in each]
     assert len(lines) == 5
