@@ -31,33 +31,25 @@ class Run:
         class_names: in the order of the model's outputs; empty if they were not given.
         versions: of Python and the packages, by name.
         iteration: the last finished one, counted from 0; None for weights alone.
-        best: the best value of TEST.BEST.METRIC so far, if there was one.
-        provenance: anything else the run recorded.
     """
 
     config: str
     class_names: tuple[str, ...]
     versions: Mapping[str, str]
     iteration: int | None
-    best: float | None
-    provenance: Mapping[str, Any]
 
 
-def run_record(
-    config: CfgNode | None, class_names: Sequence[str], provenance: Mapping[str, Any]
-) -> dict[str, Any]:
+def run_record(config: CfgNode | None, class_names: Sequence[str]) -> dict[str, Any]:
     """Return a run's record for its checkpoints, in plain containers; `read_run` reads it.
 
     Args:
         config: of the run.
         class_names: in the order of the model's outputs.
-        provenance: anything else to record; a number under "best" is the best value so far.
     """
     return {
         "config": "" if config is None else config.dump(),
         "class_names": [str(name) for name in class_names],
         "versions": versions(),
-        "provenance": dict(provenance),
     }
 
 
@@ -77,8 +69,7 @@ def read_run(file: Path) -> Run | None:
     if record is None:
         return None
     try:
-        provenance, names = _mapping(record["provenance"]), record["class_names"]
-        best = provenance.get("best")
+        names = record["class_names"]
         if not isinstance(names, list):
             raise TypeError("class_names is not a list")
         return Run(
@@ -86,8 +77,6 @@ def read_run(file: Path) -> Run | None:
             class_names=tuple(str(name) for name in names),
             versions={str(name): str(one) for name, one in _mapping(record["versions"]).items()},
             iteration=iteration_of(content),
-            best=None if best is None else float(best),
-            provenance=provenance,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(

@@ -155,7 +155,8 @@ _PATTERNS: tuple[tuple[str, Rule], ...] = (
     ("SOLVER.BASE_LR_END", _ANY_NUMBER),
     ("SOLVER.BASE_LR SOLVER.LR_PER_IMAGE *.CLIP_VALUE", _POSITIVE),
     ("SOLVER.WEIGHT_DECAY_*", _optional(_NOT_NEGATIVE)),
-    ("SOLVER.LR_SCHEDULER_NAME", _word(MULTI_STEP, COSINE, FIXED_GAMMA)),
+    # Not FIXED_GAMMA: fvcore raises IndexError when it steps after the last iteration.
+    ("SOLVER.LR_SCHEDULER_NAME", _word(MULTI_STEP, COSINE)),
     ("SOLVER.GAMMA", _number("above 0 and up to 1", lambda value: 0 < value <= 1)),
     ("SOLVER.STEPS", _list(_whole(1), "of iterations, such as (60000, 80000), or ()")),
     ("SOLVER.WARMUP_ITERS", _whole(0, " (no warm-up)")),

@@ -26,9 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Train, and print the accuracy on held-out crops."""
     from resnext_det.data.registered import TOY_FOLDER, datasets_root
-    from resnext_det.engine.pretraining import PretrainingPlan, pretrain
+    from resnext_det.engine.pretraining import pretrain
 
     given = {name: vars(arguments)[name] for name in ("updates", "seed") if name in arguments}
     data = arguments.data or datasets_root() / TOY_FOLDER
-    right = pretrain(data, arguments.output, PretrainingPlan(**given))
+    right = pretrain(data, arguments.output, **given)
     print(f"{right:.1%} of the held-out crops are classified correctly: {arguments.output}")

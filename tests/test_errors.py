@@ -5,17 +5,14 @@ from __future__ import annotations
 import io
 import logging
 import sys
-import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from detectron2.utils.events import EventStorage
 from tqdm import tqdm
 
 from resnext_det import console
-from resnext_det.engine.hooks import Progress
 from resnext_det.errors import DatasetError, InertMessages, plain, quoted, reported
 
 
@@ -122,25 +119,6 @@ def log(tmp_path: Path) -> Iterator[Path]:
     yield tmp_path / "log.txt"
     package.removeHandler(file)
     package.setLevel(level)
-
-
-@pytest.mark.parametrize("terminal", [False, True])
-def test_training_logs_progress(terminal: bool, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    screen = Terminal() if terminal else io.StringIO()
-    monkeypatch.setattr(sys, "stderr", screen)
-    hook = Progress(seconds=3600)
-    with EventStorage() as storage:
-        hook.trainer = types.SimpleNamespace(storage=storage, max_iter=50, start_iter=0, iter=0)
-        hook.before_train()
-        for hook.trainer.iter in range(50):
-            storage.put_scalars(total_loss=2.0, loss_cls=2.0)
-            hook.after_step()
-            storage.step()
-        hook.after_train()
-    first, last = log.read_text().splitlines()
-    assert first.startswith("iteration 1/50: loss 2.000 (cls 2.000)")
-    assert last.startswith("iteration 50/50: loss 2.000")
-    assert ("training" in screen.getvalue()) == terminal
 
 
 def test_bar_logs_lines_without_a_terminal(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from resnext_det.console import progress_bar
-from resnext_det.engine.stopping import SIGNALS
+from resnext_det.engine.hooks import SIGNALS
 from resnext_det.engine.train_loop import unwrap
 from resnext_det.environment import commit, versions
 from resnext_det.errors import EvaluationError

@@ -35,7 +35,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from resnext_det.data.stream import end_with_parent
 from resnext_det.engine.explanations import OUT_OF_MEMORY_KILLER, explain, says_lost_contact
-from resnext_det.engine.stopping import SAME_SIGNAL, SIGNALS, STOPPED
+from resnext_det.engine.hooks import SAME_SIGNAL, SIGNALS, STOPPED
 from resnext_det.errors import ConfigError, TrainingError, reported
 
 # Set for every process by torchrun and by the elastic launcher.

@@ -1,135 +1,193 @@
-"""The schedules that configs are named after, and what a config becomes on this machine."""
+"""The schedule: what a config becomes on this number of processes, checked and described."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
+from tabulate import tabulate
 
 from resnext_det.config import complete
-from resnext_det.engine.plan import Plan, make_plan
-from resnext_det.engine.solver import check_solver, shorten
+from resnext_det.config_rules import COSINE, MULTI_STEP, RULES, refuse, value_of, wrong
 from resnext_det.errors import ConfigError
+from resnext_det.files import size_text
 
-# Above this, the numbers of processes that could share a batch are not listed.
-_MANY_PROCESSES = 1024
+# The keys that `DefaultTrainer.auto_scale_workers` changes.
+_SCALED = (
+    "SOLVER.IMS_PER_BATCH",
+    "SOLVER.BASE_LR",
+    "SOLVER.MAX_ITER",
+    "SOLVER.STEPS",
+    "SOLVER.WARMUP_ITERS",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "TEST.EVAL_PERIOD",
+)
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """How long a detector is trained, on how much, at which learning rate.
+class Plan:
+    """What a training will do on this number of processes.
 
     Attributes:
-        name: at the end of the names of its configs.
-        images: per update, over all processes (SOLVER.IMS_PER_BATCH).
-        processes: that it was written for, a GPU each (SOLVER.REFERENCE_WORLD_SIZE).
-        base_lr: learning rate after the warm-up.
-        steps: iterations from which on it is a tenth of what it was.
-        max_iter: iterations.
-        warmup_iters: iterations over which the learning rate grows to `base_lr`, linearly.
-        warmup_factor: of `base_lr`, at the start.
-        source: who says so.
+        cfg: the scaled config.
+        processes: number of processes.
+        micro_batches: micro-batches per process and update; above 1, gradients are accumulated.
+        images_per_micro_batch: images that a process handles at once.
+        scaling: SOLVER.SCALING and what it changed, in words.
+        warnings: about settings that were shortened or are unusual.
     """
 
-    name: str
-    images: int
+    cfg: CfgNode
     processes: int
-    base_lr: float
-    steps: tuple[int, ...]
-    max_iter: int
-    warmup_iters: int
-    warmup_factor: float
-    source: str
+    micro_batches: int
+    images_per_micro_batch: int
+    scaling: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
+    @property
+    def checkpoints_kept(self) -> int:
+        """The number of checkpoints at the end: periodic ones, the final one and the best."""
+        solver, test = self.cfg.SOLVER, self.cfg.TEST
+        periodic = solver.MAX_ITER // solver.CHECKPOINT_PERIOD
+        kept = min(periodic, solver.KEEP_LAST or periodic)
+        return int(kept + 1 + bool(self.cfg.DATASETS.TEST and test.BEST.METRIC))
 
-_SCHEDULES = (
-    # The paper trains RPN and Fast R-CNN apart; this is its RPN step, applied to both at once.
-    Schedule(
-        *("paper", 16, 8, 0.02, (120_000,), 180_000, 1000, 0.001),
-        source="arXiv 1611.05431v2, appendix B (RPN step); the warm-up is Detectron2's default",
-    ),
-    # Detectron's, 8 GPUs of one image at 0.01 for twice the iterations, as Detectron2 writes them.
-    Schedule(
-        *("1x", 16, 8, 0.02, (60_000, 80_000), 90_000, 1000, 0.001),
-        source="Detectron2, configs/Base-RCNN-FPN.yaml",
-    ),
-    Schedule(
-        *("3x", 16, 8, 0.02, (210_000, 250_000), 270_000, 1000, 0.001),
-        source="Detectron2, configs/COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml",
-    ),
-    # The notes that this package was asked for with say "8 GPUs, 128 mini-batch" of COCO. The paper
-    # does not: its 128 is the mini-batch of CIFAR (appendix A), and on COCO it takes 16 images for
-    # RPN and 8 for Fast R-CNN. Who wants 128 gets it by the linear rule: 8 times the images and the
-    # learning rate, an eighth of the iterations. The warm-up keeps its 1000 iterations, 1.08 epochs
-    # of 118,287 images instead of 0.14: the rule fails where the weights still change fast, so the
-    # larger the rate, the longer it needs to get there (1706.02677, section 2.2).
-    Schedule(
-        *("128", 128, 8, 0.16, (15_000,), 22_500, 1000, 0.001),
-        source="the paper's, scaled from 16 to 128 images by the linear rule (1706.02677)",
-    ),
-)
+    @property
+    def evaluations(self) -> int:
+        """The number of evaluations, including the one at the end."""
+        if not self.cfg.DATASETS.TEST:
+            return 0
+        period, end = self.cfg.TEST.EVAL_PERIOD, self.cfg.SOLVER.MAX_ITER
+        return 1 + ((end - 1) // period if period else 0)
 
-SCHEDULES = {schedule.name: schedule for schedule in _SCHEDULES}
-"""By name."""
+    def shortage(self, checkpoint_bytes: int, free_bytes: int) -> str | None:
+        """Return a warning if the disk cannot hold the checkpoints, else None."""
+        needed = (
+            self.checkpoints_kept + 1
+        ) * checkpoint_bytes  # one is written before another goes
+        if needed <= free_bytes:
+            return None
+        return (
+            f"the checkpoints need {size_text(needed)} of disk space and {size_text(free_bytes)} "
+            "are free: lower SOLVER.KEEP_LAST (0 keeps all) or set another OUTPUT_DIR."
+        )
+
+    def describe(self, images: int, checkpoint_bytes: int) -> str:
+        """Return the plan as lines to print.
+
+        Args:
+            images: number of training images.
+            checkpoint_bytes: size of one checkpoint.
+        """
+        solver, test, tested = self.cfg.SOLVER, self.cfg.TEST, self.cfg.DATASETS.TEST
+
+        def at(iteration: int) -> str:
+            epochs = iteration * solver.IMS_PER_BATCH / images
+            return f"iteration {iteration:,} ({epochs:.2f} epochs)"
+
+        if solver.LR_SCHEDULER_NAME == COSINE:
+            decay = [f"cosine, to {solver.BASE_LR_END:g} at the end"]
+        else:
+            decay = [
+                f"to {solver.BASE_LR * solver.GAMMA**number:g} at {at(iteration)}"
+                for number, iteration in enumerate(_decays(self.cfg), start=1)
+            ]
+        warmup = "none"
+        if solver.WARMUP_ITERS:
+            start = solver.BASE_LR * solver.WARMUP_FACTOR
+            warmup = f"from {start:g}, until {at(solver.WARMUP_ITERS)}"
+        evaluations = f"{self.evaluations:,} on {', '.join(tested)}" if tested else "none"
+        if test.EVAL_PERIOD and tested:
+            evaluations += f", every {test.EVAL_PERIOD:,} iterations and at the end"
+        if test.BEST.PATIENCE and test.BEST.METRIC and tested:
+            evaluations += f"; stops after {test.BEST.PATIENCE:,} without improvement"
+        rows = [
+            (
+                "Images per update",
+                f"{solver.IMS_PER_BATCH:,} = {self.processes} x {self.micro_batches} x "
+                f"{self.images_per_micro_batch} (processes x micro-batches x images)",
+            ),
+            ("Scaling", "\n".join(self.scaling)),
+            ("Images to train on", f"{images:,}"),  # read by the report
+            ("Learning rate", f"{solver.BASE_LR:g}"),
+            ("Warm-up", warmup),
+            ("Decay", "\n".join(decay) or "none"),
+            ("End", at(solver.MAX_ITER)),
+            ("Evaluations", evaluations),
+            (
+                "Checkpoints",
+                f"every {solver.CHECKPOINT_PERIOD:,} iterations; {self.checkpoints_kept:,} kept, "
+                f"of {size_text(checkpoint_bytes)} each",
+            ),
+        ]
+        text: str = tabulate(rows, tablefmt="plain", disable_numparse=True)
+        return text
 
 
 def scale(cfg: CfgNode, world_size: int) -> tuple[CfgNode, Plan]:
-    """Return what a config becomes on this number of processes, and the plan of it.
+    """Return what a config becomes on this number of processes, and the plan for it.
 
-    With SOLVER.REFERENCE_WORLD_SIZE the number of processes that the config was written for (0:
-    those there are), SOLVER.SCALING says how it is repeated on another number:
+    SOLVER.REFERENCE_WORLD_SIZE is the number of processes that the config was written for, or 0 for
+    any. SOLVER.SCALING decides how another number repeats it:
 
-    - "accumulate": the same images per update, learning rate and iterations. A process takes its
-      share of the images one micro-batch after the other, the largest micro-batches that divide
-      the share and hold no more images than a process of the reference had, so that they fit the
-      same memory. 16 images of 8 processes are on 1 process 8 micro-batches of 2, on 16 processes
-      a micro-batch of 1 image each.
-    - "linear": `DefaultTrainer.auto_scale_workers`, with the same images per process: batch,
-      learning rate, iterations and periods change. One micro-batch per update.
-    - "none": unchanged, in one micro-batch per update.
+    - "accumulate": the same images per update, learning rate and iterations. A process splits its
+      share of the images into micro-batches, as large as possible without exceeding what a process
+      of the reference had, so that they fit in the same memory. 16 images of 8 processes become 8
+      micro-batches of 2 on 1 process, and a micro-batch of 1 each on 16 processes.
+    - "linear": `DefaultTrainer.auto_scale_workers`: the same images per process; batch, learning
+      rate, iterations and periods change in proportion.
+    - "none": unchanged.
 
-    SOLVER.IMS_PER_MICRO_BATCH, where it is not 0, sets the size of the micro-batches. A schedule
-    that is longer than SOLVER.MAX_ITER is shortened first, with a warning in the plan.
-
-    Args:
-        cfg: any Detectron2 config; it is not changed.
-        world_size: processes that train.
+    SOLVER.IMS_PER_MICRO_BATCH sets the size of micro-batches, unless it is 0.
 
     Returns:
-        A frozen config and its plan. SOLVER.REFERENCE_WORLD_SIZE is 0 in it, so that neither
-        Detectron2's trainer nor a second call scales it again; only the plan knows micro-batches.
+        A frozen config with SOLVER.REFERENCE_WORLD_SIZE 0, so that it is not scaled again, and its
+        plan.
 
     Raises:
-        ConfigError: a value that `check_solver` refuses, before scaling or after, or images that
-            cannot be shared by the processes.
+        ConfigError: a value is out of range, before or after scaling, or the processes cannot share
+            the batch.
     """
     if world_size < 1:
-        raise ConfigError(f"{world_size} processes cannot train; there must be 1 or more.")
+        raise ConfigError(f"{world_size} processes cannot train; start 1 or more.")
     cfg = complete(cfg)
     check_solver(cfg)
     cfg, warnings = shorten(cfg)
-    scaled = _linear(cfg, world_size) if cfg.SOLVER.SCALING == "linear" else cfg.clone()
+    scaled = _linear(cfg, world_size) if cfg.SOLVER.SCALING == "linear" else cfg
     scaled, more = shorten(scaled)
-    solver = scaled.SOLVER
+    solver, reference = scaled.SOLVER, cfg.SOLVER.REFERENCE_WORLD_SIZE
     if solver.IMS_PER_BATCH % world_size:
-        raise ConfigError(_not_shared(cfg, world_size))
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} is not divisible by {world_size} "
+            "processes: start a number of them that divides it, set SOLVER.IMS_PER_BATCH to a "
+            f"multiple of {world_size}, or set SOLVER.SCALING linear."
+        )
     share = most = solver.IMS_PER_BATCH // world_size
     if solver.SCALING == "accumulate":
-        most = solver.IMS_PER_BATCH // (solver.REFERENCE_WORLD_SIZE or world_size)
-    images = solver.IMS_PER_MICRO_BATCH or _largest_divisor(share, most)
+        most = solver.IMS_PER_BATCH // (reference or world_size)
+    largest = next((size for size in range(min(share, most), 1, -1) if share % size == 0), 1)
+    images = solver.IMS_PER_MICRO_BATCH or largest
     if share % images:
         raise ConfigError(
-            f"SOLVER.IMS_PER_MICRO_BATCH {images} does not divide the {share} images of a process "
-            f"(SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} over {world_size}). Set a divisor of "
-            f"{share}, or 0."
+            f"SOLVER.IMS_PER_MICRO_BATCH {images} does not divide the {share} images of a process; "
+            f"set a divisor of {share}, or 0."
         )
+    scaled = scaled.clone()
     scaled.defrost()
-    solver.REFERENCE_WORLD_SIZE = 0
+    scaled.SOLVER.REFERENCE_WORLD_SIZE = 0
     scaled.freeze()
+    changes = [
+        f"{key} {value_of(cfg, key)} -> {value_of(scaled, key)}"
+        for key in _SCALED
+        if value_of(cfg, key) != value_of(scaled, key)
+    ]
+    how = f"{solver.SCALING}, from {reference or world_size} to {world_size} processes"
     warnings += [*more, *_unusual_rate(scaled)]
-    return scaled, make_plan(cfg, scaled, world_size, images, share // images, warnings)
+    plan = Plan(scaled, world_size, share // images, images, (how, *changes), tuple(warnings))
+    return scaled, plan
 
 
 def _linear(cfg: CfgNode, world_size: int) -> CfgNode:
@@ -137,45 +195,94 @@ def _linear(cfg: CfgNode, world_size: int) -> CfgNode:
     batch, reference = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE
     if reference and batch % reference:
         raise ConfigError(
-            f"SOLVER.IMS_PER_BATCH {batch} is no multiple of SOLVER.REFERENCE_WORLD_SIZE "
-            f"{reference}, the processes that it was written for, so it cannot be scaled. Set "
-            "SOLVER.REFERENCE_WORLD_SIZE 0 to take the batch as it is."
+            f"SOLVER.IMS_PER_BATCH {batch} is not a multiple of SOLVER.REFERENCE_WORLD_SIZE "
+            f"{reference}, so it cannot be scaled. Set SOLVER.REFERENCE_WORLD_SIZE 0 to keep it."
         )
     scaled: CfgNode = DefaultTrainer.auto_scale_workers(cfg.clone(), world_size)
-    came = f"SOLVER.SCALING linear, from {reference} to {world_size} processes"
+    origin = f"SOLVER.SCALING linear, from {reference} to {world_size} processes"
     try:
         check_solver(scaled)
     except ConfigError as error:
-        raise ConfigError(f"{came}: {error}") from error
+        raise ConfigError(f"{origin}: {error}") from error
     if cfg.TEST.EVAL_PERIOD and not scaled.TEST.EVAL_PERIOD:
         raise ConfigError(
-            f"{came}: TEST.EVAL_PERIOD {cfg.TEST.EVAL_PERIOD} becomes 0, which is no evaluation "
-            "before the end. Set a longer period, or 0 if that is meant."
+            f"{origin}: TEST.EVAL_PERIOD {cfg.TEST.EVAL_PERIOD} becomes 0, which means no "
+            "evaluation before the end. Set a longer period, or 0."
         )
     return scaled
 
 
-def _largest_divisor(number: int, most: int) -> int:
-    """Return the largest divisor up to `most`, at least 1."""
-    return next((size for size in range(min(number, most), 1, -1) if number % size == 0), 1)
+def check_solver(cfg: CfgNode) -> None:
+    """Refuse values of SOLVER and TEST that are out of range, or that Detectron2 would reinterpret.
 
-
-def _not_shared(cfg: CfgNode, world_size: int) -> str:
-    """Return why, which numbers of processes could share the batch, and what else helps."""
+    Raises:
+        ConfigError: it names every such key, its value and what is allowed.
+    """
+    keys = [key for key in RULES if key.startswith(("SOLVER.", "TEST."))]
+    refuse(*(wrong(key, value_of(cfg, key)) for key in keys))
     solver = cfg.SOLVER
-    batch, reference = solver.IMS_PER_BATCH, solver.REFERENCE_WORLD_SIZE
-    most = min(batch, _MANY_PROCESSES)
-    numbers = [str(number) for number in range(1, most + 1) if batch % number == 0]
-    way_out = f"set SOLVER.IMS_PER_BATCH to a multiple of {world_size}"
-    if reference and batch % reference == 0:
-        way_out = (
-            "set SOLVER.SCALING linear, which keeps the images of a process and scales batch, "
-            "learning rate and iterations"
+    steps, end_rate, half = None, None, None
+    if solver.LR_SCHEDULER_NAME == MULTI_STEP and any(
+        later <= earlier for earlier, later in itertools.pairwise(solver.STEPS)
+    ):
+        steps = f"SOLVER.STEPS is {solver.STEPS!r}; each must be greater than the one before."
+    if solver.LR_SCHEDULER_NAME == COSINE and not 0 <= solver.BASE_LR_END <= solver.BASE_LR:
+        end_rate = (
+            f"SOLVER.BASE_LR_END is {solver.BASE_LR_END}; it must be from 0 to SOLVER.BASE_LR, "
+            f"{solver.BASE_LR}."
         )
-    return (
-        f"SOLVER.IMS_PER_BATCH {batch} cannot be shared by {world_size} processes; it can by "
-        f"{', '.join(numbers)}. Start one of these numbers, or {way_out}."
-    )
+    on_cpu = str(cfg.MODEL.DEVICE).startswith("cpu")
+    if solver.AMP.ENABLED and solver.AMP.PRECISION == "float16" and on_cpu:
+        half = (
+            f"SOLVER.AMP.PRECISION float16 needs a GPU, and MODEL.DEVICE is {cfg.MODEL.DEVICE}. "
+            "Set SOLVER.AMP.PRECISION bfloat16, or SOLVER.AMP.ENABLED False."
+        )
+    refuse(steps, end_rate, half)
+
+
+def shorten(cfg: CfgNode) -> tuple[CfgNode, list[str]]:
+    """Make the schedule of a long training fit a short SOLVER.MAX_ITER.
+
+    Steps beyond the end are dropped, as by Detectron2. A warm-up that would outlast the time until
+    the first decay, or the end, takes half of that time.
+
+    Returns:
+        The config, a frozen copy if something changed, and a warning for each change.
+    """
+    fitted = cfg.clone()
+    fitted.defrost()
+    solver, warnings = fitted.SOLVER, []
+    end = solver.MAX_ITER
+    if solver.LR_SCHEDULER_NAME == MULTI_STEP and any(step >= end for step in solver.STEPS):
+        solver.STEPS = tuple(step for step in solver.STEPS if step < end)
+        warnings.append(
+            f"SOLVER.STEPS {tuple(cfg.SOLVER.STEPS)} is shortened to {solver.STEPS}, as training "
+            f"ends at SOLVER.MAX_ITER {end}."
+        )
+    # With RESCALE_INTERVAL the decays follow the warm-up, however long it is.
+    decays = [] if solver.RESCALE_INTERVAL else _decays(fitted)
+    first = min(decays, default=end)
+    if first <= solver.WARMUP_ITERS:
+        solver.WARMUP_ITERS = first // 2
+        warnings.append(
+            f"SOLVER.WARMUP_ITERS {cfg.SOLVER.WARMUP_ITERS} is shortened to {first // 2}, to reach "
+            f"SOLVER.BASE_LR before the {'end' if first >= end else 'decay'} at iteration {first}."
+        )
+    if not warnings:
+        return cfg, []
+    fitted.freeze()
+    return fitted, warnings
+
+
+def _decays(cfg: CfgNode) -> list[int]:
+    """Return the iterations from which on the learning rate is lower by SOLVER.GAMMA."""
+    solver = cfg.SOLVER
+    end, warmup = solver.MAX_ITER, solver.WARMUP_ITERS
+    if solver.LR_SCHEDULER_NAME == COSINE:
+        return []
+    if solver.RESCALE_INTERVAL:  # the schedule is squeezed into what the warm-up leaves
+        return [math.ceil(warmup + step * (end - warmup) / end) for step in solver.STEPS]
+    return list(solver.STEPS)
 
 
 def _unusual_rate(cfg: CfgNode) -> list[str]:
@@ -189,7 +296,7 @@ def _unusual_rate(cfg: CfgNode) -> list[str]:
     if ratio < 2 and not math.isclose(ratio, 2):
         return []
     return [
-        f"SOLVER.BASE_LR {solver.BASE_LR:g} is {ratio:.3g} times what the linear rule gives for "
-        f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH}: {rule:g} (SOLVER.LR_PER_IMAGE "
-        f"{solver.LR_PER_IMAGE:g} an image). If the losses grow, set SOLVER.BASE_LR {rule:g}."
+        f"SOLVER.BASE_LR {solver.BASE_LR:g} is {ratio:.3g} times the linear rule's for "
+        f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} (SOLVER.LR_PER_IMAGE {solver.LR_PER_IMAGE:g} "
+        f"per image). If the losses diverge, set SOLVER.BASE_LR {rule:g}."
     ]

@@ -1,12 +1,10 @@
-"""The trainer: Detectron2's, whose updates depend on nothing but the weights and the iteration."""
+"""The trainer: Detectron2's DefaultTrainer, deterministic on any number of processes."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import weakref
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from resnext_det.backbones import build_detector
-from resnext_det.checkpoint_file import RUN, read_run, write_checkpoint
+from resnext_det.checkpoint_file import RUN, write_checkpoint
 from resnext_det.config import complete, idle_warning
 from resnext_det.config_rules import refuse_impossible
 from resnext_det.data.annotations import forget, serve
@@ -37,22 +35,23 @@ from resnext_det.data.stream import (
     training_records,
     with_lasting_workers,
 )
-from resnext_det.engine.checkpoints import Checkpointer, Checkpoints, checkpoint_bytes
-from resnext_det.engine.evaluation_hook import Evaluation, Goal, validation_losses
-from resnext_det.engine.hooks import Progress, Throughput
+from resnext_det.engine.checkpoints import Checkpointer, PeriodicCheckpointer, checkpoint_bytes
+from resnext_det.engine.hooks import (
+    SIGNALS,
+    STOPPED,
+    EarlyStop,
+    Evaluation,
+    Interrupted,
+    Progress,
+    StopOnSignal,
+    Throughput,
+    validation_losses,
+)
 from resnext_det.engine.inference import evaluate_datasets, renamed
 from resnext_det.engine.recorded_config import check_classes, check_same_function, listed
 from resnext_det.engine.schedule import scale
-from resnext_det.engine.stopping import SIGNALS, Abandoned, Interrupted, Stop, StopOnSignal
-from resnext_det.engine.train_loop import (
-    GLOBAL_NORM,
-    Arithmetic,
-    TrainLoop,
-    distributed,
-    shared_seed,
-    unwrap,
-)
-from resnext_det.engine.writers import History, Writers, build_writers, writing_period
+from resnext_det.engine.train_loop import TrainLoop, distributed, shared_seed, unwrap
+from resnext_det.engine.writers import Writers, build_writers, writing_period
 from resnext_det.evaluation.coco import Engine
 from resnext_det.evaluation.evaluator import DetectionEvaluator
 from resnext_det.evaluation.results_file import INFERENCE
@@ -61,68 +60,70 @@ from resnext_det.weights.loading import load_weights
 
 logger = logging.getLogger(__name__)
 
+GLOBAL_NORM = "global_norm"
+"""SOLVER.CLIP_GRADIENTS.CLIP_TYPE that clips the total norm, in addition to Detectron2's types."""
+
 
 class Trainer(DefaultTrainer):
-    """Trains a detector as its config says.
+    """Trains a detector from a config.
 
-    A Detectron2 `DefaultTrainer` to those who use it or subclass it; its methods have the meaning
-    they have there.
+    Detectron2's `DefaultTrainer`, to be used and subclassed like it.
     """
 
     _trainer: TrainLoop
-    checkpointer: Checkpointer
+    checkpointer: Checkpointer  # type: ignore[assignment]  # another of fvcore's kind
 
     def __init__(self, cfg: CfgNode) -> None:
         """Build model, optimizer, data and hooks.
 
         Args:
-            cfg: the run's config; SOLVER.SCALING tells what it becomes on this many processes.
+            cfg: the run's config, scaled to the number of processes by SOLVER.SCALING.
 
         Raises:
-            ConfigError: a schedule that cannot be run.
-            DatasetError: DATASETS.TEST has other classes than DATASETS.TRAIN.
+            ConfigError: a setting is impossible.
+            DatasetError: DATASETS.TEST has different classes than DATASETS.TRAIN.
         """
-        # DefaultTrainer.__init__ builds a loop and a loader of its own, without a way to say
-        # otherwise, and its create_ddp_model cannot be told that there is no GPU.
+        # DefaultTrainer.__init__ builds a loop and a loader of its own, and DDP for GPUs only.
         TrainerBase.__init__(self)
         refuse_impossible(cfg, comm.get_world_size())
         cfg, self.plan = scale(cfg, comm.get_world_size())
+        self.cfg = cfg
         if configured_classes(cfg) is not None:
             check_agreement([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
-        share = Share(
-            comm.get_rank(),
-            comm.get_world_size(),
-            self.plan.micro_batches,
-            self.plan.images_per_micro_batch,
-        )
-        self._trainer = TrainLoop(
-            distributed(model),
-            functools.partial(self.build_train_loader, cfg, share),
-            optimizer,
-            share,
-            shared_seed(cfg.SEED),
-            Path(cfg.OUTPUT_DIR),
-            Arithmetic.of(cfg),
-        )
+        self._trainer = self._build_loop(distributed(model), optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)  # type: ignore[no-untyped-call]
         self.checkpointer = Checkpointer(
             self._trainer.model,
             cfg.OUTPUT_DIR,
             config=cfg,
             class_names=class_names(cfg),
-            provenance=self._provenance,
             trainer=weakref.proxy(self),
         )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
-        self.cfg = cfg
-        self._checkpoints = Checkpoints(
-            self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.KEEP_LAST
-        )
-        self._stop_on_signal = StopOnSignal(self._checkpoints.save_now)
         self.register_hooks(list(self.build_hooks()))
+
+    def _build_loop(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainLoop:
+        plan, solver = self.plan, complete(self.cfg).SOLVER
+        share = Share(
+            comm.get_rank(), plan.processes, plan.micro_batches, plan.images_per_micro_batch
+        )
+        clip = solver.CLIP_GRADIENTS
+        clips_total = clip.ENABLED and clip.CLIP_TYPE == GLOBAL_NORM
+        return TrainLoop(
+            model,
+            functools.partial(self.build_train_loader, self.cfg, share),
+            optimizer,
+            share,
+            shared_seed(self.cfg.SEED),
+            Path(self.cfg.OUTPUT_DIR),
+            precision=getattr(torch, solver.AMP.PRECISION) if solver.AMP.ENABLED else None,
+            max_norm=clip.CLIP_VALUE if clips_total else None,
+            ema_decay=solver.EMA.DECAY if solver.EMA.ENABLED else None,
+            skip=solver.SKIP_BAD_UPDATES,
+        )
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -130,164 +131,128 @@ class Trainer(DefaultTrainer):
         return build_detector(cfg)
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Go on with the last good checkpoint of OUTPUT_DIR, or load MODEL.WEIGHTS.
+        """Resume from the newest intact checkpoint in OUTPUT_DIR, or load MODEL.WEIGHTS.
 
         Args:
-            resume: go on with weights, optimizer, schedule and iteration of the last checkpoint,
-                where there is one.
+            resume: resume weights, optimizer, schedule and iteration, if there is a checkpoint.
 
         Raises:
             WeightsError: MODEL.WEIGHTS does not fill the backbone, or the checkpoint is of another
                 model.
-            TrainingError: there are checkpoints, and all of them are damaged.
+            TrainingError: all checkpoints are damaged.
         """
         solver = [dict(group) for group in self._trainer.optimizer.param_groups]
         base_lrs = list(self.scheduler.base_lrs)
-        found = self.checkpointer.resume() if resume else None
-        if found is None:
+        resumed = self.checkpointer.resume() if resume else None
+        if resumed is None:
             logger.info("%s", load_weights(unwrap(self._trainer.model), self.cfg))
             if self.cfg.MODEL.WEIGHTS:
                 check_same_function(self.cfg, allow=True)
             return
-        self._put_in_force(solver, base_lrs)
-        self._find_best(found.file.parent)
-        if found.changes:
-            logger.info("resumed with other settings: %s", listed(found.changes))
-        self.start_iter = found.iteration + 1
-        logger.info(
-            "resumed from %s at iteration %d of %d", found.file, self.start_iter, self.max_iter
-        )
-
-    def _put_in_force(self, solver: list[dict[str, Any]], base_lrs: list[float]) -> None:
-        """Replace the solver's values of a checkpoint by the config's; momentum buffers stay.
-
-        Args:
-            solver: the optimizer's parameter groups, as built from the config.
-            base_lrs: of the scheduler, likewise.
-        """
+        # The config's values replace the checkpoint's; momentum buffers stay.
         for group, built in zip(self._trainer.optimizer.param_groups, solver):
             group.update({key: value for key, value in built.items() if key != "params"})
         self.scheduler.base_lrs = base_lrs
         if isinstance(self.scheduler, LRMultiplier):
-            rates = self.scheduler.get_lr()  # of the iteration that comes next
+            rates = self.scheduler.get_lr()  # of the next iteration
             self.scheduler._last_lr = list(rates)
             for group, rate in zip(self._trainer.optimizer.param_groups, rates):
                 group["lr"] = rate
-
-    def _find_best(self, folder: Path) -> None:
-        """Look up the best checkpoint of a training that stock Detectron2 continued meanwhile."""
-        evaluation = next((each for each in self._hooks if isinstance(each, Evaluation)), None)
-        file = folder / "model_best.pth"
-        if evaluation is None or evaluation.best is not None or not file.is_file():
-            return
-        run = read_run(file)
-        if run is not None and run.best is not None and run.iteration is not None:
-            evaluation.best, evaluation.best_iteration = run.best, run.iteration
+        if resumed.changes:
+            logger.info("resumed with changed settings: %s", listed(resumed.changes))
+        self.start_iter = resumed.iteration + 1
+        logger.info(
+            "resumed from %s at iteration %d of %d", resumed.file, self.start_iter, self.max_iter
+        )
 
     def train(self) -> dict[str, Any] | None:  # type: ignore[override]  # as DefaultTrainer's
-        """Train up to SOLVER.MAX_ITER, until patience is at its end, or until a signal.
+        """Train until SOLVER.MAX_ITER, early stopping, or a signal.
 
         Returns:
-            The last evaluation's results, where the config expects some, as in Detectron2.
+            The last results if the config has TEST.EXPECTED_RESULTS, as in Detectron2.
 
         Raises:
-            SystemExit: a signal ended the training; the code is `stopping.STOPPED`.
+            SystemExit: with code `STOPPED`, after a signal; the training is saved.
         """
-        self._tell_plan()
-        # MODEL.WEIGHTS may have learned others, and no longer says what this model learns.
+        self._log_plan()
+        # MODEL.WEIGHTS may have been trained on other classes.
         unwrap(self._trainer.model).class_names = class_names(self.cfg)  # type: ignore[assignment]
+        results: dict[str, Any] | None = None
         try:
             with SIGNALS.listening():
-                results: dict[str, Any] | None = super().train()  # type: ignore[no-untyped-call]
-        except Stop as stop:
-            logger.info("the training ends: %s", stop)
-            if stop.code:
-                raise SystemExit(stop.code) from None
-            self._checkpoints.save_final()
-            results = None
-        finally:
-            self._trainer.close()
-        self._export_average()
-        skipped = sum(comm.all_gather(self._trainer.skipped_images))
-        if skipped:
-            logger.warning("%d images could not be read, and were skipped", skipped)
-        return results
-
-    def run_step(self) -> None:
-        """Compute one update; one that was dropped because of a signal ends the training."""
-        try:
-            super().run_step()  # type: ignore[no-untyped-call]
-        except Abandoned as signal:
-            self.iter -= 1
-            self._stop_on_signal.stop(signal.number)
-
-    def _provenance(self) -> dict[str, Any]:
-        """Return what a checkpoint says beside config, classes and versions."""
-        evaluation = next((each for each in self._hooks if isinstance(each, Evaluation)), None)
-        return {"best": None if evaluation is None else evaluation.best}
-
-    def _tell_plan(self) -> None:
-        if not comm.is_main_process():
-            return
-        images = len(training_records(self.cfg))
-        size = checkpoint_bytes(unwrap(self._trainer.model), self.cfg)
-        free = free_bytes(Path(self.cfg.OUTPUT_DIR))
-        logger.info("the plan:\n%s", self.plan.describe(images, size, free))
-        shortage = self.plan.shortage(size, free)
-        for warning in (*self.plan.warnings, idle_warning(self.cfg), shortage):
-            if warning:
-                logger.warning("%s", warning)
-
-    def _export_average(self) -> None:
+                results = super().train()  # type: ignore[no-untyped-call]
+        except Interrupted:
+            self.checkpointer.save(f"model_{self.iter:07d}", iteration=self.iter)
+            logger.info(
+                "stopped after %d of %d iterations; --resume continues (exit code %d)",
+                self.iter + 1,
+                self.max_iter,
+                STOPPED,
+            )
+            raise SystemExit(STOPPED) from None
+        except EarlyStop as reason:
+            logger.info("stopped early: %s", reason)
+            self.checkpointer.save("model_final", iteration=self.iter)
         ema = self._trainer.ema
         if ema is not None and comm.is_main_process():
             content = {"model": ema.module.state_dict(), RUN: self.checkpointer.run_record()}
             write_checkpoint(content, Path(self.cfg.OUTPUT_DIR) / "model_final_ema.pth")
+        skipped = sum(comm.all_gather(self._trainer.skipped_images))
+        if skipped:
+            logger.warning("%d images could not be read and were skipped", skipped)
+        return results
+
+    def _log_plan(self) -> None:
+        if not comm.is_main_process():
+            return
+        size = checkpoint_bytes(unwrap(self._trainer.model), self.cfg)
+        images = len(training_records(self.cfg))
+        logger.info("the plan:\n%s", self.plan.describe(images, size))
+        shortage = self.plan.shortage(size, free_bytes(Path(self.cfg.OUTPUT_DIR)))
+        for warning in (*self.plan.warnings, idle_warning(self.cfg), shortage):
+            if warning:
+                logger.warning("%s", warning)
 
     def build_hooks(self) -> list[HookBase]:
-        """Return Detectron2's hooks where they serve, and this package's where they do more."""
-        cfg = self.cfg
-        goal = Goal(cfg.TEST.BEST.METRIC, cfg.TEST.BEST.PATIENCE)
+        """Return the hooks, in Detectron2's order."""
+        solver, test = self.cfg.SOLVER, self.cfg.TEST
         found: list[HookBase] = [hooks.IterationTimer(), hooks.LRScheduler()]
-        if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self._trainer.model):
-            found.append(self._precise_bn())
-        found += [Throughput(cfg.SOLVER.IMS_PER_BATCH), History()]
+        if test.PRECISE_BN.ENABLED and get_bn_modules(self._trainer.model):
+            share = Share(comm.get_rank(), comm.get_world_size(), 1, self._trainer.share.images)
+            # With a seed of its own, as these images are not those of the training.
+            loader = self.build_train_loader(self.cfg, share, self._trainer.seed + 1)
+            found.append(
+                hooks.PreciseBN(
+                    test.EVAL_PERIOD, self._trainer.model, loader, test.PRECISE_BN.NUM_ITER
+                )
+            )
+        found.append(Throughput(solver.IMS_PER_BATCH))
         is_main = comm.is_main_process()
         if is_main:
-            found.append(Progress())  # before evaluations, which are no training time
-        # Before the evaluation: a crash in it loses nothing.
-        found.append(self._checkpoints)
-        expected = bool(cfg.TEST.EXPECTED_RESULTS)
+            found += [
+                Progress(self.max_iter),
+                PeriodicCheckpointer(
+                    self.checkpointer,
+                    solver.CHECKPOINT_PERIOD,
+                    max_to_keep=solver.KEEP_LAST or None,
+                ),
+            ]
         found.append(
-            Evaluation(self._evaluate, cfg.TEST.EVAL_PERIOD, goal, self._save_best, expected)
+            Evaluation(
+                self._evaluate,
+                test.EVAL_PERIOD,
+                # Tagged as the last checkpoint, too, from which a resume continues.
+                lambda: self.checkpointer.save("model_best", iteration=self.iter),
+                test.BEST.METRIC,
+                test.BEST.PATIENCE,
+            )
         )
-        build = self.build_writers if is_main else list[EventWriter]
-        found.append(Writers(build, writing_period(self.max_iter)))
-        return [*found, self._stop_on_signal]
-
-    def _precise_bn(self) -> HookBase:
-        share = Share(comm.get_rank(), comm.get_world_size(), 1, self._trainer.share.images)
-        # Images of their own, so that those of the training are not used up.
-        loader = self.build_train_loader(self.cfg, share, self._trainer.seed + 1)
-        period, batches = self.cfg.TEST.EVAL_PERIOD, self.cfg.TEST.PRECISE_BN.NUM_ITER
-        return hooks.PreciseBN(period, self._trainer.model, loader, batches)
+        if is_main:
+            found.append(Writers(self.build_writers(), writing_period(self.max_iter)))
+        return [*found, StopOnSignal()]
 
     def _evaluate(self) -> dict[str, Any]:
-        """Evaluate the weights, their moving average, and the losses, as far as is asked for.
-
-        A signal drops the evaluation: it is done again when the training is resumed.
-        """
-        try:
-            # Alone, there is no exchange to drop in the middle of.
-            alone = comm.get_world_size() == 1
-            with SIGNALS.obeyed_at_once() if alone else contextlib.nullcontext():
-                return self._evaluated()
-        except Interrupted:
-            self._stop_on_signal.stop(SIGNALS.agreed())
-        except Abandoned as signal:
-            self._stop_on_signal.stop(signal.number)
-
-    def _evaluated(self) -> dict[str, Any]:
+        """Evaluate the weights, and as configured their average, augmented images and losses."""
         results = self._tested(self._trainer.model)
         if self.cfg.TEST.AUG.ENABLED and self.iter + 1 == self.max_iter:
             results = {**results, **self.test_with_TTA(self.cfg, self._trainer.model)}
@@ -296,36 +261,29 @@ class Trainer(DefaultTrainer):
             average = self._tested(self._trainer.ema.module, f"{INFERENCE}_ema")
             results = {**results, "ema": average}
         if self.cfg.TEST.VALIDATION_LOSS:
+            # With annotations, and without augmentation.
+            serve(self.cfg.DATASETS.TEST)
+            augmentations = build_augmentation(self.cfg, is_train=False)
+            mapper = NamingDatasetMapper(self.cfg, True, augmentations=augmentations)
+            loader = build_detection_test_loader(self.cfg, self.cfg.DATASETS.TEST[0], mapper=mapper)
+            batches = SIGNALS.interrupting(with_lasting_workers(loader))
             with seeded(self._trainer.seed, 2, self.iter):  # proposals are sampled
-                losses = validation_losses(unwrap(self._trainer.model), self._validation_batches())
+                losses = validation_losses(unwrap(self._trainer.model), batches)
             results = {**results, "validation": losses}
         return results
 
     def _tested(self, model: nn.Module, folder: str = INFERENCE) -> dict[str, Any]:
-        # For what is written: MODEL.WEIGHTS is what the training began with.
+        # Results name these weights instead of MODEL.WEIGHTS, which training started from.
         weights = f"{self.cfg.OUTPUT_DIR}, iteration {self.iter + 1}"
         return self._test_into(folder, renamed(self.cfg, weights), model)
 
-    def _validation_batches(self) -> Iterable[list[dict[str, Any]]]:
-        # With annotations, and without augmentation.
-        serve(self.cfg.DATASETS.TEST)
-        mapper = NamingDatasetMapper(
-            self.cfg, True, augmentations=build_augmentation(self.cfg, is_train=False)
-        )
-        loader = build_detection_test_loader(self.cfg, self.cfg.DATASETS.TEST[0], mapper=mapper)
-        return SIGNALS.interrupting(with_lasting_workers(loader))
-
-    def _save_best(self) -> None:
-        # It is the newest one as well, and named as such: a resume goes on from it.
-        self.checkpointer.save("model_best", iteration=self.iter)
-
     def build_writers(self) -> list[EventWriter]:
-        """Return writers of metrics.jsonl, TensorBoard's events and, where wanted, wandb's."""
+        """Return writers of metrics.jsonl, TensorBoard's events and, if enabled, wandb's."""
         return build_writers(self.cfg)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """Return Detectron2's optimizer; the loop itself clips by the norm of all gradients."""
+        """Return Detectron2's optimizer; the loop itself clips the total gradient norm."""
         if cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE == GLOBAL_NORM:
             cfg = cfg.clone()
             cfg.defrost()
@@ -337,34 +295,30 @@ class Trainer(DefaultTrainer):
     def build_train_loader(
         cls, cfg: CfgNode, share: Share | None = None, seed: int = 0, start: int = 0
     ) -> Any:
-        """Return the endless training data of a process, whose errors name the image.
+        """Return an infinite loader of one process's training data.
 
         Args:
             cfg: the run's config.
-            share: of this process; None for the whole of Detectron2's batch, as `cfg` alone says.
-            seed: of order and augmentation.
-            start: updates that were done before.
+            share: what this process computes; None for SOLVER.IMS_PER_BATCH over all processes.
+            seed: decides order and augmentation.
+            start: number of updates already done.
         """
         if share is None:
-            share = Share(
-                comm.get_rank(),
-                comm.get_world_size(),
-                1,
-                cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
-            )
+            images = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
+            share = Share(comm.get_rank(), comm.get_world_size(), 1, images)
         return build_stream(cfg, NamingDatasetMapper(cfg, True), share, seed, start)
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict[str, Any]:
-        """Evaluate a model; one that was killed in it goes on from the predictions there are.
+        """Evaluate a model; an evaluation that was killed continues after its last predictions.
 
         Args:
-            cfg: the config; DATASETS.TEST names the data sets.
-            model: with its weights.
-            evaluators: as in Detectron2: one, or one for each data set; None for this package's.
+            cfg: DATASETS.TEST names the data sets.
+            model: the model with its weights.
+            evaluators: as in Detectron2, one or one per data set; None for this package's.
 
         Raises:
-            DatasetError: the data has other classes than the model.
+            DatasetError: the data has different classes than the model.
         """
         if evaluators is not None:
             check_classes(cfg, learned=getattr(unwrap(model), "class_names", ()))
@@ -376,7 +330,7 @@ class Trainer(DefaultTrainer):
     def _test_into(cls, folder: str, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
         """Evaluate a model, and write into a folder of OUTPUT_DIR."""
         check_classes(cfg, learned=getattr(unwrap(model), "class_names", ()))
-        # A subclass whose evaluators take no folder, as Detectron2 allows, can do without this one.
+        # Detectron2 allows subclasses whose `build_evaluator` takes no folder.
         output = {}
         if folder != INFERENCE:
             output["output_folder"] = str(Path(cfg.OUTPUT_DIR) / folder)
@@ -392,14 +346,10 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
-        """Evaluate a model on augmented images, as Detectron2's tools/train_net.py does.
-
-        Args:
-            cfg: the config; TEST.AUG says how images are augmented.
-            model: a GeneralizedRCNN with its weights.
+        """Evaluate a GeneralizedRCNN with test-time augmentation, as Detectron2's train_net.py.
 
         Returns:
-            As `test`, under names that end in "_TTA"; files go to OUTPUT_DIR/inference_TTA.
+            As `test`, with names that end in "_TTA"; files go to OUTPUT_DIR/inference_TTA.
         """
         augmented = GeneralizedRCNNWithTTA(cfg, unwrap(model))
         results = cls._test_into(f"{INFERENCE}_TTA", cfg, augmented)
@@ -407,7 +357,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
-        """Return Detectron2's loader for an evaluation, whose errors name the image."""
+        """Return Detectron2's test loader, with a mapper whose errors name the image."""
         serve([dataset_name])
         mapper = NamingDatasetMapper(cfg, False)
         loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
@@ -417,17 +367,19 @@ class Trainer(DefaultTrainer):
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
     ) -> DetectionEvaluator:
-        """Return the evaluator of a data set, as Detectron2's tools/train_net.py does.
+        """Return the evaluator of a data set.
 
         Args:
             cfg: the config.
-            dataset_name: of DATASETS.TEST.
-            output_folder: for metrics.json and the detections; OUTPUT_DIR/inference by default.
+            dataset_name: one of DATASETS.TEST.
+            output_folder: for metrics.json and the detections; by default OUTPUT_DIR/inference.
         """
         folder = Path(cfg.OUTPUT_DIR) / INFERENCE if output_folder is None else Path(output_folder)
-        description = {"weights": cfg.MODEL.WEIGHTS}
         test = complete(cfg).TEST
-        engine = Engine(test.ENGINE, test.CROSS_CHECK)
         return DetectionEvaluator(
-            dataset_name, folder, description, engine, test.KEYPOINT_OKS_SIGMAS
+            dataset_name,
+            folder,
+            {"weights": cfg.MODEL.WEIGHTS},
+            Engine(test.ENGINE, test.CROSS_CHECK),
+            test.KEYPOINT_OKS_SIGMAS,
         )

@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader
 
 from resnext_det.data.stream import with_lasting_workers
 from resnext_det.engine.launch import Job, run_everywhere
-from resnext_det.engine.stopping import SIGNALS, is_started_by_another
+from resnext_det.engine.hooks import SIGNALS, is_started_by_another
 from resnext_det.errors import ConfigError, reported
 from resnext_det_cli.flags import add_processes
 

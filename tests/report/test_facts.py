@@ -83,7 +83,7 @@ def test_checkpoint_tells_what_it_was_trained_from(tmp_path: Path) -> None:
     cfg = model_zoo.get_config("faster_rcnn_X_50_32x4d_FPN_paper").clone()
     cfg.defrost()
     cfg.MODEL.WEIGHTS = CATALOG
-    content = {"model": {"a": torch.zeros(2)}, "iteration": 299, RUN: run_record(cfg, ["a"], {})}
+    content = {"model": {"a": torch.zeros(2)}, "iteration": 299, RUN: run_record(cfg, ["a"])}
     torch.save(content, tmp_path / "model_final.pth")
     # The run may have moved, and its config.yaml may be that of `--eval-only`.
     for name in (str(tmp_path / "model_final.pth"), "elsewhere/model_final.pth"):

@@ -13,7 +13,6 @@ from detectron2.modeling import build_model
 from torch import Tensor
 
 from resnext_det import ResNeXt, load_config
-from resnext_det.engine.pretraining import save_atomically
 from resnext_det.errors import WeightsError
 from resnext_det.weights.converting import BackboneWeights, read_backbone, write_detectron2
 from resnext_det.weights.layouts import to_detectron2, to_torchvision
@@ -114,7 +113,7 @@ def test_the_checkpoint_of_our_own_pretraining(rgb: BackboneWeights, tmp_path: P
     source = ResNeXt(26, "8x4d", norm="BN", res2_out_channels=32, num_classes=10)
     source.load_state_dict(to_detectron2(small_network().state_dict()))
     file = tmp_path / "pretrained.pth"
-    save_atomically(to_torchvision(source.state_dict()), file)
+    torch.save(to_torchvision(source.state_dict()), file)
     assert_same_bits(read_backbone(file), rgb)
 
 
