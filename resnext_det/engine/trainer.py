@@ -248,7 +248,8 @@ class Trainer(DefaultTrainer):
             )
         )
         if is_main:
-            found.append(Writers(self.build_writers(), writing_period(self.max_iter)))
+            period = writing_period(self.max_iter)
+            found.append(Writers(self.build_writers(), period))  # type: ignore[no-untyped-call]
         return [*found, StopOnSignal()]
 
     def _evaluate(self) -> dict[str, Any]:
