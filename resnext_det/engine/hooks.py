@@ -93,7 +93,7 @@ class Signals:
             return
         self.received, self._since = number, time.monotonic()
         logger.warning(
-            "%s: stopping after this iteration; a second signal stops at once and saves nothing",
+            "%s: saving after this iteration; a second signal stops at once and saves nothing",
             signal.Signals(number).name,
         )
 

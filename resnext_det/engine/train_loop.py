@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from resnext_det.data.stream import Share, seed_all
 from resnext_det.errors import ConfigError, TrainingError
@@ -98,6 +99,12 @@ class TrainLoop(SimpleTrainer):
             self._data_loader_iter_obj = iter(self._data(self.seed, self.iter))
         found: Iterator[Batch] = self._data_loader_iter_obj
         return found
+
+    def close(self) -> None:
+        """Stop the loader's workers, even if a traceback still references their iterator."""
+        iterator, self._data_loader_iter_obj = self._data_loader_iter_obj, None
+        if isinstance(iterator, _MultiProcessingDataLoaderIter):
+            iterator._shutdown_workers()  # as in its __del__; there is no public method
 
     def run_step(self) -> None:
         """Compute and apply one update.

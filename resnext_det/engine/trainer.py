@@ -193,6 +193,8 @@ class Trainer(DefaultTrainer):
         except EarlyStop as reason:
             logger.info("stopped early: %s", reason)
             self.checkpointer.save("model_final", iteration=self.iter)
+        finally:
+            self._trainer.close()
         ema = self._trainer.ema
         if ema is not None and comm.is_main_process():
             content = {"model": ema.module.state_dict(), RUN: self.checkpointer.run_record()}
