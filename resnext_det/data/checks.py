@@ -47,8 +47,8 @@ def check_datasets(cfg: CfgNode, names: list[str], *, ignore_health: bool = Fals
         document = read_annotations(file, name)
         if not folder.is_dir():
             raise DatasetError(
-                f"data set {quoted(name)}: no image folder {quoted(folder)}, where "
-                f"{quoted(Path(file.name))} has its {len(document['images'])} images."
+                f"data set {quoted(name)}: no image folder {quoted(folder)}, which should hold the "
+                f"{len(document['images'])} images of {quoted(Path(file.name))}."
             )
         check_not_empty(document, name, file, training=training)
         _check_class_count(cfg, name, len(document["categories"]))
@@ -133,8 +133,8 @@ def check_registered(name: str) -> None:
         return
     if name.startswith(CUSTOM):
         raise ConfigError(
-            f"data set {quoted(name)} stands for files that an earlier command line named: name "
-            "them again with --train-json and --test-json."
+            f"data set {quoted(name)} was made from files on an earlier command line: name them "
+            "again with --train-json and --test-json."
         )
     nearest = difflib.get_close_matches(name, known, n=3)
     hint = f" Similar: {', '.join(nearest)}." if nearest else ""
@@ -152,8 +152,7 @@ def check_not_empty(document: Record, name: str, file: Path, *, training: bool) 
             purpose = "train" if training else "evaluate"
             raise DatasetError(
                 f"data set {quoted(name)}: {quoted(file)} has no {key} to {purpose} on. Name a "
-                "data set that has some, such as coco_2014_minival (those of COCO's test images "
-                "are not public)."
+                "data set that has some; the annotations of COCO's test images are not public."
             )
 
 

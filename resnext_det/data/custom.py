@@ -114,7 +114,7 @@ def use(
 
     Category ids may start at 0 or 1 and have gaps: class i of the model is the category with the
     i-th id. Both files need the same names in the same order. Without a folder, the images are
-    beside the annotations, or where COCO has them.
+    beside the annotations, or in COCO's layout.
 
     Returns:
         A copy of the config with DATASETS.TRAIN, DATASETS.TEST and the number of classes.

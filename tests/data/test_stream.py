@@ -117,6 +117,8 @@ def test_stops_at_or_skips_unreadable_images() -> None:
     found = SeededDataset(records, unreadable, 0, skip=True)[Draw(0, 3)]
     assert found["id"] % 2 == 0 and "the image 3 cannot be read" in found["skipped"][0]
     assert found == SeededDataset(records, unreadable, 0, skip=True)[Draw(0, 3)]
+    skipping = SeededDataset(records, unreadable, 0, skip=True)
+    assert {skipping[Draw(position, 3)]["id"] for position in range(20)} == {0, 2, 4}
     assert SeededDataset(records, unreadable, 0, skip=True)[Draw(0, 2)] == {"id": 2}
     with pytest.raises(DatasetError, match="in a row cannot be used, such as: the image"):
         SeededDataset([{"id": 1}], unreadable, 0, skip=True)[Draw(0, 0)]
