@@ -222,9 +222,16 @@ def leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{name}", value
 
 
+def _matches(text: str, patterns: str) -> bool:
+    return any(
+        fnmatchcase(text, pattern.removeprefix("!")) != pattern.startswith("!")
+        for pattern in patterns.split()
+    )
+
+
 def _rule(key: str, default: Any = None) -> Rule:
     for patterns, rule in _PATTERNS:
-        if any(fnmatchcase(key, pattern) for pattern in patterns.split()):
+        if _matches(key, patterns):
             return rule
     return _of_default(default)
 
@@ -339,107 +346,55 @@ def _training_problems(cfg: CfgNode) -> Iterator[str]:
         yield f"INPUT.CROP.SIZE is {crop.SIZE}; INPUT.CROP.TYPE {crop.TYPE} takes {allowed}."
 
 
-def _architecture(*names: str) -> Callable[[CfgNode], bool]:
-    return lambda cfg: cfg.MODEL.META_ARCHITECTURE in names
-
-
-def _enabled(key: str, *values: object) -> Callable[[CfgNode], bool]:
-    return lambda cfg: value_of(cfg, key) in (values or (True,))
-
-
-_RCNN = ("GeneralizedRCNN", "PanopticFPN")
-KNOWN_ARCHITECTURES = (*_RCNN, "ProposalNetwork", "RetinaNet", "SemanticSegmentor")
+_RCNN = "GeneralizedRCNN PanopticFPN"
+KNOWN_ARCHITECTURES = (*_RCNN.split(), "ProposalNetwork", "RetinaNet", "SemanticSegmentor")
 _ARCHITECTURE, _SCHEDULER = "MODEL.META_ARCHITECTURE", "SOLVER.LR_SCHEDULER_NAME"
 _IN_BOX_HEAD = ("NAME", "NUM_FC", "FC_DIM", "NUM_CONV", "CONV_DIM", "NORM", "TRAIN_ON_PRED*")
+_SWITCHED = ("TEST.AUG", "TEST.PRECISE_BN", "SOLVER.CLIP_GRADIENTS", "SOLVER.AMP", "SOLVER.EMA")
 
-# By patterns of keys: the key that decides whether they are read, and when they are.
-_NEEDS: tuple[tuple[str, str, Callable[[CfgNode], bool]], ...] = (
-    ("MODEL.RETINANET.*", _ARCHITECTURE, _architecture("RetinaNet")),
-    ("MODEL.ROI_*", _ARCHITECTURE, _architecture(*_RCNN)),
-    ("MODEL.SEM_SEG_HEAD.*", _ARCHITECTURE, _architecture("SemanticSegmentor", "PanopticFPN")),
-    ("MODEL.PANOPTIC_FPN.*", _ARCHITECTURE, _architecture("PanopticFPN")),
-    (
-        "MODEL.RPN.* MODEL.PROPOSAL_GENERATOR.*",
-        _ARCHITECTURE,
-        _architecture(*_RCNN, "ProposalNetwork"),
+# Patterns of keys, the keys that decide whether those are read, and for which of their values
+# (patterns too; "!" negates one).
+_NEEDS: tuple[tuple[str, str, str], ...] = (
+    ("MODEL.RETINANET.*", _ARCHITECTURE, "RetinaNet"),
+    ("MODEL.ROI_*", _ARCHITECTURE, _RCNN),
+    ("MODEL.SEM_SEG_HEAD.*", _ARCHITECTURE, "SemanticSegmentor PanopticFPN"),
+    ("MODEL.PANOPTIC_FPN.*", _ARCHITECTURE, "PanopticFPN"),
+    ("MODEL.RPN.* MODEL.PROPOSAL_GENERATOR.*", _ARCHITECTURE, f"{_RCNN} ProposalNetwork"),
+    ("VIS_PERIOD", _ARCHITECTURE, f"{_RCNN} RetinaNet"),
+    ("MODEL.ROI_MASK_HEAD.* INPUT.MASK_FORMAT", "MODEL.MASK_ON", "True"),
+    ("MODEL.ROI_KEYPOINT_HEAD.* TEST.KEYPOINT_OKS_SIGMAS", "MODEL.KEYPOINT_ON", "True"),
+    ("MODEL.ROI_BOX_CASCADE_HEAD.*", "MODEL.ROI_HEADS.NAME", "*Cascade*"),
+    *(  # C4 has no box head
+        (f"MODEL.ROI_BOX_HEAD.{key}", "MODEL.ROI_HEADS.NAME", "!*Res5ROIHeads")
+        for key in _IN_BOX_HEAD
     ),
-    ("VIS_PERIOD", _ARCHITECTURE, _architecture(*_RCNN, "RetinaNet")),
-    ("MODEL.ROI_MASK_HEAD.* INPUT.MASK_FORMAT", "MODEL.MASK_ON", _enabled("MODEL.MASK_ON")),
-    (
-        "MODEL.ROI_KEYPOINT_HEAD.* TEST.KEYPOINT_OKS_SIGMAS",
-        "MODEL.KEYPOINT_ON",
-        _enabled("MODEL.KEYPOINT_ON"),
-    ),
-    (
-        "MODEL.ROI_BOX_CASCADE_HEAD.*",
-        "MODEL.ROI_HEADS.NAME",
-        lambda cfg: "Cascade" in cfg.MODEL.ROI_HEADS.NAME,
-    ),
-    (
-        " ".join(f"MODEL.ROI_BOX_HEAD.{key}" for key in _IN_BOX_HEAD),
-        "MODEL.ROI_HEADS.NAME",
-        lambda cfg: "Res5ROIHeads" not in cfg.MODEL.ROI_HEADS.NAME,  # C4 has no box head
-    ),
-    ("MODEL.FPN.*", "MODEL.BACKBONE.NAME", lambda cfg: "fpn" in cfg.MODEL.BACKBONE.NAME.lower()),
-    (
-        "MODEL.RESNEXT.*",
-        "MODEL.BACKBONE.NAME",
-        lambda cfg: "resnext" in f"{cfg.MODEL.BACKBONE.NAME}{cfg.MODEL.ROI_HEADS.NAME}".lower(),
-    ),
-    (
-        "MODEL.RESNEXT.ALLOW_STRIDE_IN_1X1",
-        "MODEL.RESNETS.STRIDE_IN_1X1",
-        _enabled("MODEL.RESNETS.STRIDE_IN_1X1"),
-    ),
-    (
-        "MODEL.ANCHOR_GENERATOR.ANGLES",
-        "MODEL.ANCHOR_GENERATOR.NAME",
-        lambda cfg: "Rotated" in cfg.MODEL.ANCHOR_GENERATOR.NAME,
-    ),
-    (
-        "DATASETS.PROPOSAL_FILES_* DATASETS.PRECOMPUTED_*",
-        "MODEL.LOAD_PROPOSALS",
-        _enabled("MODEL.LOAD_PROPOSALS"),
-    ),
-    (
-        "MODEL.ROI_BOX_HEAD.FED_LOSS_*",
-        "MODEL.ROI_BOX_HEAD.USE_FED_LOSS",
-        _enabled("MODEL.ROI_BOX_HEAD.USE_FED_LOSS"),
-    ),
-    *(
-        (f"{group}.*", f"{group}.ENABLED", _enabled(f"{group}.ENABLED"))
-        for group in (
-            *("TEST.AUG", "TEST.PRECISE_BN", "SOLVER.CLIP_GRADIENTS", "SOLVER.AMP", "SOLVER.EMA"),
-            *("INPUT.CROP", "WANDB"),
-        )
-    ),
-    (
-        "SOLVER.CLIP_GRADIENTS.NORM_TYPE",
-        "SOLVER.CLIP_GRADIENTS.CLIP_TYPE",
-        _enabled("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "norm"),
-    ),
-    ("SOLVER.BASE_LR_END", _SCHEDULER, _enabled(_SCHEDULER, COSINE)),
-    ("SOLVER.NUM_DECAYS", _SCHEDULER, _enabled(_SCHEDULER, FIXED_GAMMA)),
-    ("SOLVER.GAMMA", _SCHEDULER, _enabled(_SCHEDULER, MULTI_STEP, FIXED_GAMMA)),
-    (
-        "DATALOADER.REPEAT_*",
-        "DATALOADER.SAMPLER_TRAIN",
-        _enabled("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"),
-    ),
-    ("TEST.BEST.PATIENCE", "TEST.BEST.METRIC", lambda cfg: bool(cfg.TEST.BEST.METRIC)),
-    ("GLOBAL.HACK", "nothing in Detectron2 or here", lambda cfg: False),
+    ("MODEL.ROI_BOX_HEAD.FED_LOSS_*", "MODEL.ROI_BOX_HEAD.USE_FED_LOSS", "True"),
+    ("MODEL.FPN.*", "MODEL.BACKBONE.NAME", "*fpn* *FPN*"),
+    ("MODEL.RESNEXT.*", "MODEL.BACKBONE.NAME MODEL.ROI_HEADS.NAME", "*resnext* *ResNeXt*"),
+    ("MODEL.RESNEXT.ALLOW_STRIDE_IN_1X1", "MODEL.RESNETS.STRIDE_IN_1X1", "True"),
+    ("MODEL.ANCHOR_GENERATOR.ANGLES", "MODEL.ANCHOR_GENERATOR.NAME", "*Rotated*"),
+    ("DATASETS.PROPOSAL_FILES_* DATASETS.PRECOMPUTED_*", "MODEL.LOAD_PROPOSALS", "True"),
+    *((f"{group}.*", f"{group}.ENABLED", "True") for group in (*_SWITCHED, "INPUT.CROP", "WANDB")),
+    ("SOLVER.CLIP_GRADIENTS.NORM_TYPE", "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "norm"),
+    ("SOLVER.BASE_LR_END", _SCHEDULER, COSINE),
+    ("SOLVER.NUM_DECAYS", _SCHEDULER, FIXED_GAMMA),
+    ("SOLVER.GAMMA", _SCHEDULER, f"{MULTI_STEP} {FIXED_GAMMA}"),
+    ("DATALOADER.REPEAT_*", "DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"),
+    ("TEST.BEST.PATIENCE", "TEST.BEST.METRIC", "?*"),
+    ("GLOBAL.HACK", "nothing", ""),
 )
 
 
 def unread_because(cfg: CfgNode, key: str) -> str | None:
-    """Return the key whose setting keeps another from being read, or None if that is read.
+    """Return the keys whose settings keep another from being read, or None if that is read.
 
     Args:
         cfg: with the keys of this package.
         key: such as "SOLVER.BASE_LR_END".
     """
-    for patterns, decides, is_read in _NEEDS:
-        matches = any(fnmatchcase(key, pattern) for pattern in patterns.split())
-        if matches and key != decides and not is_read(cfg):
-            return decides
+    for patterns, decides, values in _NEEDS:
+        found = [str(value_of(cfg, each)) for each in decides.split()]
+        is_read = key == decides or any(_matches(value, values) for value in found)
+        if _matches(key, patterns) and not is_read:
+            return decides.replace(" ", " and ")
     return None
