@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     file, images = arguments.annotations, arguments.images
     if images and not images.is_dir():
         raise DatasetError(f"--images: {quoted(images)} is not a folder.")
-    health = examine(read_annotations(file, file.stem), images)
+    health = examine(read_annotations(file), images)
     if arguments.json:
         found = {"annotations_file": str(file), **asdict(health)}
         found["categories"] = dict(health.categories)
