@@ -21,7 +21,7 @@ from resnext_det.data.checks import (
     classes_of,
     configured_classes,
 )
-from resnext_det.errors import ConfigError, plain, quoted
+from resnext_det.errors import ConfigError, WeightsError, plain, quoted
 
 logger = logging.getLogger(__name__)
 
@@ -111,8 +111,15 @@ def check_same_function(cfg: CfgNode, file: Path | None = None, *, allow: bool =
         ConfigError: a setting differs; the message has both values and the overrides to restore.
     """
     file = Path(PathManager.get_local_path(cfg.MODEL.WEIGHTS)) if file is None else file
-    run = read_run(file)
-    found = function_changes(run.config, cfg) if run is not None else {}
+    try:
+        run = read_run(file)
+        found = function_changes(run.config, cfg) if run is not None else {}
+    except (ConfigError, WeightsError) as error:
+        if not allow:
+            raise
+        # Weights to start from may come from a program that stores other objects beside them.
+        logger.warning("the settings of %s cannot be compared: %s", file, error)
+        return
     if not found:
         return
     if allow or complete(cfg).MODEL.RESNEXT.ALLOW_OTHER_FUNCTION:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,9 +22,9 @@ from resnext_det.data.registered import datasets_root, register_datasets
 from resnext_det.engine.checkpoints import Checkpointer
 from resnext_det.engine.evaluate import evaluate, last_checkpoint
 from resnext_det.engine.predictor import Predictor
-from resnext_det.engine.recorded_config import check_classes, function_changes
+from resnext_det.engine.recorded_config import check_classes, check_same_function, function_changes
 from resnext_det.engine.trainer import Trainer
-from resnext_det.errors import ConfigError, DatasetError, TrainingError
+from resnext_det.errors import ConfigError, DatasetError, TrainingError, WeightsError
 
 TOY = "faster_rcnn_X_26_8x4d_FPN_toy"
 SMALL = "SOLVER.MAX_ITER 4 SOLVER.STEPS () SOLVER.WARMUP_ITERS 0 SOLVER.IMS_PER_BATCH 2"
@@ -120,6 +121,17 @@ def test_refuses_other_function(key: str, value: object, run: Path, tmp_path: Pa
         with pytest.raises(ConfigError, match=rf"{key} was .* and is .*ALLOW_OTHER_FUNCTION"):
             use(cfg)
     Predictor(config(tmp_path, *more, "MODEL.RESNEXT.ALLOW_OTHER_FUNCTION", True))
+
+
+def test_starts_from_checkpoint_with_other_objects(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "other.pth"
+    torch.save({"model": {}, "args": argparse.Namespace(lr=1)}, file)
+    check_same_function(config(tmp_path), file, allow=True)
+    assert "cannot be compared" in caplog.text
+    with pytest.raises(WeightsError, match="Namespace"):
+        check_same_function(config(tmp_path), file)
 
 
 WITHOUT_EFFECT = """MODEL.WEIGHTS a.pth MODEL.DEVICE cuda MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.7
