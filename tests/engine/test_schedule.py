@@ -163,9 +163,9 @@ def test_refuses_impossible_batches(words: list[Any], processes: int, message: s
 def test_warns_of_twice_the_linear_rule(batch: int) -> None:
     words = ["SOLVER.IMS_PER_BATCH", batch, "SOLVER.REFERENCE_WORLD_SIZE", 0, "SOLVER.BASE_LR"]
     assert scale(config(*words, 0.0025 * batch * 0.999), 1)[1].warnings == ()
-    for factor in (1, 10):
+    for factor in (1, 1.5, 10):
         (warning,) = scale(config(*words, round(0.0025 * batch * factor, 9)), 1)[1].warnings
-        assert f"is {2 * factor} times" in warning
+        assert f"is {2 * factor:g} times" in warning
         assert f"set SOLVER.BASE_LR {0.00125 * batch:g}." in warning
 
 
