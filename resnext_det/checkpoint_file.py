@@ -17,6 +17,7 @@ from resnext_det.errors import TrainingError, WeightsError, quoted
 from resnext_det.files import free_bytes, open_regular, size_text, written_beside
 from resnext_det.weights.reading import read_content as read_content
 from resnext_det.weights.reading import read_outline as read_outline
+from resnext_det.weights.reading import save_file
 
 # This package's record in a checkpoint, beside "model" and the trainer's own keys.
 RUN = "resnext_det_run"
@@ -148,8 +149,7 @@ def write_checkpoint(content: Mapping[str, Any], file: Path) -> None:
     """
     try:
         with written_beside(file, None, durable=True) as beside:
-            with beside.open("wb") as stream:
-                torch.save(plain(content), stream)
+            save_file(plain(content), beside)
             read_outline(beside)
     except OSError as error:
         raise not_written(file, error) from error
@@ -158,10 +158,6 @@ def write_checkpoint(content: Mapping[str, Any], file: Path) -> None:
             f"{file} is not written, as it could not be read again: {error} Change the "
             "state_dict() that returns it."
         ) from error
-    except RuntimeError as error:  # how torch reports a full disk
-        if isinstance(error.__context__, OSError):
-            raise not_written(file, error.__context__) from error
-        raise
 
 
 def not_written(file: Path, error: OSError) -> TrainingError:

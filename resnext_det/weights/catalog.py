@@ -1,4 +1,4 @@
-"""The catalog of published ImageNet weights (catalog.yaml): `names()`, `entry(name)`."""
+"""The catalog of published ImageNet weights (catalog.yaml)."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ from resnext_det.files import file_digest
 from resnext_det.modeling.template import Template
 from resnext_det.weights.pixels import CAFFE2, IMAGENET, OURS, Pixels
 
+SCHEME = "resnext://"
+"""What MODEL.WEIGHTS puts before the name of an entry."""
+
 _NAME = re.compile(r"resne(?:t(?P<plain>\d+)|xt(?P<depth>\d+)_(?P<template>\d+x\d+d))\.\w+")
 _RESNET = "1x64d"  # a ResNet is the ResNeXt of cardinality 1 (paper, Table 1)
-_LONGEST_NAME = 100
 _ARCHITECTURE = re.compile(r"resne(?:t\d+|xt\d+_\d+x\d+d)")
+_LONGEST_NAME = 100
 
 
 @dataclass(frozen=True)
@@ -29,11 +32,11 @@ class Accuracy:
 
     Attributes:
         top1: per cent.
-        top5: per cent, None where its source does not give it.
-        source: who says so.
-        resize: the shorter side before the crop, in pixels; None where it is not known.
+        top5: per cent; None if its source does not give it.
+        source: who published it.
+        resize: the shorter side before the crop, in pixels; None if unknown.
         crop: side of the central crop, in pixels.
-        interpolation: of the resizing; None where it is not known.
+        interpolation: of the resizing; None if unknown.
     """
 
     top1: float
@@ -46,21 +49,28 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Checksum:
-    """What the bytes of a file are held against.
-
-    Attributes:
-        digits: hexadecimal; all of the sum, or its first ones.
-        algorithm: a name that hashlib knows.
-        origin: where the digits were found, such as "file name".
-    """
+    """All hexadecimal digits of a file's checksum, or the first ones."""
 
     digits: str
     algorithm: Literal["sha256", "md5"] = "sha256"
-    origin: str = "file name"
 
     def __str__(self) -> str:
         whole = len(self.digits) == 2 * hashlib.new(self.algorithm).digest_size
-        return f"{self.algorithm} {'' if whole else 'beginning '}{self.digits} ({self.origin})"
+        return f"{self.algorithm} {'' if whole else 'beginning '}{self.digits}"
+
+    def check(self, file: Path) -> None:
+        """Compare a file.
+
+        Raises:
+            WeightsError: it is another file.
+            OSError: it cannot be read.
+        """
+        digest = file_digest(file, self.algorithm)
+        if not digest.startswith(self.digits):
+            raise WeightsError(
+                f"{file} is the wrong file or damaged: its {self.algorithm} is {digest}, and the "
+                f"catalog has {self}"
+            )
 
 
 @dataclass(frozen=True)
@@ -68,19 +78,19 @@ class Entry:
     """A published checkpoint of a plain ResNeXt, or of a ResNet, its case of cardinality 1.
 
     Attributes:
-        name: `architecture.tag`, as timm writes it; depth and template are in it.
+        name: `architecture.tag`, as timm writes it; contains depth and template.
         url: http or https.
-        checksum: None where its publisher gives none.
+        checksum: None if its publisher gives none.
         licence: of the weights, an SPDX identifier.
-        commercial: whether that licence, and those of what the file was made from, allow it.
-        layout: whose names the tensors have.
-        pixels: what it was trained to see.
-        batch_norm: "fused" ones have no statistics any more, and cannot be trained as norms.
-        imagenet_1k_only: whether the ImageNet-1K training images are all that it ever saw.
-        accuracy: None where none is published for this very file.
-        stride: the convolution that halves the image; MODEL.RESNETS.STRIDE_IN_1X1 False is "3x3".
-        notes: what one should know before choosing it.
-        unverified: statements of this entry that rest on no reading of the file or of its source.
+        commercial: whether that licence, and those of the file's sources, allow commercial use.
+        layout: of the names in the file.
+        pixels: what it expects as an image.
+        batch_norm: "fused" ones have lost their statistics, and can only be FrozenBN.
+        imagenet_1k_only: whether it saw no other images than ImageNet-1K's training images.
+        accuracy: None if none is published for this very file.
+        stride: the convolution with the stride; MODEL.RESNETS.STRIDE_IN_1X1 False is "3x3".
+        notes: what to know before choosing it.
+        unverified: statements of this entry that rest on no reading of the file or its source.
     """
 
     name: str
@@ -110,32 +120,23 @@ class Entry:
 
     @property
     def file_name(self) -> str:
-        """The file's name at its publisher's."""
+        """The publisher's name of the file."""
         return self.url.rpartition("/")[2]
 
     def _parts(self) -> re.Match[str]:
         found = _NAME.fullmatch(self.name)
         if found is None:
-            raise ValueError(
-                f"{self.name!r} is not written resnextDEPTH_CxDd.tag or resnetDEPTH.tag"
-            )
+            raise ValueError(f"{self.name!r} must be resnextDEPTH_CxDd.tag or resnetDEPTH.tag")
         return found
 
 
-def in_file_name(url: str) -> Checksum | None:
-    """Return the first digits of a SHA-256 before .pth in an address; None if it has none."""
-    found = re.search(r"-([0-9a-f]{8})\.pth$", url)
-    return None if found is None else Checksum(found[1])
-
-
 def _load(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Return the entries of the catalog by name, and the reasons why other weights are refused."""
+    """Return the entries by name, and the reasons why other weights are refused."""
     content = yaml.safe_load(file.read_text(encoding="utf-8"))
     entries = {}
     for group in content["groups"]:
-        common = {key: value for key, value in group.items() if key != "weights"}
         for weights in group["weights"]:
-            made = _entry(common, weights)
+            made = _entry({key: value for key, value in group.items() if key != "weights"}, weights)
             entries[made.name] = made
     return entries, content["refused"]
 
@@ -143,14 +144,16 @@ def _load(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
 def _entry(common: dict[str, Any], own: dict[str, Any]) -> Entry:
     fields = {**common, **own}
     pixels = fields["pixels"]
-    named = {"CAFFE2": CAFFE2, "IMAGENET": IMAGENET, "OURS": OURS}
     fields["pixels"] = (
-        named[pixels]
+        {"CAFFE2": CAFFE2, "IMAGENET": IMAGENET, "OURS": OURS}[pixels]
         if isinstance(pixels, str)
         else Pixels(pixels["order"], pixels["range"], tuple(pixels["mean"]), tuple(pixels["std"]))
     )
-    checksum = fields.get("checksum")
-    fields["checksum"] = Checksum(**checksum) if checksum else in_file_name(fields["url"])
+    in_file_name = re.search(r"-([0-9a-f]{8})\.pth$", fields["url"])
+    if "checksum" in fields:
+        fields["checksum"] = Checksum(**fields["checksum"])
+    else:
+        fields["checksum"] = Checksum(in_file_name[1]) if in_file_name else None
     if "accuracy" in fields:
         unknown = {"top5": None, "resize": None, "interpolation": None}
         known = {**common.get("accuracy", {}), **own.get("accuracy", {})}
@@ -166,70 +169,48 @@ REFUSED: Mapping[str, str]
 ENTRIES, REFUSED = _load(Path(__file__).with_name("catalog.yaml"))
 
 
-def names() -> list[str]:
-    """Return the names of all checkpoints that can be used, such as "resnext50_32x4d.tv_in1k"."""
-    return list(ENTRIES)
-
-
 def entry(name: str, entries: Mapping[str, Entry] = ENTRIES) -> Entry:
-    """Return what is known of a checkpoint.
-
-    Args:
-        name: `architecture.tag`, as timm writes it.
-        entries: where to look it up.
+    """Look up a checkpoint by its name, with or without resnext://.
 
     Raises:
-        ConfigError: there is no such checkpoint, and the message names the nearest; or there is,
-            but it cannot be used, and the message says why.
+        ConfigError: there is none, and the message names the nearest; or it cannot be used, and
+            the message says why.
     """
+    name = name.removeprefix(SCHEME)
     if name in entries:
         return entries[name]
     if name in REFUSED:
         raise ConfigError(f"{name} cannot be used: {REFUSED[name]}.")
-    name = name[:_LONGEST_NAME]  # spelling is compared below, which takes its time
+    name = name[:_LONGEST_NAME]  # comparing long names takes long
+    # Names of the same network if there are any, else those with a similar spelling. timm's former
+    # names (ig_resnext101_32x16d) contain the architecture, and have no tag.
+    network = _ARCHITECTURE.search(name)
+    same = [known for known in entries if network and known.startswith(f"{network[0]}.")]
+    if same and "." not in name:
+        nearest = same
+    else:
+        nearest = difflib.get_close_matches(name, same or list(entries), n=3, cutoff=0)
     raise ConfigError(
-        f"there is no checkpoint {quoted(name)} in the catalog "
-        f"(nearest: {', '.join(_nearest(name, list(entries)))}). "
-        "`python tools/list_weights.py` prints all of them."
+        f"there is no checkpoint {quoted(name)} in the catalog (nearest: {', '.join(nearest)}). "
+        "`resnext-det weights` lists all of them."
     )
 
 
 def of_file(file: Path, entries: Mapping[str, Entry] = ENTRIES) -> Entry | None:
-    """Return the entry whose file this is, by its checksum and whatever it is called.
-
-    Args:
-        file: as it was published; what was made of it has another checksum.
-        entries: where to look.
+    """Return the entry of a published file, whatever its name, by its checksum.
 
     Returns:
-        The entry; None where no checksum is this one, as of files that have none in the catalog.
+        None if no checksum matches, as for converted files, and files without one in the catalog.
 
     Raises:
         WeightsError: the file cannot be read.
     """
-    checksums = {
-        name: known.checksum for name, known in entries.items() if known.checksum is not None
-    }
+    checksums = [(known, known.checksum) for known in entries.values() if known.checksum]
     try:
-        digests = {
-            algorithm: file_digest(file, algorithm)
-            for algorithm in {checksum.algorithm for checksum in checksums.values()}
-        }
+        digests = {name: file_digest(file, name) for name in {c.algorithm for _, c in checksums}}
     except OSError as error:
         raise WeightsError(f"{file} cannot be read: {error.strerror or error}.") from error
-    for name, checksum in checksums.items():
+    for known, checksum in checksums:
         if digests[checksum.algorithm].startswith(checksum.digits):
-            return entries[name]
+            return known
     return None
-
-
-def _nearest(name: str, known: list[str]) -> list[str]:
-    """Return names of the same network where there is one in the name, else those spelled alike.
-
-    timm's former names (ig_resnext101_32x16d) have the architecture inside, and no tag.
-    """
-    found = _ARCHITECTURE.search(name)
-    same = [each for each in known if found and each.startswith(f"{found[0]}.")]
-    if same and "." not in name:
-        return same
-    return difflib.get_close_matches(name, same or known, n=3, cutoff=0)

@@ -1,251 +1,217 @@
 """Top-1 and top-5 of a checkpoint with its classifier, on a folder like ImageNet's validation set.
 
-What a file is worth is known before a long training starts from it: its published figure, or not.
+This shows whether a file is worth its published figures before a long training starts from it.
 """
 
 from __future__ import annotations
 
-import math
-import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import PIL
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
-from resnext_det.environment import hardware, versions
+from resnext_det.environment import versions
 from resnext_det.errors import ConfigError, DatasetError, WeightsError
-from resnext_det.files import file_digest
-from resnext_det.weights.catalog import Entry
-from resnext_det.weights.classifier import Classifier
-from resnext_det.weights.imagenet_images import Preprocessing
-from resnext_det.weights.verifying import network_input
+from resnext_det.images import read_picture
+from resnext_det.weights.catalog import SCHEME, Entry, entry, of_file
+from resnext_det.weights.converting import BackboneWeights, backbone_of
+from resnext_det.weights.fetching import cache_folder, published_file
+from resnext_det.weights.layouts import recognise
+from resnext_det.weights.reading import read_checkpoint
+from resnext_det.weights.verifying import network_of
 
-IMAGES = 50_000
-"""Of ImageNet-1K's validation set, on which published figures are measured."""
+# Detectron2's names, those that its converter of torchvision's files writes, and mmpretrain's.
+_CLASSIFIERS = ("linear.", "stem.fc.", "head.fc.")
 
 
 @dataclass(frozen=True)
-class Score:
-    """How often a classifier was right.
+class Preprocessing:
+    """What is done to an image; the defaults are the paper's (section 4).
 
     Attributes:
-        images: how many were looked at.
-        right: for how many the class with the highest score was the true one.
-        right_of_five: for how many the true class was among the five highest.
+        resize: the shorter side, in pixels.
+        crop: side of the central crop, in pixels.
+        interpolation: of the resizing, "bilinear" or "bicubic".
     """
 
-    images: int
-    right: int
-    right_of_five: int
+    resize: int = 256
+    crop: int = 224
+    interpolation: str = "bilinear"
 
-    @property
-    def top1(self) -> float:
-        """In per cent."""
-        return 100 * self.right / self.images
-
-    @property
-    def top5(self) -> float:
-        """In per cent."""
-        return 100 * self.right_of_five / self.images
+    def __post_init__(self) -> None:
+        if not 0 < self.crop <= self.resize <= 4096:
+            raise ConfigError(
+                f"--resize is {self.resize} and --crop is {self.crop}; both must be from 1 to "
+                "4096, and the crop no larger than the shorter side."
+            )
 
 
-def wilson_interval(right: int, images: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return between which shares, in per cent, the one of all images lies.
-
-    The score interval of Wilson (1927), as Brown, Cai and DasGupta give it ("Interval Estimation
-    for a Binomial Proportion", 2001, equation 4): the images are taken for a random sample. Those
-    spread evenly over all classes vary a little less.
-    """
-    z = statistics.NormalDist().inv_cdf((1 + confidence) / 2)
-    share, spread = right / images, z * z / images
-    centre = (share + spread / 2) / (1 + spread)
-    reach = z * math.sqrt(share * (1 - share) / images + spread / images / 4) / (1 + spread)
-    # Rounding is all that keeps these two from being exact.
-    low = centre - reach if right else 0.0
-    high = centre + reach if right < images else 1.0
-    return 100 * low, 100 * high
-
-
-def choose_device(device: str | None = None) -> str:
-    """Return the device to run on: by default the GPU if there is one, else the CPU.
+def locate(weights: str) -> tuple[Path, Entry | None]:
+    """Return a file as published, and its catalog entry; a name is downloaded if necessary.
 
     Raises:
-        ConfigError: the one asked for is not there.
+        ConfigError: there is neither such a file nor such a name.
+        WeightsError: the file cannot be had.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not weights.startswith(SCHEME) and (Path(weights).is_file() or "/" in weights):
+        return Path(weights), of_file(Path(weights))
+    known = entry(weights)
+    return published_file(known, cache_folder()), known
+
+
+def load_classifier(source: Path, known: Entry | None = None) -> tuple[BackboneWeights, Any, int]:
+    """Read a checkpoint with its classifier, in any known layout.
+
+    Returns:
+        The weights of its backbone; the network, whose output is {"linear": (N, classes)}; classes.
+
+    Raises:
+        WeightsError: it cannot be read, has no classifier, or does not say which pixels it expects.
+    """
+    checkpoint = read_checkpoint(source)
+    weights = backbone_of(source, checkpoint, known.pixels if known else None)
+    if weights.pixels is None:
+        raise WeightsError(
+            f"{source} ({weights.layout} layout) does not say which pixels it expects: evaluate "
+            "the file it was converted from."
+        )
+    tensors = {**checkpoint.tensors, **recognise(checkpoint.tensors).tensors}
+    for prefix in _CLASSIFIERS:
+        weight, bias = tensors.get(f"{prefix}weight"), tensors.get(f"{prefix}bias")
+        if weight is not None and bias is not None:
+            # Caffe2 may have a convolution, (classes, channels, 1, 1).
+            linear = {"linear.weight": weight.flatten(1), "linear.bias": bias}
+            classes = len(bias)
+            network = network_of(weights, {**weights.tensors, **linear}, classes=classes)
+            return weights, network, classes
+    raise WeightsError(
+        f"{source} has no classifier (fc.weight and fc.bias, by torchvision's names). Converted "
+        "files have none: evaluate the file they were made from."
+    )
+
+
+def _open(file: str) -> Image.Image:
+    return read_picture(file, upright=False).convert("RGB")  # torchvision ignores EXIF as well
+
+
+def validation_images(
+    folder: Path, classes: int, preprocessing: Preprocessing, limit: int | None = None
+) -> Dataset[Any]:
+    """Return the images of a folder with one folder for each class, in the order of the classes.
+
+    Args:
+        folder: such as one with n01440764 to n15075141. Folders named 0, 1, 2 are these classes.
+        classes: of the classifier.
+        preprocessing: of each image.
+        limit: at most so many images, evenly spread.
+
+    Returns:
+        (3, crop, crop) in uint8, RGB, and the number of the class, for each image.
+
+    Raises:
+        DatasetError: there is no such folder, or its folders are not the classes.
+        ConfigError: a limit below 1.
+    """
+    if limit is not None and limit < 1:
+        raise ConfigError(f"--limit is {limit}; it must be 1 or more.")
+    interpolation = transforms.InterpolationMode(preprocessing.interpolation)
+    library: Any = transforms  # untyped
+    cut = library.Compose(
+        [
+            library.Resize(preprocessing.resize, interpolation),
+            library.CenterCrop(preprocessing.crop),
+            library.PILToTensor(),
+        ]
+    )
     try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"the device {device!r} cannot be used: {reason}") from error
-    return device
+        images = ImageFolder(str(folder), cut, loader=_open)
+    except OSError as error:
+        raise DatasetError(
+            f"{folder} does not have one folder of images for each class: {error}"
+        ) from error
+    names = images.classes
+    if all(name.isdecimal() for name in names):  # by name, 10 comes before 2
+        numbers = [int(name) for name in names]
+        images.target_transform = numbers.__getitem__
+    else:
+        numbers = list(range(len(names)))
+    if sorted(numbers) != list(range(classes)):
+        raise DatasetError(
+            f"{folder} has {len(names)} folders ({', '.join(names[:3])}, ...), and the classifier "
+            f"has {classes} classes: there must be one folder for each, in their order by name."
+        )
+    if limit is None or limit >= len(images):
+        return images
+    return Subset(images, [number * len(images) // limit for number in range(limit)])
 
 
-def measure(
-    classifier: Classifier,
-    images: Dataset[tuple[Tensor, int]],
+@torch.inference_mode()
+def evaluate(
+    weights: str,
+    folder: Path,
     *,
+    resize: int | None = None,
+    crop: int | None = None,
+    interpolation: str | None = None,
+    limit: int | None = None,
     batch_size: int = 64,
     workers: int = 0,
     device: str | None = None,
-) -> Score:
-    """Classify images and count, with a progress bar on a terminal.
+) -> dict[str, Any]:
+    """Measure top-1 and top-5, with a progress bar on a terminal. Not tested on a GPU.
 
-    The code for a GPU was not run on one.
+    Images are cut as for the published figures of the file, unless the arguments say otherwise.
 
-    Args:
-        classifier: moved to `device`.
-        images: what `validation_images` gave.
-        batch_size: images at once.
-        workers: processes that read images; 0 for this one.
-        device: see `choose_device`.
+    Returns:
+        Figures in per cent, the published ones, and how they were measured, for JSON.
 
     Raises:
-        ConfigError: a number below its range, or a device that is not there.
-        DatasetError: an image cannot be read.
-        WeightsError: scores that are not finite.
+        ConfigError: an argument out of range.
+        DatasetError: an image cannot be read, or the folders are not the classes.
+        WeightsError: the file cannot be read, or gives scores that are not finite.
     """
-    if batch_size < 1 or workers < 0:
-        raise ConfigError(
-            f"a batch of {batch_size} images read by {workers} processes cannot be: a batch has 1 "
-            "or more, and processes are 0 or more."
-        )
-    device = choose_device(device)
-    network = classifier.network.to(device)
-    on_gpu = device.startswith("cuda")
-    careful = _Careful(images)
-    loader = DataLoader(
-        careful, batch_size, num_workers=workers, collate_fn=_together, pin_memory=on_gpu
-    )
-    seen = right = right_of_five = 0
-    with torch.inference_mode(), tqdm(total=len(careful), unit="image", disable=None) as bar:
-        for found in loader:
-            if isinstance(found, DatasetError):
-                raise found
-            batch, labels = found
-            scores = network(network_input(batch.to(device), classifier.pixels))["linear"].cpu()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    file, known = locate(weights)
+    published = known.accuracy if known else None
+    asked = {"resize": resize, "crop": crop, "interpolation": interpolation}
+    chosen: dict[str, Any] = {}
+    for name, value in asked.items():
+        value = getattr(published, name, None) if value is None else value
+        if value is not None:
+            chosen[name] = value
+    preprocessing = Preprocessing(**chosen)
+    described, network, classes = load_classifier(file, known)
+    images: Any = validation_images(folder, classes, preprocessing, limit)
+    try:
+        network.to(device)
+        loader = DataLoader(images, batch_size, num_workers=workers)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise ConfigError(f"--device, --batch-size or --workers cannot be used: {error}") from error
+    assert described.pixels is not None
+    right = right_of_five = 0
+    with tqdm(total=len(images), unit="image", disable=None) as bar:
+        for batch, labels in loader:
+            scores = network(described.pixels.normalize(batch.to(device)))["linear"].cpu()
             if not torch.isfinite(scores).all():
-                raise WeightsError(
-                    f"{classifier.weights.source} gives scores that are NaN or infinite: it is "
-                    "broken, or was trained for other images than those it is given."
-                )
-            seen += len(labels)
-            hits = scores.topk(min(5, classifier.classes)).indices == labels[:, None]
+                raise WeightsError(f"{file} gives scores that are NaN or infinite.")
+            hits = scores.topk(min(5, classes)).indices == labels[:, None]
             right += int(hits[:, 0].sum())
             right_of_five += int(hits.sum())
             bar.update(len(labels))
-            bar.set_postfix_str(f"top-1 {100 * right / seen:.2f} %")
-    return Score(seen, right, right_of_five)
-
-
-class _Careful(Dataset[Any]):
-    """Images, or the error where one cannot be read.
-
-    Raised in a worker, an error would arrive within a traceback of the worker's.
-    """
-
-    def __init__(self, images: Dataset[tuple[Tensor, int]]) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)  # type: ignore[arg-type]
-
-    def __getitem__(self, number: int) -> Any:
-        try:
-            return self.images[number]
-        except DatasetError as error:
-            return error
-
-
-def _together(items: Sequence[Any]) -> Any:
-    """Make a batch, or return the first error."""
-    errors = [item for item in items if isinstance(item, DatasetError)]
-    return errors[0] if errors else default_collate(list(items))
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What was measured, of what, and what is published.
-
-    Attributes:
-        classifier: the network.
-        known: its entry in the catalog; None if it has none.
-        preprocessing: of each image.
-        folder: with the images.
-        device: that it ran on.
-        score: what was measured.
-    """
-
-    classifier: Classifier
-    known: Entry | None
-    preprocessing: Preprocessing
-    folder: Path
-    device: str
-    score: Score
-
-    @property
-    def published(self) -> dict[str, float | None]:
-        """The published "top1" and "top5" of this very file, in per cent; None where unknown."""
-        accuracy = self.known.accuracy if self.known is not None else None
-        return {name: getattr(accuracy, name, None) for name in ("top1", "top5")}
-
-    @property
-    def differences(self) -> dict[str, float | None]:
-        """Measured less published, in points."""
-        measured = {"top1": self.score.top1, "top5": self.score.top5}
-        return {
-            name: None if published is None else measured[name] - published
-            for name, published in self.published.items()
-        }
-
-    @property
-    def intervals(self) -> dict[str, tuple[float, float]] | None:
-        """95 % intervals in per cent; None for all 50,000 images, where nothing was sampled."""
-        if self.score.images == IMAGES:
-            return None
-        return {
-            "top1": wilson_interval(self.score.right, self.score.images),
-            "top5": wilson_interval(self.score.right_of_five, self.score.images),
-        }
-
-    @property
-    def other_preprocessing(self) -> bool:
-        """Whether the published figure is known to be of images that were cut in another way."""
-        accuracy = self.known.accuracy if self.known is not None else None
-        if accuracy is None:
-            return False
-        wanted = Preprocessing.of(accuracy)
-        return any(
-            getattr(wanted, name) != getattr(self.preprocessing, name)
-            for name in ("resize", "crop", "interpolation")
-            if name not in wanted.assumed
-        )
-
-    def document(self) -> dict[str, Any]:
-        """Return all of it, with versions and hardware, as JSON takes it."""
-        weights = self.classifier.weights
-        return {
-            "file": weights.source.name,
-            "sha256": file_digest(weights.source),
-            "catalog": None if self.known is None else self.known.name,
-            "network": str(weights),
-            "layout": weights.layout,
-            "classes": self.classifier.classes,
-            "preprocessing": asdict(self.preprocessing),
-            "data": str(self.folder),
-            **asdict(self.score),
-            "top1": self.score.top1,
-            "top5": self.score.top5,
-            "interval_95": self.intervals,
-            "published": self.published,
-            "difference": self.differences,
-            "device": self.device,
-            "hardware": hardware(),
-            "versions": {**versions(), "pillow": PIL.__version__},
-        }
+    return {
+        "weights": known.name if known else str(file),
+        "network": str(described),
+        "images": len(images),
+        "top1": 100 * right / len(images),
+        "top5": 100 * right_of_five / len(images),
+        "published": {key: getattr(published, key, None) for key in ("top1", "top5")},
+        "preprocessing": vars(preprocessing),
+        "device": device,
+        "versions": versions(),
+    }

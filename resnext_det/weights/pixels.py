@@ -1,12 +1,11 @@
-"""Pixel conventions: what a network takes for an image, and how one is folded into another.
+"""Pixel conventions: what a network expects as an image, and how to fold one into another.
 
-A network trained on (v / range - mean) / std can take this package's (v - m) / s instead, v being
-the value of 0 to 255: its first convolution is multiplied, channel by channel, by
-a = s / (range * std), and its input channels are put in order. This is exact for equal means.
+A network trained on (v / range - mean) / std accepts this package's (v - m) / s instead, with v
+from 0 to 255, if its first convolution is multiplied channel by channel by s / (range * std) and
+its input channels are reordered. This is exact if the means are equal.
 
-With other means there is a constant b = (m - range * mean) / (range * std) left over. Inside the
-image it is a bias, but not at its border: there the convolution sees padding of zeros, which stands
-for the mean, and both networks pad with their own. So the source's mean is kept, and recorded.
+With another mean a constant is left over. Inside the image it is a bias, but not at the border,
+where both networks pad with zeros, their own means. So the source's mean is kept and recorded.
 """
 
 from __future__ import annotations
@@ -20,19 +19,21 @@ from torch import Tensor
 from resnext_det.errors import WeightsError, quoted
 
 Triple = tuple[float, float, float]
-# Two ways to write ImageNet's statistics differ in their last digits; a pixel is 1.
-_SAME = 1e-4
+_SAME = 1e-4  # two spellings of ImageNet's statistics differ in their last digits; a pixel is 1
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """What a network takes for an image.
+    """What a network expects as an image.
 
     Attributes:
-        order: "RGB" or "BGR", the order of the channels; of `mean` and `std` too.
-        range: 255 where values are 0 to 255, 1 where they are 0 to 1.
+        order: "RGB" or "BGR", the order of the channels, also in `mean` and `std`.
+        range: 255 for values from 0 to 255, 1 for values from 0 to 1.
         mean: subtracted, in the unit of `range`.
         std: divided by, in the unit of `range`.
+
+    Raises:
+        WeightsError: another order, or numbers that are not finite or positive.
     """
 
     order: str
@@ -50,58 +51,59 @@ class Pixels:
             or len(self.std) != 3
         ):
             raise WeightsError(
-                f"{quoted(str(self))} is no pixel convention: the order must be RGB or BGR, "
-                "mean and std three numbers each, std and range above 0."
+                f"{quoted(str(self))} is not a pixel convention: the order must be RGB or BGR, "
+                "mean and std three numbers each, std and range positive."
             )
 
     def __str__(self) -> str:
-        numbers = ", ".join(
-            f"{name} ({', '.join(f'{value:g}' for value in values)})"
-            for name, values in (("mean", self.mean), ("std", self.std))
-        )
-        return f"{self.order}, 0 to {self.range:g}, {numbers}"
+        mean, std = (", ".join(f"{value:g}" for value in each) for each in (self.mean, self.std))
+        return f"{self.order}, 0 to {self.range:g}, mean ({mean}), std ({std})"
 
     def of_255(self) -> Pixels:
-        """Return the same convention for BGR values of 0 to 255."""
-        scale = 255 / self.range
-        mean, std = ([value * scale for value in values] for values in (self.mean, self.std))
-        if self.order == "RGB":
-            mean.reverse()
-            std.reverse()
-        return Pixels("BGR", 255, _triple(mean), _triple(std))
+        """Return the same convention for BGR values from 0 to 255."""
+        step = 1 if self.order == "BGR" else -1
+        mean, std = (_triple(each[::step], 255 / self.range) for each in (self.mean, self.std))
+        return Pixels("BGR", 255, mean, std)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Convert RGB images from 0 to 255, (N, 3, H, W), into the network's float32 input."""
+        ordered = images.flip(1) if self.order == "BGR" else images
+        mean, std = (
+            torch.tensor(values, device=images.device).view(1, 3, 1, 1)
+            for values in (self.mean, self.std)
+        )
+        return (ordered.float() * (self.range / 255) - mean) / std
 
 
 OURS = Pixels("BGR", 255, (103.530, 116.280, 123.675), (57.375, 57.120, 58.395))
-"""The one convention of this package (ImageNet's statistics)."""
+"""This package's one convention (ImageNet's statistics)."""
 
 IMAGENET = Pixels("RGB", 1, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-"""torchvision's, timm's, mmpretrain's, Cadene's and fb.resnet.torch's."""
+"""That of torchvision, timm, mmpretrain and Cadene."""
 
 CAFFE2 = Pixels("BGR", 255, OURS.mean, (1.0, 1.0, 1.0))
-"""Detectron's, of files with fused batch norms (Detectron2's model catalog: std 1)."""
+"""Detectron's, for files with fused batch norms (Detectron2's model catalog: std 1)."""
 
 
 def fold(stem: Tensor, source: Pixels) -> tuple[Tensor, Pixels]:
-    """Make a first convolution take this package's pixels instead of its source's.
+    """Make a first convolution accept this package's pixels instead of its source's.
 
     Args:
         stem: the weight, (C, 3, k, k), for images of the source's convention.
         source: that convention.
 
     Returns:
-        The weight for BGR values of 0 to 255 with this package's std, and the convention it takes:
-        `OURS`, or the same with the source's mean where that is another one.
+        The weight for `folded(source)`, and that convention.
 
     Raises:
-        WeightsError: the convolution does not take three channels.
+        WeightsError: the convolution does not have three input channels.
     """
     if stem.dim() != 4 or stem.shape[1] != 3:
         raise WeightsError(
             f"stem.conv1.weight has the shape {tuple(stem.shape)}; images have three channels."
         )
     ordered = stem.flip(1) if source.order == "RGB" else stem.clone()
-    given = source.of_255()
-    factors = [ours / theirs for ours, theirs in zip(OURS.std, given.std)]
+    factors = [ours / theirs for ours, theirs in zip(OURS.std, source.of_255().std)]
     if not _close(factors, [1.0] * 3, _SAME / 50):
         # In double precision, and rounded once.
         scale = torch.tensor(factors, dtype=torch.float64).view(1, 3, 1, 1)
@@ -110,16 +112,15 @@ def fold(stem: Tensor, source: Pixels) -> tuple[Tensor, Pixels]:
 
 
 def folded(source: Pixels) -> Pixels:
-    """Return what a network takes whose first convolution was folded: `OURS`, or its own mean."""
-    given = source.of_255()
-    mean = OURS.mean if _close(given.mean, OURS.mean, _SAME) else given.mean
-    return Pixels("BGR", 255, mean, OURS.std)
+    """Return the convention after `fold`: `OURS`, or the same with the source's own mean."""
+    mean = source.of_255().mean
+    return Pixels("BGR", 255, OURS.mean if _close(mean, OURS.mean, _SAME) else mean, OURS.std)
 
 
 def _close(first: list[float] | Triple, second: list[float] | Triple, limit: float) -> bool:
     return all(abs(one - two) <= limit for one, two in zip(first, second))
 
 
-def _triple(values: list[float]) -> Triple:
-    first, second, third = values
+def _triple(values: tuple[float, ...], scale: float) -> Triple:
+    first, second, third = (value * scale for value in values)
     return first, second, third

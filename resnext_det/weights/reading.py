@@ -121,6 +121,17 @@ def without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(tensors)
 
 
+def save_file(content: Mapping[str, Any], file: Path) -> None:
+    """Do as `torch.save`, which reports a full disk as a wrong position, but raise an OSError."""
+    try:
+        with file.open("wb") as stream:
+            torch.save(content, stream)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from error
+        raise
+
+
 @contextlib.contextmanager
 def _refused(file: Path) -> Iterator[None]:
     """Turn every error of the body into a WeightsError that names the file."""

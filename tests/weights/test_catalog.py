@@ -1,4 +1,4 @@
-"""The catalog against what timm, torchvision and Detectron2 say, and against figures typed here."""
+"""The catalog against timm, torchvision and Detectron2, and against published figures."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from timm.models import resnet as timm_resnet
 from torchvision.models import get_model_weights
 
 from resnext_det import ResNeXt
-from resnext_det.errors import ConfigError, WeightsError
+from resnext_det.errors import ConfigError
 from resnext_det.weights import catalog
-from resnext_det.weights.catalog import ENTRIES, REFUSED, Checksum, Entry, entry, names, of_file
+from resnext_det.weights.catalog import ENTRIES, REFUSED, Checksum, Entry, entry, of_file
 from resnext_det.weights.pixels import OURS, Pixels, fold
 
 PUBLISHED: dict[str, dict[str, tuple[float, float | None]]] = {
@@ -103,42 +103,43 @@ def parameters(known: Entry) -> int:
     return sum(tensor.numel() for tensor in network.parameters())
 
 
-def test_every_name_is_there_once() -> None:
+def test_every_name_is_listed_once() -> None:
     content = yaml.safe_load(Path(catalog.__file__).with_name("catalog.yaml").read_text())
-    assert names() == [each["name"] for group in content["groups"] for each in group["weights"]]
-    assert not set(names()) & set(REFUSED)
+    assert list(ENTRIES) == [
+        each["name"] for group in content["groups"] for each in group["weights"]
+    ]
+    assert not set(ENTRIES) & set(REFUSED)
     figures = {f"{arch}.{tag}" for arch, tags in PUBLISHED.items() for tag in tags}
-    assert set(names()) == figures | WITHOUT_FIGURES
+    assert set(ENTRIES) == figures | WITHOUT_FIGURES
     addresses = Counter(known.url for known in ENTRIES.values())
     assert max(addresses.values()) == 1
 
 
-def test_every_plain_resnext_of_timm_is_there_or_refused() -> None:
+def test_every_plain_resnext_of_timm_is_listed_or_refused() -> None:
     plain = timm.list_pretrained("resnext*")
     assert len(plain) > 20
-    assert set(plain) <= {*names(), *REFUSED}
+    assert set(plain) <= {*list(ENTRIES), *REFUSED}
 
 
-@pytest.mark.parametrize(
-    "name", [each for each in ENTRIES if each in timm.list_pretrained() or "32x48d" in each]
-)
-def test_what_timm_says_of_its_own(name: str) -> None:
-    known, timms = entry(name), timms_configuration(name)
-    assert known.url == timms.url
-    assert known.pixels == Pixels("RGB", 1, timms.mean, timms.std)
-    assert known.licence.lower() == timms.license
-    assert known.layout == "torchvision"
-    assert known.checksum is not None
-    assert known.checksum.digits == timms.url[-12:-4]
-    figure = known.accuracy
-    assert figure is not None
-    assert figure.interpolation == timms.interpolation
-    if figure.source != "torchvision":  # whose crops are not timm's
-        size = (timms.test_input_size or timms.input_size)[1]
-        assert (figure.resize, figure.crop) == (
-            math.floor(size / (timms.test_crop_pct or timms.crop_pct)),
-            size,
-        )
+def test_what_timm_says_of_its_own() -> None:
+    theirs = set(timm.list_pretrained())
+    for name in [each for each in ENTRIES if each in theirs or "32x48d" in each]:
+        known, timms = entry(name), timms_configuration(name)
+        assert known.url == timms.url
+        assert known.pixels == Pixels("RGB", 1, timms.mean, timms.std)
+        assert known.licence.lower() == timms.license
+        assert known.layout == "torchvision"
+        assert known.checksum is not None
+        assert known.checksum.digits == timms.url[-12:-4]
+        figure = known.accuracy
+        assert figure is not None
+        assert figure.interpolation == timms.interpolation
+        if figure.source != "torchvision":  # whose crops are not timm's
+            size = (timms.test_input_size or timms.input_size)[1]
+            assert (figure.resize, figure.crop) == (
+                math.floor(size / (timms.test_crop_pct or timms.crop_pct)),
+                size,
+            )
 
 
 @pytest.mark.parametrize("name", list(torchvisions_weights()))
@@ -156,40 +157,39 @@ def test_what_torchvision_says_of_its_own(name: str) -> None:
     assert parameters(known) == theirs.meta["num_params"]
 
 
-@pytest.mark.parametrize(
-    ("name", "figures"),
-    [(f"{arch}.{tag}", pair) for arch, tags in PUBLISHED.items() for tag, pair in tags.items()],
-)
-def test_published_figures(name: str, figures: tuple[float, float | None]) -> None:
-    figure = entry(name).accuracy
-    assert figure is not None
-    assert (figure.top1, figure.top5) == (pytest.approx(figures[0], abs=1e-9), figures[1])
-    assert figure.crop in (224, 288)
-    assert figure.resize is None or figure.resize >= figure.crop
+def test_published_figures() -> None:
+    for architecture, tags in PUBLISHED.items():
+        for tag, figures in tags.items():
+            figure = entry(f"{architecture}.{tag}").accuracy
+            assert figure is not None
+            assert (figure.top1, figure.top5) == (pytest.approx(figures[0], abs=1e-9), figures[1])
+            assert figure.crop in (224, 288)
+            assert figure.resize is None or figure.resize >= figure.crop
+    assert all(entry(name).accuracy is None for name in WITHOUT_FIGURES)
 
 
-@pytest.mark.parametrize("name", sorted(WITHOUT_FIGURES))
-def test_no_figure_is_borrowed_from_another_file(name: str) -> None:
-    assert entry(name).accuracy is None
+def test_entries_are_consistent() -> None:
+    """Name, address and network agree; timm's ig_resnext101_32x16d shows how this goes wrong."""
+    for name, known in ENTRIES.items():
+        match = re.fullmatch(r"(resnext|resnet)(\d+)(?:_(\d+)x(\d+)d)?\.\w+", name)
+        assert match is not None
+        assert known.depth == int(match[2])
+        assert match[1] == ("resnext" if match[3] else "resnet")
+        template = (int(match[3] or 1), int(match[4] or 64))
+        assert (known.template.cardinality, known.template.width) == template
+        file = re.search(r"(?:resnext|resnet|X)[-_]?(\d+)(?:[-_](\d+)x(\d+))?", known.file_name)
+        assert file is not None, known.file_name
+        assert int(file[1]) == known.depth
+        assert (int(file[2] or 1), int(file[3] or 64)) == template
+        assert re.fullmatch(r"https?://[\w./-]+/[\w.-]+\.(pth|pkl)", known.url)
+        assert known.stride == "3x3"
+        if known.url.endswith(".pth"):
+            assert known.checksum == Checksum(known.url[-12:-4])
+        if "torchvision" not in known.url and known.accuracy is None:
+            assert known.unverified
 
 
-@pytest.mark.parametrize("name", names())
-def test_a_name_its_address_and_its_network_are_one(name: str) -> None:
-    """timm's ig_resnext101_32x16d, of 32x8d weights, shows how this goes wrong."""
-    known = entry(name)
-    match = re.fullmatch(r"(resnext|resnet)(\d+)(?:_(\d+)x(\d+)d)?\.\w+", name)
-    assert match is not None
-    assert known.depth == int(match[2])
-    assert match[1] == ("resnext" if match[3] else "resnet")
-    template = (int(match[3] or 1), int(match[4] or 64))
-    assert (known.template.cardinality, known.template.width) == template
-    file = re.search(r"(?:resnext|resnet|X)[-_]?(\d+)(?:[-_](\d+)x(\d+))?", known.file_name)
-    assert file is not None, known.file_name
-    assert int(file[1]) == known.depth
-    assert (int(file[2] or 1), int(file[3] or 64)) == template
-
-
-@pytest.mark.parametrize("architecture", sorted({name.partition(".")[0] for name in names()}))
+@pytest.mark.parametrize("architecture", sorted({name.partition(".")[0] for name in list(ENTRIES)}))
 def test_parameters_of_every_network(architecture: str) -> None:
     known = next(known for name, known in ENTRIES.items() if name.startswith(f"{architecture}."))
     counted = parameters(known)
@@ -201,7 +201,7 @@ def test_parameters_of_every_network(architecture: str) -> None:
         assert counted == sum(tensor.numel() for tensor in timms.parameters())
 
 
-@pytest.mark.parametrize("width", [16, 32, 48])
+@pytest.mark.parametrize("width", [16])
 def test_timms_former_names_are_not_followed(width: int) -> None:
     """Under timm they are another network; here they are refused, and the right one is named."""
     former, right = f"ig_resnext101_32x{width}d", f"resnext101_32x{width}d.fb_wsl_ig1b_ft_in1k"
@@ -230,17 +230,17 @@ def test_licences() -> None:
     assert "CC-BY-NC-4.0" in entry("resnext101_64x4d.d1_in1k").notes
 
 
-def test_what_saw_more_than_imagenet_1k() -> None:
+def test_networks_that_saw_more_than_imagenet_1k() -> None:
     more = {name for name, known in ENTRIES.items() if not known.imagenet_1k_only}
     tags = ("fb_ssl_yfcc100m_ft_in1k", "fb_swsl_ig1b_ft_in1k", "fb_wsl_ig1b_ft_in1k", "d1_in5k")
-    assert more == {name for name in names() if name.partition(".")[2] in tags}
+    assert more == {name for name in list(ENTRIES) if name.partition(".")[2] in tags}
     assert len(more) == 13
 
 
-def test_which_batch_norms_are_fused() -> None:
+def test_fused_batch_norms() -> None:
     """Detectron's: "all BN models here have fused BN into an affine layer" (Detectron2)."""
     fused = {name for name, known in ENTRIES.items() if known.batch_norm == "fused"}
-    assert fused == {name for name in names() if ".d1_" in name}
+    assert fused == {name for name in list(ENTRIES) if ".d1_" in name}
 
 
 @pytest.mark.parametrize(
@@ -258,13 +258,13 @@ def test_detectron2s_own_addresses(name: str, theirs: str) -> None:
     assert known.pixels.std == (1, 1, 1)  # "all models here uses PIXEL_STD=[1,1,1]"
 
 
-def test_the_two_files_of_one_name_are_told_apart() -> None:
+def test_two_files_of_one_name() -> None:
     first, second = entry("resnext101_32x8d.d1_in1k"), entry("resnext101_32x8d.d2_in1k")
     assert first.file_name == second.file_name == "X-101-32x8d.pkl"
     assert second.pixels == OURS != first.pixels
 
 
-def test_all_pixels_but_detectrons_are_one_convention() -> None:
+def test_all_pixels_fold_into_one_convention() -> None:
     for name, known in ENTRIES.items():
         stem = torch.arange(12.0).view(1, 3, 2, 2)
         folded, taken = fold(stem, known.pixels)
@@ -274,32 +274,12 @@ def test_all_pixels_but_detectrons_are_one_convention() -> None:
             assert torch.equal(folded, ordered), name
 
 
-@pytest.mark.parametrize("name", names())
-def test_an_entry_is_complete(name: str) -> None:
-    known = entry(name)
-    assert re.fullmatch(r"https?://[\w./-]+/[\w.-]+\.(pth|pkl|t7)", known.url)
-    assert known.stride == "3x3"
-    assert hash(known) == hash(entry(name))
-    checksum = known.checksum
-    if known.url.endswith(".pth"):
-        assert checksum == Checksum(known.url[-12:-4], "sha256", "file name")
-    else:
-        assert checksum is None or checksum.origin == "published by Detectron"
-    if "torchvision" not in known.url and known.accuracy is None:
-        assert known.unverified
-
-
-def test_checksums_are_written_as_what_they_are() -> None:
-    assert str(Checksum("7cdf4587")) == "sha256 beginning 7cdf4587 (file name)"
-    assert str(Checksum("0" * 32, "md5", "published")) == f"md5 {'0' * 32} (published)"
-
-
-@pytest.mark.parametrize("name", [*REFUSED])
-def test_what_cannot_be_used_says_why(name: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        entry(name)
-    assert str(caught.value) == f"{name} cannot be used: {REFUSED[name]}."
-    assert len(REFUSED[name]) > 30
+def test_refused_names_say_why() -> None:
+    for name, why in REFUSED.items():
+        with pytest.raises(ConfigError) as caught:
+            entry(name)
+        assert str(caught.value) == f"{name} cannot be used: {why}."
+        assert len(why) > 30
 
 
 @pytest.mark.parametrize(
@@ -313,12 +293,12 @@ def test_what_cannot_be_used_says_why(name: str) -> None:
         ("X-101-64x4d", "resnext101_64x4d"),
     ],
 )
-def test_the_nearest_name_is_suggested(wrong: str, nearest: str) -> None:
+def test_suggests_the_nearest_name(wrong: str, nearest: str) -> None:
     with pytest.raises(ConfigError, match=f"no checkpoint '{wrong}'.*nearest: .*{nearest}"):
         entry(wrong)
 
 
-def test_another_network_is_not_suggested_where_the_name_says_which() -> None:
+def test_suggests_the_same_network() -> None:
     """resnext101_32x8d.tv_in1k is spelled more like it, and is no 32x4d."""
     with pytest.raises(ConfigError) as caught:
         entry("resnext101_32x4d.tv_in1k")
@@ -327,16 +307,7 @@ def test_another_network_is_not_suggested_where_the_name_says_which() -> None:
     assert {name.partition(".")[0] for name in nearest} == {"resnext101_32x4d"}
 
 
-def test_an_entry_named_otherwise_is_an_error() -> None:
-    known = Entry(
-        *("resnext50.tag", "https://example.org/a.pth", None),
-        *("Apache-2.0", True, "torchvision", OURS),
-    )
-    with pytest.raises(ValueError, match=r"'resnext50\.tag' is not written"):
-        _ = known.depth
-
-
-def test_a_file_is_known_by_its_checksum(tmp_path: Path) -> None:
+def test_recognises_files_by_checksum(tmp_path: Path) -> None:
     """Whatever it is called, by the first digits or by all, in each algorithm."""
     contents = {"short": b"one", "whole": b"two", "md5": b"three", "none": b"four"}
     sums = {
@@ -361,12 +332,6 @@ def test_a_file_is_known_by_its_checksum(tmp_path: Path) -> None:
     assert of_file(tmp_path / "some-short", {"swapped": swapped}) is None
 
 
-def test_a_file_that_cannot_be_read_is_not_known(tmp_path: Path) -> None:
-    for file in (tmp_path / "none", tmp_path):
-        with pytest.raises(WeightsError, match=f"{file} cannot be read"):
-            of_file(file)
-
-
 def listed(monkeypatch: pytest.MonkeyPatch, capsys: Any, *arguments: str) -> str:
     """What tools/list_weights.py prints."""
     tool = Path(__file__).parents[2] / "tools" / "list_weights.py"
@@ -375,35 +340,32 @@ def listed(monkeypatch: pytest.MonkeyPatch, capsys: Any, *arguments: str) -> str
     return str(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("commercial", [True, False])
-@pytest.mark.parametrize("imagenet_1k_only", [True, False])
-def test_the_list_has_what_the_filters_let_through(
-    commercial: bool, imagenet_1k_only: bool, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    flags = ["--commercial"] * commercial + ["--imagenet-1k-only"] * imagenet_1k_only
+@pytest.mark.parametrize("flags", [[], ["--commercial"], ["--commercial", "--imagenet-1k-only"]])
+def test_list_and_filters(flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     lines = listed(monkeypatch, capsys, *flags).splitlines()
     shown = [line.split()[0] for line in lines[2:] if line.startswith("resne")]
     assert shown == [
         name
         for name, known in ENTRIES.items()
-        if known.commercial >= commercial and known.imagenet_1k_only >= imagenet_1k_only
+        if known.commercial >= ("--commercial" in flags)
+        and known.imagenet_1k_only >= ("--imagenet-1k-only" in flags)
     ]
     row = next(line for line in lines if line.startswith("resnext50_32x4d.tv_in1k"))
     assert row.split()[1:] == ["50", "32x4d", "77.62", "BSD-3-Clause", "yes", "kept"]
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", ["resnext50_32x4d.tv_in1k", "resnext101_64x4d.d1_in1k"])
 def test_one_entry_is_shown_whole(name: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     known = entry(name)
-    text = listed(monkeypatch, capsys, f"resnext://{name}")
-    words = " ".join(text.split())
+    words = " ".join(listed(monkeypatch, capsys, f"resnext://{name}").split())
     for fact in (known.url, known.licence, str(known.pixels), known.notes, *known.unverified):
         assert fact in words
+    assert known.checksum is not None and known.checksum.digits in words
     if known.accuracy:
-        assert f"top-1 {known.accuracy.top1:g} %" in words
+        assert f"{known.accuracy.top1:g}" in words
 
 
-def test_a_wrong_name_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_wrong_name_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     with pytest.raises(SystemExit, match="2"):
         listed(monkeypatch, capsys, "resnext50d_32x4d.bt_in1k")
     error = capsys.readouterr().err
@@ -411,7 +373,7 @@ def test_a_wrong_name_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: Any) 
     assert error.count("\n") == 1
 
 
-def test_a_message_quotes_a_name_only_so_far() -> None:
+def test_message_shortens_long_names() -> None:
     with pytest.raises(ConfigError) as caught:
         entry("resnext50\x1b[2J" + "x" * 1_000_000)
     assert len(str(caught.value)) < 600

@@ -14,7 +14,7 @@ from resnext_det.weights.pixels import CAFFE2, IMAGENET, OURS, Pixels, fold
 
 
 def normalise(picture: Tensor, pixels: Pixels) -> Tensor:
-    """Give a picture, RGB of 0 to 255 and (3, H, W), to a network as a convention says."""
+    """Normalize a picture, RGB from 0 to 255 and (3, H, W), in double precision."""
     ordered = picture.flip(0) if pixels.order == "BGR" else picture
     mean, std = (torch.tensor(each, dtype=torch.float64) for each in (pixels.mean, pixels.std))
     values = ordered.double() * pixels.range / 255
@@ -49,7 +49,7 @@ def assert_folds(source: Pixels) -> Pixels:
     ],
     ids=str,
 )
-def test_with_imagenets_mean_it_is_exact_to_the_border(source: Pixels) -> None:
+def test_is_exact_to_the_border_with_imagenets_mean(source: Pixels) -> None:
     assert assert_folds(source) == OURS
 
 
@@ -62,7 +62,7 @@ def test_with_imagenets_mean_it_is_exact_to_the_border(source: Pixels) -> None:
     ],
     ids=str,
 )
-def test_another_mean_is_kept_and_recorded(source: Pixels) -> None:
+def test_keeps_another_mean(source: Pixels) -> None:
     taken = assert_folds(source)
     assert taken.std == OURS.std
     mean = [255 / source.range * value for value in source.mean]
@@ -75,19 +75,19 @@ DEVIATIONS = st.tuples(*[st.floats(0.05, 2.0)] * 3)
 
 @settings(database=None, deadline=None, max_examples=50)
 @given(order=st.sampled_from(["RGB", "BGR"]), mean=COLOURS, std=DEVIATIONS, wide=st.booleans())
-def test_any_convention(order: str, mean: tuple, std: tuple, wide: bool) -> None:
+def test_folds_any_convention(order: str, mean: tuple, std: tuple, wide: bool) -> None:
     scale = 255.0 if wide else 1.0
     source = Pixels(order, scale, *(tuple(v * scale for v in each) for each in (mean, std)))
     assert_folds(source)
 
 
-def test_imagenets_statistics_change_the_order_and_no_bit() -> None:
+def test_imagenets_statistics_change_no_bit() -> None:
     stem = torch.randn(8, 3, 7, 7)
     assert torch.equal(fold(stem, IMAGENET)[0], stem.flip(1))
     assert torch.equal(fold(stem, OURS)[0], stem)
 
 
-def test_is_rounded_once() -> None:
+def test_rounds_once() -> None:
     """A factor in double precision: within half a unit in the last place of the true product."""
     stem = torch.randn(64, 3, 7, 7)
     folded, _ = fold(stem, CAFFE2)
@@ -105,14 +105,12 @@ def test_is_rounded_once() -> None:
         ("RGB", 1, (0.0, 0.0), (1.0, 1.0, 1.0)),
     ],
 )
-def test_what_is_no_convention_is_refused(
-    order: str, scale: float, mean: tuple, std: tuple
-) -> None:
-    with pytest.raises(WeightsError, match="no pixel convention"):
+def test_refuses_impossible_conventions(order: str, scale: float, mean: tuple, std: tuple) -> None:
+    with pytest.raises(WeightsError, match="not a pixel convention"):
         Pixels(order, scale, mean, std)
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 7, 7), (8, 4, 7, 7), (8,)])
-def test_images_have_three_channels(shape: tuple[int, ...]) -> None:
+def test_refuses_other_channels(shape: tuple[int, ...]) -> None:
     with pytest.raises(WeightsError, match="three channels"):
         fold(torch.ones(shape), IMAGENET)
