@@ -64,9 +64,8 @@ def refusal(content: Any, folder: Path, write: Write = torch.save) -> str:
 
 
 def same(found: dict[str, Tensor]) -> bool:
-    return found.keys() == TENSORS.keys() and all(
-        map(torch.equal, found.values(), TENSORS.values())
-    )
+    equal = (torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
+    return found.keys() == TENSORS.keys() and all(equal)
 
 
 FORMATS: dict[str, Callable[[Path], object]] = {
@@ -105,7 +104,7 @@ def test_ignores_what_training_programs_save_beside_the_weights(tmp_path: Path) 
     assert same(found := read(parameters, tmp_path))
     assert not any(tensor.requires_grad for tensor in found.values())
     replaced: OrderedDict[str, Any] = OrderedDict(TENSORS)
-    replaced.__dict__.update(get="words", values=OrderedDict, items=3)
+    replaced.__dict__.update(get="words", values=OrderedDict)
     assert same(read(replaced, tmp_path))
 
 
