@@ -4,7 +4,7 @@
     %(prog)s --weights my.pth --data imagenet/val --resize 232 --json top1.json
 
 --weights is a name that `resnext-det weights` lists, downloaded if necessary, or a file that still
-has its classifier, in any layout that docs/weights.md lists. --data has one folder for each class, in
+has its classifier, in any layout that docs/weights.md lists. --data has one folder per class, in
 the order of the classes by name (n01440764, ...).
 
 A file of the catalog, recognised by its checksum, gets images cut as for its published figures,
