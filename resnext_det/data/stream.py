@@ -30,7 +30,7 @@ from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSample
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from resnext_det.config import complete
-from resnext_det.data.annotations import forget, serve
+from resnext_det.data.annotations import serve
 from resnext_det.data.records import Record
 from resnext_det.errors import ConfigError, DatasetError
 
@@ -210,7 +210,6 @@ def build_stream(
             f"DATALOADER.BAD_IMAGES is {loader.BAD_IMAGES!r}: it must be stop or skip."
         )
     records = training_records(cfg)
-    forget()  # before workers fork and inherit the parsed annotations
     dataset = SeededDataset(records, mapper, seed, skip=loader.BAD_IMAGES == "skip")
     is_landscape = None
     if loader.ASPECT_RATIO_GROUPING:

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from resnext_det.data.annotations import forget
 from resnext_det.data.stream import Share, seed_all
 from resnext_det.errors import ConfigError, TrainingError
 
@@ -93,10 +94,17 @@ class TrainLoop(SimpleTrainer):
             average = get_ema_multi_avg_fn(ema_decay)  # type: ignore[no-untyped-call]
             self.ema = AveragedModel(unwrap(model), multi_avg_fn=average)
 
+    def start_loader(self, iteration: int) -> Iterable[Batch]:
+        """Build the loader of the micro-batches from an iteration on, start it, and return it."""
+        loader = self._data(self.seed, iteration)
+        forget()  # before workers fork and inherit the parsed annotations
+        self._data_loader_iter_obj = iter(loader)
+        return loader
+
     @property
     def _data_loader_iter(self) -> Iterator[Batch]:
         if self._data_loader_iter_obj is None:
-            self._data_loader_iter_obj = iter(self._data(self.seed, self.iter))
+            self.start_loader(self.iter)
         found: Iterator[Batch] = self._data_loader_iter_obj
         return found
 

@@ -29,6 +29,7 @@ from resnext_det.data.checks import check_agreement, configured_classes
 from resnext_det.data.custom import class_names
 from resnext_det.data.mapper import NamingDatasetMapper
 from resnext_det.data.stream import (
+    SeededDataset,
     Share,
     build_stream,
     seeded,
@@ -174,11 +175,11 @@ class Trainer(DefaultTrainer):
         Raises:
             SystemExit: with code `STOPPED`, after a signal; the training is saved.
         """
-        self._log_plan()
         # MODEL.WEIGHTS may have been trained on other classes.
         unwrap(self._trainer.model).class_names = class_names(self.cfg)  # type: ignore[assignment]
         results: dict[str, Any] | None = None
         try:
+            self._log_plan(self._trainer.start_loader(self.start_iter))
             with SIGNALS.listening():
                 results = super().train()  # type: ignore[no-untyped-call]
         except Interrupted:
@@ -204,11 +205,13 @@ class Trainer(DefaultTrainer):
             logger.warning("%d images could not be read and were skipped", skipped)
         return results
 
-    def _log_plan(self) -> None:
+    def _log_plan(self, loader: Any) -> None:
         if not comm.is_main_process():
             return
         size = checkpoint_bytes(unwrap(self._trainer.model), self.cfg)
-        images = len(training_records(self.cfg))
+        dataset = getattr(loader, "dataset", None)  # a subclass may build another loader
+        known = isinstance(dataset, SeededDataset)
+        images = len(dataset if known else training_records(self.cfg))
         logger.info("the plan:\n%s", self.plan.describe(images, size))
         shortage = self.plan.shortage(size, free_bytes(Path(self.cfg.OUTPUT_DIR)))
         for warning in (*self.plan.warnings, idle_warning(self.cfg), shortage):

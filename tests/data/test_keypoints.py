@@ -17,10 +17,11 @@ from detectron2.data.datasets.builtin_meta import (
 )
 
 from resnext_det import load_config
-from resnext_det.data import custom
+from resnext_det.data import annotations, custom
 from resnext_det.data.keypoints import keypoints_of
 from resnext_det.data.mapper import NamingDatasetMapper
 from resnext_det.data.toy import ToySpec, write_toy_coco
+from resnext_det.engine import trainer as trainer_module
 from resnext_det.engine.trainer import Trainer
 from resnext_det.errors import DatasetError
 
@@ -133,11 +134,23 @@ def test_instances_are_those_of_detectron2(registered: str, toy: Path) -> None:
         assert (found.gt_keypoints.tensor == expected.gt_keypoints.tensor).all()
 
 
-def test_trains_and_evaluates_keypoints(toy: Path, tmp_path: Path) -> None:
-    cfg = custom.use(config("OUTPUT_DIR", tmp_path / "run"), **files(toy))
+def test_trains_and_evaluates_keypoints(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And parses the annotations once, for plan, statistics of batch norms and training alike."""
+    parsed: list[str] = []
+    read_json = annotations.read_json
+    monkeypatch.setattr(
+        annotations, "read_json", lambda file: (parsed.append(file.stem), read_json(file))[1]
+    )
+    precise = ["MODEL.FPN.NORM", "BN", "TEST.PRECISE_BN.ENABLED", True]
+    precise += ["TEST.PRECISE_BN.NUM_ITER", 1, "TEST.EVAL_PERIOD", 2]
+    cfg = custom.use(config("OUTPUT_DIR", tmp_path / "run", *precise), **files(toy))
+    monkeypatch.delattr(trainer_module, "training_records")  # the plan counts the loader's images
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=False)
     trainer.train()
+    assert parsed.count("instances_train2017") == 1
     assert {"bbox", "keypoints"} <= set(trainer._last_eval_results)
     alone = custom.use(config("OUTPUT_DIR", tmp_path / "run"), **dict(list(files(toy).items())[2:]))
     assert not alone.DATASETS.TRAIN
