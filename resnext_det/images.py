@@ -48,7 +48,7 @@ _TRANSPOSING = (5, 6, 7, 8)  # EXIF orientations
 
 @dataclass(frozen=True)
 class Header:
-    """What is known of an image without decoding it: size in pixels, upright; bits a channel."""
+    """Size of an upright image in pixels, and bits per channel in its file."""
 
     width: int
     height: int
@@ -56,10 +56,10 @@ class Header:
 
 
 def read_header(file: str | Path) -> Header:
-    """Read the header of an image.
+    """Read the header of an image, without decoding its pixels.
 
     Raises:
-        DatasetError: `read_image` would refuse the file, too, as far as its header shows.
+        DatasetError: the header shows that `read_image` would refuse the file.
     """
     with _opened(file) as image:
         width, height = image.size
@@ -132,17 +132,10 @@ def read_labels(file: str | Path) -> NDArray[np.uint8]:
 
 
 def as_array(picture: Image.Image, pixel_format: str) -> NDArray[Any]:
-    """Return the pixels of a picture in a format, as Detectron2 converts them.
-
-    Args:
-        picture: of 8 bits a channel; its EXIF orientation is ignored.
-        pixel_format: one of CHANNELS.
-
-    Returns:
-        As `read_image`.
+    """Return the pixels of a picture as `read_image` does; its EXIF orientation is ignored.
 
     Raises:
-        ValueError: the picture has more bits a channel.
+        ValueError: the picture has more than 8 bits a channel.
     """
     if picture.mode.startswith(("I", "F")):
         raise ValueError(
@@ -156,10 +149,6 @@ def as_array(picture: Image.Image, pixel_format: str) -> NDArray[Any]:
 
 def check_pixel_format(pixel_format: str, channels: int) -> None:
     """Refuse an INPUT.FORMAT that no image can be converted to, or that does not fit the network.
-
-    Args:
-        pixel_format: INPUT.FORMAT.
-        channels: of the network, the length of MODEL.PIXEL_MEAN.
 
     Raises:
         ConfigError: it is not in CHANNELS, or has another number of channels.
@@ -235,6 +224,6 @@ def _orientation(image: ImageFile.ImageFile) -> Any:
 def _warn_of_deep_images(bits: int) -> None:
     logger.warning(
         "Images have %d bits a channel, of which only the upper 8 are used. If they do not use the "
-        "whole range, scale them to 8 bits first; tools/check_data.py names them.",
+        "whole range, scale them to 8 bits first; resnext-det check-data names them.",
         bits,
     )

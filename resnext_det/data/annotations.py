@@ -1,9 +1,9 @@
 """COCO annotation files: one reader for checks, training and evaluation.
 
 Detectron2's `load_coco_json` reads plain UTF-8 only and stops with a traceback at the first
-malformed record, even if the model would not use it. `load_records` replaces it for data sets that
-were registered with `register_coco_instances`: it returns the same records for a sound file, and
-leaves out what `resnext_det.data.health` reports for others.
+malformed record, even if the model would not use it. `load_records` replaces it for data sets
+registered with `register_coco_instances`: it returns the same records for a sound file, and leaves
+out annotations that cannot be used.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def read_annotations(file: Path, name: str = "") -> Record:
         sets) and "categories". It is shared: do not change it.
 
     Raises:
-        DatasetError: the file is missing, is not JSON or not in COCO's format.
+        DatasetError: the file is missing, or not a COCO annotation file.
     """
     prefix = f"data set {quoted(name)}: " if name else ""
     try:
@@ -84,11 +84,7 @@ def _parsed(file: Path, size: int, changed: int) -> Record:
 
 
 def parse_annotations(file: Path) -> Record:
-    """Do what `read_annotations` does, without sharing the document.
-
-    Raises:
-        DatasetError: the file is not JSON or not in COCO's format.
-    """
+    """Read a COCO annotation file as `read_annotations` does, but without keeping it in memory."""
     document = read_json(file)
     if isinstance(document, dict):
         document.setdefault("annotations", [])
@@ -191,8 +187,8 @@ def load_records(file: Path, images: str, name: str) -> list[Record]:
             records[annotation["image_id"]]["annotations"].append(instance)
     if left_out:
         logger.warning(
-            "%s: %d of %d annotations cannot be used and are left out (for the reasons, run python "
-            "tools/check_data.py --annotations FILE)",
+            "%s: %d of %d annotations cannot be used and are left out (for the reasons, run "
+            "resnext-det check-data --annotations FILE)",
             quoted(file),
             left_out,
             len(document["annotations"]),

@@ -1,4 +1,4 @@
-"""What is checked before a training or an evaluation starts."""
+"""Checks of data sets before a training or an evaluation starts."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from resnext_det.errors import ConfigError, DatasetError, named, quoted
 logger = logging.getLogger(__name__)
 
 CUSTOM = "custom_coco_"
-"""How the names of data sets begin that are given as files on the command line."""
+"""Prefix of the names of data sets that the command line names by file."""
 
 
 def check_datasets(cfg: CfgNode, names: list[str], *, ignore_health: bool = False) -> None:
-    """Refuse data sets that would stop a run later, or teach it something wrong.
+    """Refuse data sets that would stop a run later, or make its figures wrong.
 
     Annotations and image headers are examined, and all data sets must have the same classes in the
     same order, as many as the config says. Warnings are logged. With `ignore_health`, so are errors
@@ -35,6 +35,7 @@ def check_datasets(cfg: CfgNode, names: list[str], *, ignore_health: bool = Fals
     if not names:
         raise ConfigError("no data set: set DATASETS.TRAIN and DATASETS.TEST.")
     serve(names)
+    configured = configured_classes(cfg)
     for name in dict.fromkeys(names):
         check_registered(name)
         metadata = MetadataCatalog.get(name)
@@ -51,11 +52,17 @@ def check_datasets(cfg: CfgNode, names: list[str], *, ignore_health: bool = Fals
                 f"{len(document['images'])} images of {quoted(Path(file.name))}."
             )
         check_not_empty(document, name, file, training=training)
-        _check_class_count(cfg, name, len(document["categories"]))
+        categories = len(document["categories"])
+        if configured and configured[1] != categories:
+            key, number = configured
+            raise ConfigError(
+                f"{key} is {number}, but data set {quoted(name)} has {categories} categories. "
+                f"Set {key} {categories}."
+            )
         skip = training and cfg.DATALOADER.BAD_IMAGES == "skip"
-        _check_health(name, document, folder, skip_bad_images=skip, ignore=ignore_health)
+        _check_health(name, document, skip_bad_images=skip, ignore=ignore_health)
         note_classes(name, read_categories(document["categories"], file), file)
-    if configured_classes(cfg) is not None:
+    if configured:
         check_agreement(names)
 
 
@@ -65,7 +72,7 @@ def check_agreement(names: list[str]) -> None:
     Raises:
         DatasetError: they differ; the message lists how.
     """
-    known = {name: classes_of(name) for name in dict.fromkeys(names)}
+    known = {name: classes_of(name) for name in names}
     given = [(name, classes) for name, classes in known.items() if classes is not None]
     for name, classes in given[1:]:
         first, of_first = given[0]
@@ -78,7 +85,8 @@ def check_same_classes(
     """Refuse classes that are not those that a model learned, in the same order.
 
     Class i of a model is the i-th category: with another order, or with one missing, detections
-    would silently count for the wrong classes. The last two arguments name their owners.
+    would silently count for the wrong classes. The last two arguments name the owners of the
+    classes.
 
     Raises:
         DatasetError: they differ; the message lists how.
@@ -116,7 +124,7 @@ def classes_of(name: str) -> list[str] | None:
     """
     metadata = MetadataCatalog.get(name)
     file = Path(metadata.get("json_file", ""))
-    # What is loaded already agrees with what was registered: see `note_classes`.
+    # Loading compares the registered classes with the file's: see `note_classes`.
     if not hasattr(metadata, "thing_dataset_id_to_contiguous_id") and file.is_file():
         return list(read_categories(read_annotations(file, name)["categories"], file).values())
     return list(metadata.thing_classes) if hasattr(metadata, "thing_classes") else None
@@ -157,7 +165,7 @@ def check_not_empty(document: Record, name: str, file: Path, *, training: bool) 
 
 
 def configured_classes(cfg: CfgNode) -> tuple[str, int] | None:
-    """Return the key that holds the number of classes and that number; None for other models."""
+    """Return the key of the number of classes and its value; None for other models."""
     if cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN":
         return "MODEL.ROI_HEADS.NUM_CLASSES", int(cfg.MODEL.ROI_HEADS.NUM_CLASSES)
     if cfg.MODEL.META_ARCHITECTURE == "RetinaNet":
@@ -177,19 +185,9 @@ def _check_ids(name: str) -> None:
         )
 
 
-def _check_class_count(cfg: CfgNode, name: str, categories: int) -> None:
-    key, number = configured_classes(cfg) or ("", categories)
-    if categories != number:
-        raise ConfigError(
-            f"{key} is {number}, but data set {quoted(name)} has {categories} categories. "
-            f"Set {key} {categories}."
-        )
-
-
-def _check_health(
-    name: str, document: Record, folder: Path, *, skip_bad_images: bool, ignore: bool
-) -> None:
-    health = examine(document, folder, skip_bad_images=skip_bad_images)
+def _check_health(name: str, document: Record, *, skip_bad_images: bool, ignore: bool) -> None:
+    metadata = MetadataCatalog.get(name)
+    health = examine(document, Path(metadata.image_root), skip_bad_images=skip_bad_images)
     fatal = [error for error in health.errors if not error.can_ignore]
     refused = fatal if ignore else health.errors
     for finding in health.findings:
@@ -201,8 +199,8 @@ def _check_health(
         advice = "Or add --ignore-health, which leaves out what cannot be used and takes the rest."
     else:
         advice = "--ignore-health cannot help here." if ignore else ""
-    file = quoted(Path(MetadataCatalog.get(name).json_file))
     raise DatasetError(
-        f"data set {quoted(name)}, {file}: {'. '.join(map(str, refused))}. Correct the file; "
-        f"python tools/check_data.py --annotations FILE --images FOLDER lists everything. {advice}"
+        f"data set {quoted(name)}, {quoted(Path(metadata.json_file))}: "
+        f"{'. '.join(map(str, refused))}. Correct the file; resnext-det check-data --annotations "
+        f"FILE --images FOLDER lists everything. {advice}".rstrip()
     )

@@ -1,6 +1,6 @@
 """Data sets in COCO's format, given as files on the command line.
 
-The name of such a data set follows from its paths, so every process arrives at the same one.
+The name of such a data set follows from its paths, so every process computes the same one.
 Detectron2's catalog exists once per process: `from_arguments` (or `use`) reads the files and
 registers them in its own process; every other process that builds a data loader calls
 `register_arguments`, which reads nothing. A run folder records the files (`record`), so that its
@@ -33,7 +33,6 @@ from resnext_det.data.checks import (
     classes_of,
     configured_classes,
 )
-from resnext_det.data.health import missing_files
 from resnext_det.data.keypoints import keypoints_of
 from resnext_det.data.records import Record, is_name, leads_out
 from resnext_det.errors import ConfigError, DatasetError, quoted
@@ -47,7 +46,7 @@ RECORD = "datasets.json"
 
 @dataclass(frozen=True)
 class CustomData:
-    """An annotation file and its image folder, both absolute; the digest is for records."""
+    """An annotation file and its image folder, both absolute; the digest is for run folders."""
 
     file: Path
     images: Path
@@ -59,14 +58,14 @@ class CustomData:
         """The name in Detectron2's catalog, safe as part of a file name."""
         stem = re.sub(r"\W+", "_", self.file.stem, flags=re.ASCII)[:40]
         digest = hashlib.sha256(f"{self.file}\n{self.images}".encode(errors="replace")).hexdigest()
-        # Without "coco" in the name, Detectron2 warns of gaps in the category ids.
+        # "coco" in the name keeps Detectron2 from warning about gaps in the category ids.
         return f"{CUSTOM}{stem}_{digest[:8]}"
 
 
 def from_arguments(cfg: CfgNode, arguments: argparse.Namespace) -> CfgNode:
-    """Do what `use` does for the flags of `resnext_det_cli.flags.add_own_data`.
+    """Apply `use` to the flags of `resnext_det_cli.flags.add_own_data`.
 
-    Without any of them, the config is returned unchanged, and the files that its run folder records
+    Without these flags, the config is returned unchanged, and the files that its run folder records
     are registered.
 
     Raises:
@@ -141,14 +140,23 @@ def _use(cfg: CfgNode, located: list[CustomData]) -> CfgNode:
         )
     if not located:
         raise ConfigError("no annotations to train on or evaluate with.")
-    classes = []
+    classes, keypoints = [], []
     for data in located:
         document = read_annotations(data.file, data.name)
         check_not_empty(document, data.name, data.file, training=data.split == "train")
         _check_file_names(document, data)
-        classes.append(list(read_categories(document["categories"], data.file).values()))
+        categories = document["categories"]
+        classes.append(list(read_categories(categories, data.file).values()))
+        if cfg.MODEL.KEYPOINT_ON:
+            keypoints.append(keypoints_of(categories, data.file))
     files = [quoted(data.file) for data in located]
     check_same_classes(classes[0], classes[-1], files[0], files[-1])
+    if cfg.MODEL.KEYPOINT_ON and (keypoints[0] is None or keypoints[0] != keypoints[-1]):
+        raise DatasetError(
+            f"MODEL.KEYPOINT_ON is True, but the categories of {' and '.join(files)} do not name "
+            'the same keypoints: list them under "keypoints" of each category that has some, or '
+            "set MODEL.KEYPOINT_ON False."
+        )
     if len({data.name for data in located}) < len(located):
         logger.warning("the model is evaluated on the images that it is trained on")
     for data in located:
@@ -159,8 +167,8 @@ def _use(cfg: CfgNode, located: list[CustomData]) -> CfgNode:
     new.DATASETS.TRAIN = tuple(data.name for data in located if data.split == "train")
     new.DATASETS.TEST = tuple(data.name for data in located if data.split == "test")
     new.merge_from_list([configured[0], str(len(classes[0]))])
-    if cfg.MODEL.KEYPOINT_ON:
-        new.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = _keypoints(located)
+    if keypoints and keypoints[0]:
+        new.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = len(keypoints[0].names)
     if cfg.is_frozen():
         new.freeze()
     return new
@@ -176,51 +184,40 @@ def _check_file_names(document: Record, data: CustomData) -> None:
             f"folder, such as {quoted(outside[0])}. Make them relative to --{data.split}-images, "
             "without '..'."
         )
-    if names and len(missing_files(names, data.images)) == len(names):
+    if names and not any(_is_file(data.images / name) for name in names):
         raise ConfigError(
             f"none of the images of {quoted(data.file)}, such as {quoted(names[0])}, is in "
             f"{quoted(data.images)}: name their folder with --{data.split}-images."
         )
 
 
-def _keypoints(located: list[CustomData]) -> int:
-    """Return the number of keypoints, which must be the same in all data sets."""
-    found = {
-        quoted(data.file): keypoints_of(
-            read_annotations(data.file, data.name)["categories"], data.file
-        )
-        for data in located
-    }
-    first, *others = found.values()
-    if first is None or any(other != first for other in others):
-        raise DatasetError(
-            f"MODEL.KEYPOINT_ON is True, but the categories of {' and '.join(found)} do not name "
-            'the same keypoints: list them under "keypoints" of each category that has some, or '
-            "set MODEL.KEYPOINT_ON False."
-        )
-    return len(first.names)
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # too long for the file system, or with a null byte
+        return False
 
 
 def _locate(split: str, json: str | Path | None, images: str | Path | None) -> list[CustomData]:
-    """Return the data set of a split, if one is given."""
+    """Return the data set of a split, or nothing without its annotations."""
     if not json:
         if images:
             raise ConfigError(f"--{split}-images needs --{split}-json, the annotations.")
         return []
     file = Path(json).expanduser()
-    if not file.is_file():
+    if not _is_file(file):
         raise ConfigError(f"--{split}-json: there is no file {quoted(Path(json))}.")
-    folder = Path(images).expanduser() if images else _folder_of(file)
+    if images:
+        folder = Path(images).expanduser()
+    else:
+        # In COCO's layout annotations/instances_val2017.json goes with val2017.
+        beside = file.absolute().parent
+        folder = beside.parent / file.stem.rpartition("_")[2]
+        if "_" not in file.stem or not folder.is_dir():
+            folder = beside
     if not folder.is_dir():
         raise ConfigError(f"--{split}-images: there is no folder {quoted(folder)}.")
     return [CustomData(file.resolve(), folder.resolve(), split)]
-
-
-def _folder_of(file: Path) -> Path:
-    """Return the folder of the images: COCO's layout if it is there, or beside the file."""
-    split = file.stem.rpartition("_")[2]  # annotations/instances_val2017.json -> val2017
-    folder = file.absolute().parent.parent / split
-    return folder if split != file.stem and folder.is_dir() else file.parent
 
 
 def _of_arguments(arguments: argparse.Namespace) -> list[CustomData]:
@@ -274,10 +271,8 @@ def read_record(folder: Path) -> dict[str, CustomData]:
     content, found = read_json(file), {}
     try:
         for name, entry in content.items():
-            digest = str(entry["sha256"])
-            found[name] = CustomData(
-                Path(entry["annotations"]), Path(entry["images"]), sha256=digest
-            )
+            annotations, images = Path(entry["annotations"]), Path(entry["images"])
+            found[name] = CustomData(annotations, images, sha256=str(entry["sha256"]))
             if name != found[name].name:
                 raise ValueError(f"entry {quoted(name)} does not match its files")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -289,7 +284,7 @@ def read_record(folder: Path) -> dict[str, CustomData]:
 
 
 def _recorded(arguments: argparse.Namespace) -> dict[str, CustomData]:
-    """Return what is recorded beside the config, unless the command line names files itself."""
+    """Return the data sets recorded beside the config, unless the command line names files."""
     config = getattr(arguments, "config_file", None)
     return read_record(Path(config).parent) if config and not _of_arguments(arguments) else {}
 
@@ -299,7 +294,7 @@ def _check_recorded(arguments: argparse.Namespace, names: list[str]) -> None:
     recorded = _recorded(arguments)
     for data in (recorded[name] for name in names if name in recorded):
         fault = ""
-        if not data.file.is_file() or not data.images.is_dir():
+        if not _is_file(data.file) or not data.images.is_dir():
             fault = f"the annotations {quoted(data.file)} or images {quoted(data.images)} are gone"
         elif file_digest(data.file) != data.sha256:
             fault = f"the annotations {quoted(data.file)} have changed since the run"
@@ -311,7 +306,7 @@ def _check_recorded(arguments: argparse.Namespace, names: list[str]) -> None:
 
 
 def class_names(cfg: CfgNode) -> list[str]:
-    """Return the class names of the first data set to train on, else to evaluate on.
+    """Return the classes of the first data set to train on, else to evaluate on.
 
     They are in the order of the model's outputs.
 

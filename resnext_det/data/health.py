@@ -1,20 +1,19 @@
 """Is a COCO annotation file, with its images, fit for training and evaluation?
 
 An error makes a training or a figure wrong, or stops it later: a repeated id, a box outside its
-image, an image of another size. A warning is what Detectron2 copes with, such as the two boxes
-without height in COCO's own train2017 (cocodataset/cocoapi, issue 355).
+image, an image of another size. A warning is something that Detectron2 copes with, such as the two
+boxes without height in COCO's own train2017 (cocodataset/cocoapi, issue 355).
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from resnext_det.console import progress_bar
 from resnext_det.data.records import (
@@ -38,22 +37,20 @@ _MOST_SHOWN = 60  # characters of a value
 # Rounding moves a box beyond its image by up to a pixel, and an area beyond its box by a little.
 _BOX_TOLERANCE = 1.0
 _AREA_TOLERANCE = 1.1
-# With fewer boxes it may be chance that all of them could be corners.
-_FEWEST_CORNERS = 20
-_THREADS = 8  # image folders on a network keep a single thread waiting
+_FEWEST_CORNERS = 20  # fewer boxes may look like corners by chance
+_THREADS = 8  # a network file system keeps a single thread waiting
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong with a file.
+    """A fault, and the records that have it.
 
     Attributes:
-        severity: "error" if it makes a training or a figure wrong, or stops it later; "warning" if
-            Detectron2 copes with it.
-        what: is wrong.
+        severity: "error" or "warning", see the module.
+        what: the fault.
         shown: keys of a record that an example shows, after its id.
-        can_ignore: training and evaluation can go on, for an error.
-        count: number of records; 0 if it concerns the whole file.
+        can_ignore: training and evaluation can go on despite this error.
+        count: number of records; 0 if the fault concerns the whole file.
         examples: the first few.
     """
 
@@ -71,19 +68,19 @@ class Finding:
         return f"{self.what}: {self.count:,} ({'; '.join([*self.examples, *more])})"
 
     def of(self, bad: Sequence[Record | str]) -> list[Finding]:
-        """Return the finding for these records, if there are any; text is shown as it is."""
+        """Return this finding for some records, or descriptions of them; nothing for none."""
         examples = tuple(_example(each, self.shown) for each in bad[:_EXAMPLES])
         return [replace(self, count=len(bad), examples=examples)] if bad else []
 
 
 @dataclass(frozen=True)
 class Health:
-    """What `examine` found.
+    """The result of `examine`.
 
     Attributes:
-        images: listed in the file.
-        empty_images: of these, without annotations.
-        annotations: listed in the file.
+        images: number of images in the file.
+        empty_images: number of images without annotations.
+        annotations: number of annotations in the file.
         categories: name and number of annotations of each, most annotated first.
         findings: errors first.
     """
@@ -120,18 +117,16 @@ def examine(
 
     Args:
         document: with lists under "images", "annotations" and "categories".
-        folder: an existing folder; the headers of the images in it are read. None leaves the
-            images alone.
-        skip_bad_images: a training skips images that it cannot read.
+        folder: of the images, whose headers are read; None to leave them out.
+        skip_bad_images: whether a training skips unreadable images.
     """
     findings: list[Finding] = []
     records = {}
     for kind in ("images", "categories", "annotations"):
         records[kind] = [each for each in document[kind] if isinstance(each, dict)]
         bad = [quoted(each) for each in document[kind] if not isinstance(each, dict)]
-        left_out = kind == "annotations"
-        fault = Finding("error", f"{kind} that are not JSON objects", can_ignore=left_out)
-        findings += fault.of(bad)
+        what = f"{kind} that are not JSON objects"
+        findings += Finding("error", what, can_ignore=kind == "annotations").of(bad)
     images, annotations = records["images"], records["annotations"]
     sizes = {each["id"]: each for each in images if is_whole(each.get("id"))}
     names = {each["id"]: each for each in records["categories"] if is_whole(each.get("id"))}
@@ -146,7 +141,7 @@ def examine(
     ):
         findings += fault.of(_repeated(records[kind], key))
     findings += _repeated_annotations(annotations)
-    findings += _layout(annotations, sizes)
+    findings += _box_format(annotations, sizes)
     if folder is not None:
         findings += _check_files(images, folder, skip_bad_images)
     annotated = {each["image_id"] for each in annotations if is_whole(each.get("image_id"))}
@@ -235,8 +230,7 @@ def _annotation_faults(
         yield _error('annotations to ignore, unknown to Detectron2 (use "iscrowd": 1)')
     if get("keypoints") and not is_keypoints(annotation["keypoints"]):
         yield _error("keypoints that are not a flat list of x, y, visibility", "keypoints")
-    mask = get("segmentation")
-    width, height = _size(image, unknown=None)
+    mask, (width, height) = get("segmentation"), _size(image)
     if mask and not is_segmentation(mask, height, width):
         what = "segmentations that are neither polygons nor RLE of the size of their image"
         yield _error(what, "segmentation")
@@ -250,31 +244,31 @@ def _annotation_faults(
         yield from _area_faults(annotation)
 
 
-def _size(image: Record, unknown: Any = math.inf) -> tuple[Any, Any]:
-    """Return the width and height of an image."""
+def _size(image: Record) -> tuple[int | None, int | None]:
+    """Return the width and height of an image, None if unknown."""
     width, height = image.get("width"), image.get("height")
-    return (width, height) if is_side(width) and is_side(height) else (unknown, unknown)
+    return (width, height) if is_side(width) and is_side(height) else (None, None)
 
 
 def _box_faults(annotation: Record, image: Record) -> Iterator[Finding]:
     """Yield the worst fault of a box."""
     shown = ("image_id", "bbox")
     x, y, width, height = annotation["bbox"]
-    right, bottom = _size(image)
+    right, bottom = (side or math.inf for side in _size(image))
     if width < 0 or height < 0:
         yield _error("boxes of negative width or height", *shown)
     elif width == 0 or height == 0:
         yield _warning("boxes without area, which Detectron2 leaves out", *shown)
     elif x >= right or y >= bottom or x + width <= 0 or y + height <= 0:
         yield _error("boxes outside their image", *shown)
-    elif _reaches_out(annotation["bbox"], right, bottom):
+    elif _reaches_out(annotation["bbox"], image):
         yield _warning("boxes that reach out of their image, and are clipped", *shown)
 
 
-def _reaches_out(box: list[float], right: float, bottom: float) -> bool:
+def _reaches_out(box: list[float], image: Record) -> bool:
     x, y, width, height = box
-    beyond = max(-x, -y, x + width - right, y + height - bottom)
-    return beyond > _BOX_TOLERANCE
+    right, bottom = (side or math.inf for side in _size(image))
+    return max(-x, -y, x + width - right, y + height - bottom) > _BOX_TOLERANCE
 
 
 def _area_faults(annotation: Record) -> Iterator[Finding]:
@@ -309,26 +303,19 @@ def _repeated_annotations(annotations: Sequence[Record]) -> list[Finding]:
     return fault.of(bad)
 
 
-def _layout(annotations: Sequence[Record], images: dict[int, Record]) -> Iterator[Finding]:
-    """Yield what all boxes together reveal: another unit, or corners instead of sizes."""
-    sound = [each for each in annotations if is_object(each)]
-    if not sound:
-        return
-    boxes = [each["bbox"] for each in sound]
-    if all(abs(value) <= 1 for box in boxes for value in box):
-        what = "all boxes are between 0 and 1: COCO's are in pixels, not fractions of the image"
-        yield Finding("error", what, can_ignore=True)
-    outside = 0
-    for box, each in zip(boxes, sound):
-        right, bottom = _size(images.get(each["image_id"], {}))
-        x, y, width, height = box
-        inside = width <= right + _BOX_TOLERANCE and height <= bottom + _BOX_TOLERANCE
-        if width <= x or height <= y or not inside:
-            return
-        outside += _reaches_out(box, right, bottom)
-    if len(boxes) >= _FEWEST_CORNERS and outside > 0.1 * len(boxes):
-        what = "all boxes look like (x1, y1, x2, y2): COCO's are (x, y, width, height)"
-        yield Finding("error", what, can_ignore=True)
+def _box_format(annotations: Sequence[Record], images: dict[int, Record]) -> Iterator[Finding]:
+    """Yield a finding if all boxes together look like fractions or corners."""
+    pairs = [
+        (each["bbox"], images.get(each["image_id"], {})) for each in annotations if is_object(each)
+    ]
+    if pairs and all(abs(value) <= 1 for box, _ in pairs for value in box):
+        yield _error("all boxes are between 0 and 1: COCO's are in pixels, not fractions")
+    could_be_corners = len(pairs) >= _FEWEST_CORNERS and all(
+        x < width and y < height and not _reaches_out([0, 0, width, height], image)
+        for (x, y, width, height), image in pairs
+    )
+    if could_be_corners and sum(_reaches_out(*pair) for pair in pairs) > 0.1 * len(pairs):
+        yield _error("all boxes look like (x1, y1, x2, y2): COCO's are (x, y, width, height)")
 
 
 def _is_usable(annotation: Record) -> bool:
@@ -340,17 +327,25 @@ def _is_usable(annotation: Record) -> bool:
 
 
 def _check_files(images: list[Record], folder: Path, skipped: bool) -> Iterator[Finding]:
-    """Yield what is wrong with the files of images; only their headers are read."""
+    """Yield the faults of image files; only their headers are read."""
     named = {
         each["file_name"]: each
         for each in images
         if is_name(each.get("file_name")) and not leads_out(each["file_name"])
     }
-    missing = set(missing_files(list(named), folder))
-    present = [name for name in named if name not in missing]
+
+    def read(name: str) -> Header | str:
+        try:
+            return read_header(folder / name)
+        except DatasetError as error:
+            return str(error).rstrip(".")
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        bar = {"total": len(named), "desc": "image headers", "unit": "image", "delay": 2}
+        headers = list(progress_bar(pool.map(read, named), **bar))
     unreadable, other_size, deep = [], [], []
-    for name, header in zip(present, _read_headers([folder / name for name in present])):
-        width, height = named[name].get("width"), named[name].get("height")
+    for (name, image), header in zip(named.items(), headers):
+        width, height = image.get("width"), image.get("height")
         shown = quoted(Path(name))
         if isinstance(header, str):
             unreadable.append(header)
@@ -360,11 +355,9 @@ def _check_files(images: list[Record], folder: Path, skipped: bool) -> Iterator[
         if (header.width, header.height) != (width, height):
             given = f"{quoted(width, 20)} x {quoted(height, 20)}"
             other_size.append(f"{shown} is {header.width} x {header.height}, not {given}")
-    absent = [quoted(Path(name)) for name in named if name in missing]
     hint = "" if skipped else " (DATALOADER.BAD_IMAGES skip, with --ignore-health, skips them)"
     for what, bad in (
-        (f"of {len(named):,} image files, those missing from {quoted(folder)}{hint}", absent),
-        (f"image files that cannot be used{hint}", unreadable),
+        (f"of {len(named):,} image files, those that cannot be used{hint}", unreadable),
         (f"image files of another size than their annotations{hint}", other_size),
     ):
         yield from Finding("error", what, can_ignore=skipped).of(bad)
@@ -373,42 +366,3 @@ def _check_files(images: list[Record], folder: Path, skipped: bool) -> Iterator[
         "the whole range, scale them to 8 bits first)"
     )
     yield from _warning(what).of(deep)
-
-
-def missing_files(file_names: Sequence[str], folder: Path) -> list[str]:
-    """Return the names, relative to a folder, that are not files in it.
-
-    Raises:
-        DatasetError: the folder cannot be listed.
-    """
-    try:
-        with os.scandir(folder) as entries:
-            present = {entry.name for entry in entries}
-    except OSError as error:
-        raise DatasetError(
-            f"the image folder {quoted(folder)} cannot be read: {error.strerror}. Name another, or "
-            "change its permissions."
-        ) from error
-    return [name for name in file_names if name not in present and not _is_file(folder / name)]
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # too long for the file system, or with a null byte
-        return False
-
-
-def _read_headers(files: Sequence[Path]) -> list[Header | str]:
-    """Return the header of each image, or why it cannot be read."""
-
-    def read(file: Path) -> Header | str:
-        try:
-            return read_header(file)
-        except DatasetError as error:
-            return str(error).rstrip(".")
-
-    with ThreadPoolExecutor(_THREADS) as pool:
-        headers = pool.map(read, files)
-        bar = {"total": len(files), "desc": "image headers", "unit": "image", "delay": 2}
-        return list(progress_bar(headers, **bar))

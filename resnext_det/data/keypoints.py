@@ -1,4 +1,4 @@
-"""The keypoints that annotation files name: their order, left and right, and the skeleton."""
+"""The keypoints of categories: their order, their left and right sides, and the skeleton."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
@@ -21,7 +20,7 @@ _COLOUR = (102, 204, 255)  # of skeletons
 
 @dataclass(frozen=True)
 class Keypoints:
-    """What categories say about their keypoints.
+    """The keypoints of a data set.
 
     Attributes:
         names: in the order of the annotations.
@@ -37,13 +36,12 @@ class Keypoints:
 def keypoints_of(categories: list[Record], file: Path) -> Keypoints | None:
     """Return the keypoints of COCO's categories ("keypoints" and "skeleton"), None without any.
 
-    Names that differ in left and right swap in a flip, such as "left_eye" or "eye.L".
+    Left and right swap in a flipped image: "left_eye" and "right_eye", or "eye.L" and "eye.R".
 
     Raises:
-        DatasetError: categories name different keypoints, a name repeats, or a left one has no
-            right one.
+        DatasetError: categories name different keypoints, a name repeats, or one side is missing.
     """
-    given = [each for each in categories if each.get("keypoints")]
+    given = [each for each in categories if isinstance(each, dict) and each.get("keypoints")]
     if not given:
         return None
     names = given[0]["keypoints"]
@@ -65,7 +63,15 @@ def keypoints_of(categories: list[Record], file: Path) -> Keypoints | None:
                 "becomes in a flipped image. Rename one."
             )
     pairs = [pair for pair in flipped.items() if names.index(pair[0]) < names.index(pair[1])]
-    return Keypoints(tuple(names), tuple(pairs), tuple(_joined(given[0].get("skeleton"), names)))
+    skeleton = given[0].get("skeleton")
+    joined = [
+        (names[pair[0] - 1], names[pair[1] - 1])
+        for pair in (skeleton if isinstance(skeleton, list) else [])
+        if isinstance(pair, list)
+        and len(pair) == 2
+        and all(type(each) is int and 1 <= each <= len(names) for each in pair)
+    ]
+    return Keypoints(tuple(names), tuple(pairs), tuple(joined))
 
 
 def _other_side(match: re.Match[str]) -> str:
@@ -76,17 +82,8 @@ def _other_side(match: re.Match[str]) -> str:
     return other.capitalize() if word.istitle() else other
 
 
-def _joined(skeleton: Any, names: list[str]) -> Iterable[tuple[str, str]]:
-    known = range(1, len(names) + 1)
-    for pair in skeleton if isinstance(skeleton, list) else []:
-        if isinstance(pair, list) and len(pair) == 2 and all(type(each) is int for each in pair):
-            one, other = pair
-            if one in known and other in known:
-                yield names[one - 1], names[other - 1]
-
-
 def note_keypoints(names: Iterable[str]) -> None:
-    """Add the keypoints in their files to the metadata of data sets that have none.
+    """Add the keypoints of annotation files to the metadata of data sets without any.
 
     Raises:
         DatasetError: see `keypoints_of`.

@@ -1,4 +1,4 @@
-"""From a record of a data set to the model's input."""
+"""The dataset mapper: from a record of a data set to the model's input."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class NamingDatasetMapper(DatasetMapper):
         except DatasetError as error:
             raise DatasetError(f"{error} {self._advice}") from error
         image, labels, transforms = self._augmented(record, pixels, labels)
-        # A copy, because Pillow's own pixels are read-only.
+        # A copy, because Pillow's pixels are read-only.
         record["image"] = torch.as_tensor(np.array(image.transpose(2, 0, 1), order="C"))
         if labels is not None:
             record["sem_seg"] = torch.as_tensor(labels.astype("long"))

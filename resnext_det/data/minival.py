@@ -7,7 +7,6 @@ two of these sets identify the others.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -58,7 +57,7 @@ SIZES: Mapping[str, Size] = {
 RELEASES = ("train2014", "val2014", "train2017", "val2017")
 
 _SETS = {MINIVAL: "minival", VALMINUSMINIVAL: "valminusminival", TRAIN_2014: "train2014"}
-# A set, and the two whose difference it is.
+# (set, whole, part): the set is the whole without the part.
 _DIFFERENCES = (
     ("minival", "val2014", "train2017"),
     ("minival", "val2014", "valminusminival"),
@@ -69,7 +68,7 @@ _DIFFERENCES = (
 )
 _DISJOINT = (("minival", "train2017"), ("minival", "valminusminival"), ("train2014", "val2014"))
 _CATEGORIES = {each["id"]: each["name"] for each in COCO_CATEGORIES if each["isthing"]}
-# Which files identify the images of a set.
+# The files that identify the images of a data set.
 _NEEDED = {
     MINIVAL: "instances_val2017.json",
     VALMINUSMINIVAL: (
@@ -78,15 +77,6 @@ _NEEDED = {
     ),
     TRAIN_2014: "instances_train2014.json",
 }
-
-
-@dataclass(frozen=True)
-class Job:
-    """An annotation file to write: for which data set, and the release it is derived from."""
-
-    part: Part
-    name: str
-    source: str
 
 
 def prepare_minival(
@@ -99,17 +89,17 @@ def prepare_minival(
     Args:
         coco: the folder with "annotations", "val2014", "val2017" and so on.
         say: receives each line of the report.
-        dry_run: report what would be written, but write nothing.
+        dry_run: write nothing, but report the same.
         sizes: of COCO's sets; tests use smaller ones.
 
     Returns:
-        Whether minival can be evaluated on, or could be after a dry run.
+        Whether minival is usable, or would be without `dry_run`.
 
     Raises:
         DatasetError: a file is damaged or is not COCO's, or cannot be written.
     """
     if not coco.is_dir():
-        raise DatasetError(f"{quoted(coco)} is not a folder: name the one with COCO's files.")
+        raise DatasetError(f"{quoted(coco)} is not a folder: name the one of COCO.")
     annotations = coco / "annotations"
     releases: dict[str, Ids] = {}
     for split in RELEASES:
@@ -119,20 +109,20 @@ def prepare_minival(
             say(f"{file.name}: {split}, {sizes[split]}")
     known = _known_sets(annotations, releases, sizes)
     present = {split: _present(coco / split, split) for split in RELEASES}
-    jobs = []
+    planned = []
     for name, members in _SETS.items():
-        job = _job(annotations, name, known.get(members), releases, present)
-        jobs += [job] if job else []
-    jobs.sort(key=lambda job: job.source)
-    for source, of_one in itertools.groupby(jobs, key=lambda job: job.source):
-        file = annotations / f"instances_{source}.json"
-        document = {} if dry_run else parse_annotations(file)
-        for job in of_one:
+        part = _missing_part(annotations, name, known.get(members), releases, present)
+        if part is not None:
+            split = next(split for split in part.sources if split in releases)
+            source = annotations / f"instances_{split}.json"
+            target = annotations / part.file
+            planned.append(target)
             if not dry_run:
-                wanted = sizes[_SETS[job.name]]
-                _write_part(document, annotations / job.part.file, job, known, wanted)
-            say(f"{'would write' if dry_run else 'wrote'} {job.part.file}, from {file.name}")
-    planned = [annotations / job.part.file for job in jobs]
+                document = _selected(source, part, members, known[members], sizes[members])
+                with written_beside(target, DatasetError, durable=True) as beside:
+                    beside.write_text(json.dumps(document))
+            verb = "would write" if dry_run else "wrote"
+            say(f"{verb} {part.file}, from {source.name}")
     ready = {}
     for name, members in _SETS.items():
         ready[name], verdict = _verdict(coco, name, known.get(members), present, planned)
@@ -166,7 +156,7 @@ def _image_ids(file: Path, split: str, images: str, sizes: Mapping[str, Size]) -
 def _known_sets(
     annotations: Path, releases: Mapping[str, Ids], sizes: Mapping[str, Size]
 ) -> dict[str, Ids]:
-    """Return the image ids of all sets that the files identify.
+    """Return the image ids of each set that follows from the files.
 
     Raises:
         DatasetError: the files contradict each other.
@@ -176,18 +166,19 @@ def _known_sets(
         known["minival"] = known["val2017"]
     _add_differences(known)
     files = [f"instances_{split}.json" for split in releases]
-    for name, part in ((name, part) for name, parts in PARTS.items() for part in parts):
-        file = annotations / part.file
-        if not part.sources or not file.is_file():
-            continue
-        ids = _image_ids(file, _SETS[name], part.images, sizes)
-        if known.setdefault(_SETS[name], ids) != ids:
-            raise DatasetError(
-                f"{quoted(file)} has other images than {_SETS[name]}, according to "
-                f"{', '.join(files)}. Move it away."
-            )
-        _add_differences(known)
-        files.append(file.name)
+    for name, members in _SETS.items():
+        for part in PARTS[name]:
+            file = annotations / part.file
+            if not part.sources or not file.is_file():
+                continue
+            ids = _image_ids(file, members, part.images, sizes)
+            if known.setdefault(members, ids) != ids:
+                raise DatasetError(
+                    f"{quoted(file)} has other images than {members}, according to "
+                    f"{', '.join(files)}. Move it away."
+                )
+            _add_differences(known)
+            files.append(file.name)
     wrong = [name for name, ids in known.items() if len(ids) != sizes[name].images]
     wrong += [one for one, other in _DISJOINT if known.get(one, Ids()) & known.get(other, Ids())]
     if wrong:
@@ -221,16 +212,16 @@ def _missing(ids: Ids, split: str, present: Mapping[str, frozenset[str]]) -> lis
     return [name for name in names if name not in present[split]]
 
 
-def _job(
+def _missing_part(
     annotations: Path,
     name: str,
     ids: Ids | None,
     releases: Mapping[str, Ids],
     present: Mapping[str, frozenset[str]],
-) -> Job | None:
-    """Return the file to write for a data set, None if it needs none.
+) -> Part | None:
+    """Return the part to write for a data set, None if it is there or cannot be written.
 
-    It is the part with all its images, else with any, else the one of a release at hand.
+    It is the part with all its images, else with any, else one of a release at hand.
     """
     if ids is None:
         return None
@@ -247,34 +238,33 @@ def _job(
     best = max(parts, key=usable, default=None)
     if best is None or not any(usable(best)) or (annotations / best.file).is_file():
         return None
-    return Job(best, name, next(split for split in best.sources if split in releases))
+    return best
 
 
-def _write_part(
-    document: Record, target: Path, job: Job, known: Mapping[str, Ids], wanted: Size
-) -> None:
-    ids = known[_SETS[job.name]]
-    part = {
-        **document,
-        "images": [
-            {**image, "file_name": image_name(job.part.images, image["id"])}
-            for image in document["images"]
-            if image["id"] in ids
-        ],
-        "annotations": [
-            each
-            for each in document["annotations"]
-            if isinstance(each, dict) and is_whole(each.get("image_id")) and each["image_id"] in ids
-        ],
-    }
-    size = Size(len(part["images"]), len(part["annotations"]))
-    if size != wanted:
+def _selected(file: Path, part: Part, members: str, ids: Ids, size: Size) -> Record:
+    """Return the images of a set and their annotations, from a file of COCO's.
+
+    Raises:
+        DatasetError: there are more or fewer than in COCO's set.
+    """
+    document = parse_annotations(file)
+    document["images"] = [
+        {**image, "file_name": image_name(part.images, image["id"])}
+        for image in document["images"]
+        if image["id"] in ids
+    ]
+    document["annotations"] = [
+        each
+        for each in document["annotations"]
+        if isinstance(each, dict) and is_whole(each.get("image_id")) and each["image_id"] in ids
+    ]
+    found = Size(len(document["images"]), len(document["annotations"]))
+    if found != size:
         raise DatasetError(
-            f"instances_{job.source}.json gives {_SETS[job.name]} {size} instead of {wanted}: it "
-            "is not COCO's. Download it again."
+            f"{quoted(file)} gives {members} {found} instead of {size}: it is not COCO's. Download "
+            "it again."
         )
-    with written_beside(target, DatasetError, durable=True) as beside:
-        beside.write_text(json.dumps(part))
+    return document
 
 
 def _verdict(
@@ -284,7 +274,7 @@ def _verdict(
     present: Mapping[str, frozenset[str]],
     planned: list[Path],
 ) -> tuple[bool, str]:
-    """Return whether a data set is ready, and what it is read from or lacks."""
+    """Return whether a data set is ready, with its files or the missing ones."""
     file, folder = locate(coco, name, planned)
     if ids is None:
         return False, f"its images are not known. Add {_NEEDED[name]}"

@@ -1,4 +1,4 @@
-"""The form of COCO's records: is an image, category or annotation safe to use?"""
+"""COCO's records: is an image, category or annotation well-formed and safe to use?"""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def is_box(value: Any) -> bool:
 
 def is_name(value: Any) -> bool:
     """Tell whether a value is a string that is not blank and can be encoded."""
-    # JSON allows half of a surrogate pair, which no file name or terminal accepts.
+    # JSON allows lone surrogates, which no file name or terminal accepts.
     return isinstance(value, str) and bool(value.strip()) and not _SURROGATE.search(value)
 
 
 def is_image(record: Any) -> bool:
-    """Tell whether an image has all that training and evaluation read."""
+    """Tell whether an image has every field that training and evaluation read."""
     return (
         isinstance(record, dict)
         and is_whole(record.get("id"))
@@ -67,10 +67,8 @@ def is_image(record: Any) -> bool:
 
 
 def is_object(record: Any) -> bool:
-    """Tell whether an annotation has an image, a category, a box and a usable "iscrowd".
-
-    Nothing in this package needs the annotation's own id.
-    """
+    """Tell whether an annotation has an image, a category, a box and a usable "iscrowd"."""
+    # Nothing in this package needs the annotation's own id.
     return (
         isinstance(record, dict)
         and is_whole(record.get("image_id"))
@@ -81,12 +79,9 @@ def is_object(record: Any) -> bool:
 
 
 def is_segmentation(value: Any, height: Any = None, width: Any = None) -> bool:
-    """Tell whether a value is a list of polygons, or an RLE that is safe to decode.
+    """Tell whether a "segmentation" is a list of polygons, or an RLE that is safe to decode.
 
-    Args:
-        value: the content of "segmentation".
-        height: of the image, in pixels; None if unknown.
-        width: of the image, in pixels; None if unknown.
+    The height and width of the image, in pixels, are those of its RLE; None if unknown.
     """
     if isinstance(value, dict):
         return _is_rle(value, height, width)
@@ -96,7 +91,7 @@ def is_segmentation(value: Any, height: Any = None, width: Any = None) -> bool:
 
 
 def polygons_of(value: list[list[float]]) -> list[list[float]]:
-    """Return the polygons with at least 3 points, the ones that Detectron2 keeps."""
+    """Return the polygons that Detectron2 keeps, those of at least 3 points."""
     return [each for each in value if len(each) >= 6 and len(each) % 2 == 0]
 
 
@@ -146,7 +141,7 @@ def _decompressed(text: str) -> list[int] | None:
             continue
         if bits & 0x10:
             number -= 1 << shift
-        # From the fourth run on, the difference to the last run but one is stored.
+        # From the fourth run on, the difference from the run before the last is stored.
         runs.append(number + (runs[-2] if len(runs) > 2 else 0))
         number = shift = 0
     return None if shift else runs

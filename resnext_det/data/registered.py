@@ -26,8 +26,8 @@ class Part:
 
     Attributes:
         file: name of the annotation file.
-        images: the split of its image folder and image names.
-        sources: COCO's own files it can be derived from, best first; empty for one of these.
+        images: the split in the names of its folder and images.
+        sources: the splits of COCO it can be derived from, best first; empty for COCO's own files.
     """
 
     file: str
@@ -61,12 +61,7 @@ def locate(coco: Path, name: str, planned: Collection[Path] = ()) -> tuple[Path,
     """Return the annotation file and image folder that a data set is read from.
 
     The first pair with annotations and images wins, then the first with annotations, then 2014's,
-    whose names then appear in the error message. No file is opened.
-
-    Args:
-        coco: the folder with "annotations".
-        name: a key of `PARTS`.
-        planned: annotation files to treat as present.
+    so that error messages name it. No file is opened; `planned` ones are treated as present.
     """
     pairs = [(coco / "annotations" / part.file, coco / part.images) for part in PARTS[name]]
     annotated = [pair for pair in pairs if pair[0] in planned or pair[0].is_file()]
@@ -104,12 +99,9 @@ def image_name(split: str, image_id: int) -> str:
 
 
 def register_datasets(root: Path) -> None:
-    """Register COCO's 2014 sets and the toy set, in place of earlier registrations.
+    """Register COCO's 2014 sets and the toy set, replacing earlier registrations.
 
     Detectron2 itself registers the 2014 sets, but from 2014 files only. No file is opened.
-
-    Args:
-        root: the folder of the data sets.
     """
     of_coco = MetadataCatalog.get("coco_2017_val")
     keys = ("thing_classes", "thing_colors", "thing_dataset_id_to_contiguous_id")

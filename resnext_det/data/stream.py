@@ -1,9 +1,8 @@
-"""Deterministic training data: seed and iteration determine images and augmentation.
+"""Deterministic training data: the seed and the iteration determine images and augmentation.
 
 Detectron2's loader restarts its order when a training resumes, and does not save the seeds of its
-workers. Here each image of each update is a function of the seed alone: a resumed training, or one
-with another number of workers, sees identical pixels, and one process that accumulates gradients
-sees the same images as several processes.
+workers. Here a resumed training, or one with another number of workers, sees the same pixels, and
+one process that accumulates gradients sees the same images as several processes.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ class Share:
 
     @property
     def streams(self) -> range:
-        """The indices of this process's micro-batches within an update of all processes."""
+        """The indices of this process's micro-batches among those of all processes."""
         first = self.process * self.micro_batches
         return range(first, first + self.micro_batches)
 
@@ -81,7 +80,7 @@ def seeds(*words: int) -> int:
 
 @contextlib.contextmanager
 def seeded(*words: int) -> Iterator[None]:
-    """Seed Python, NumPy and PyTorch from some integers; restore their states (CPU) on exit."""
+    """Seed Python, NumPy and PyTorch; restore their states, but not those of GPUs, on exit."""
     kept = random.getstate(), np.random.get_state(), torch.get_rng_state()
     seed_all(*words)
     try:
@@ -104,8 +103,8 @@ class MicroBatches(Sampler[list[Draw]]):
     """An infinite batch sampler for the micro-batches of one process.
 
     All processes share one order of images, as in Detectron2: draw p belongs to stream p modulo the
-    number of streams. With `is_landscape`, each stream batches images of the same orientation. A
-    resumed training skips the updates before `start`.
+    number of streams. With `is_landscape`, one flag per image, a batch holds images of the same
+    orientation. Sampling starts at update `start`.
     """
 
     def __init__(
@@ -121,7 +120,6 @@ class MicroBatches(Sampler[list[Draw]]):
         self._is_landscape = is_landscape
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        """Yield the micro-batches, update by update."""
         for number, batch in enumerate(self._batches()):
             if number >= self._start * self._share.micro_batches:
                 yield batch
@@ -150,7 +148,7 @@ class MicroBatches(Sampler[list[Draw]]):
 class SeededDataset(Dataset[Record]):
     """Mapped training images, augmented as a function of seed and position.
 
-    With `skip`, a random other image replaces one that cannot be read.
+    With `skip`, a random image replaces one that cannot be read.
     """
 
     def __init__(
@@ -166,10 +164,7 @@ class SeededDataset(Dataset[Record]):
         return len(self._records)
 
     def __getitem__(self, draw: Draw) -> Record:
-        """Read and augment an image.
-
-        Returns:
-            The mapper's output. "skipped" lists the errors of images that this one replaces.
+        """Return the mapper's output; "skipped" lists the errors of images that it replaces.
 
         Raises:
             DatasetError: the image cannot be read and `skip` is false.
@@ -198,7 +193,8 @@ def build_stream(
 ) -> DataLoader[Record]:
     """Return an infinite loader of one process's micro-batches of DATASETS.TRAIN.
 
-    The seed is the same on all processes; `start` is the number of updates already done.
+    The seed is the same on all processes; `start` is the number of updates already done. The parsed
+    annotations stay in memory: call `forget` before workers start and inherit them.
 
     Raises:
         ConfigError: a setting of DATALOADER is unknown.
@@ -231,8 +227,8 @@ def training_records(cfg: CfgNode) -> list[Record]:
 
     Raises:
         ConfigError: INPUT.MASK_FORMAT does not support the masks.
-        DatasetError: no object has the masks, or an image not the semantic labels, that the model
-            learns.
+        DatasetError: no object has a mask, or an image has no semantic labels, if the model learns
+            these.
     """
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
     proposals = cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None
@@ -256,7 +252,7 @@ def training_records(cfg: CfgNode) -> list[Record]:
 
 
 def _with_masks(cfg: CfgNode, records: list[Record]) -> list[Record]:
-    """Drop objects without a mask, on which Detectron2's mapper raises KeyError."""
+    """Drop objects without a mask, for which Detectron2's mapper raises KeyError."""
     masked, total, packed = [], 0, 0
     for record in records:
         given = record.get("annotations", [])
@@ -305,7 +301,7 @@ def _uncollated(batch: list[Record]) -> list[Record]:
 
 
 def end_with_parent(number: int) -> None:
-    """Let the kernel send this process signal `number` when its parent dies (Linux only).
+    """Let the kernel send this process a signal when its parent dies (Linux only).
 
     Otherwise the children of a killed process keep its sockets open, and the other processes of the
     job don't notice its death.
@@ -331,7 +327,7 @@ def obey_parent_alone(worker: int) -> None:
 def with_lasting_workers(loader: Loader) -> Loader:
     """Let a loader's workers survive signals to the process group, and die with this process."""
     loader.worker_init_fn = obey_parent_alone
-    # At exit Python sends daemons SIGTERM, which these workers ignore, and waits for them: an
+    # At exit Python sends SIGTERM to daemons and waits for them. These workers ignore it, so an
     # unclosed loader would hang the process.
     multiprocessing.util.Finalize(None, _kill_daemons, exitpriority=0)
     return loader

@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as rle
 
 from resnext_det.console import progress_bar
-from resnext_det.errors import ConfigError, DatasetError
+from resnext_det.errors import ConfigError, DatasetError, quoted
 
 Generator = np.random.Generator
 Mask = NDArray[np.bool_]
@@ -52,7 +52,7 @@ class ToySpec:
 
 @dataclass(frozen=True)
 class Drawn:
-    """One object of an image: the class name, the visible pixels, whether it is a crowd."""
+    """One object of an image."""
 
     name: str
     visible: Mask
@@ -81,24 +81,19 @@ def write_toy_coco(root: Path, spec: ToySpec = ToySpec()) -> Path:
     if marker.is_file() and marker.read_text() == described:
         return root
     if root.exists() and not marker.is_file():
-        raise DatasetError(f"{root} exists but is not toy COCO: name a new folder.")
+        raise DatasetError(f"{quoted(root)} exists but is not toy COCO: name a new folder.")
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+        with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as folder:
+            beside = Path(folder) / root.name
+            (beside / "annotations").mkdir(parents=True)
+            _write_split(beside, "train2017", 1, spec.train_images, spec)
+            _write_split(beside, "val2017", 500_001, spec.val_images, spec)
+            (beside / marker.name).write_text(described)
+            shutil.rmtree(root, ignore_errors=True)
+            beside.rename(root)
     except OSError as error:
-        raise DatasetError(f"cannot write the toy data set to {root}: {error}") from error
-    try:
-        (beside / "annotations").mkdir()
-        _write_split(beside, "train2017", 1, spec.train_images, spec)
-        _write_split(beside, "val2017", 500_001, spec.val_images, spec)
-        (beside / marker.name).write_text(described)
-        beside.chmod(0o755)
-        shutil.rmtree(root, ignore_errors=True)
-        beside.rename(root)
-    except OSError as error:
-        raise DatasetError(f"cannot write the toy data set to {root}: {error}") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        raise DatasetError(f"cannot write toy COCO to {quoted(root)}: {quoted(error)}.") from error
     return root
 
 
@@ -157,7 +152,7 @@ def _place(canvas: Floats, objects: list[Drawn], size: float, generator: Generat
     """Draw a shape that hides little of the others; give up after some tries."""
     name = CLASSES[int(generator.integers(len(CLASSES)))]
     height, width = canvas.shape[:2]
-    # A triangle fills a third of its circle and a star less: make them as large as the others.
+    # These fill less of the circle around them than the others: make up for it.
     size *= {"triangle": 1.3, "star": 1.25, "crescent": 1.3, "cross": 1.15}.get(name, 1.0)
     size = min(size, width - 4.0, height - 4.0)
     for _ in range(12):
@@ -237,20 +232,17 @@ def _annotate(objects: list[Drawn]) -> Iterator[dict[str, Any]]:
     """Yield COCO annotations, all but their ids."""
     for drawn in objects:
         encoded = rle.encode(np.asfortranarray(drawn.visible, dtype=np.uint8))
-        segmentation: Any = _polygons(drawn.visible)
-        if drawn.crowd:
-            segmentation = _uncompressed(drawn.visible)
         yield {
             "category_id": CLASSES.index(drawn.name) + 1,
             "iscrowd": int(drawn.crowd),
             "bbox": [float(value) for value in rle.toBbox(encoded)],
             "area": float(rle.area(encoded)),
-            "segmentation": segmentation,
+            "segmentation": (_uncompressed if drawn.crowd else _polygons)(drawn.visible),
         }
 
 
 def _polygons(mask: Mask) -> list[list[float]]:
-    """Return the outlines of a mask as COCO polygons, coordinates in pixels, rounded to 0.01."""
+    """Return the outlines of a mask as COCO polygons, in pixels, rounded to 0.01."""
     padded = np.pad(mask, 1).astype(np.float64)
     lines = contourpy.contour_generator(z=padded).lines(0.5)
     # Pixel (0, 0) covers 0 to 1, so its centre is at 0.5; the padding moved everything by one.
@@ -259,7 +251,7 @@ def _polygons(mask: Mask) -> list[list[float]]:
 
 
 def _uncompressed(mask: Mask) -> dict[str, Any]:
-    """Return COCO's uncompressed run lengths, column by column, that crowds are stored in."""
+    """Return COCO's uncompressed run lengths, column by column, as it stores crowds."""
     flat = np.concatenate([[0], mask.ravel(order="F").astype(np.int8), [0]])
     edges = np.flatnonzero(np.diff(flat))
     counts = np.diff(np.concatenate([[0], edges, [mask.size]]))
@@ -269,10 +261,7 @@ def _uncompressed(mask: Mask) -> dict[str, Any]:
 def outline(name: str, size: float, angle: float) -> Floats:
     """Return the corners of a shape around the origin, (N, 2): x and y in pixels.
 
-    Args:
-        name: one of CLASSES.
-        size: diameter of the circle around the shape, in pixels.
-        angle: rotation in radians.
+    It fits into a circle of diameter `size`, and is rotated by `angle` in radians.
     """
     points = _UNIT_OUTLINES[name] * (size / 2)
     cosine, sine = np.cos(angle), np.sin(angle)

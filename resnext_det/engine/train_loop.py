@@ -47,6 +47,8 @@ class TrainLoop(SimpleTrainer):
     see one micro-batch at a time; FrozenBN is unaffected.
     """
 
+    _data_loader_iter_obj: Any  # None until it is started
+
     def __init__(
         self,
         model: nn.Module,

@@ -209,10 +209,10 @@ class Trainer(DefaultTrainer):
         if not comm.is_main_process():
             return
         size = checkpoint_bytes(unwrap(self._trainer.model), self.cfg)
-        dataset = getattr(loader, "dataset", None)  # a subclass may build another loader
-        known = isinstance(dataset, SeededDataset)
-        images = len(dataset if known else training_records(self.cfg))
-        logger.info("the plan:\n%s", self.plan.describe(images, size))
+        data = getattr(loader, "dataset", None)
+        if not isinstance(data, SeededDataset):  # of a subclass's own loader
+            data = training_records(self.cfg)
+        logger.info("the plan:\n%s", self.plan.describe(len(data), size))
         shortage = self.plan.shortage(size, free_bytes(Path(self.cfg.OUTPUT_DIR)))
         for warning in (*self.plan.warnings, idle_warning(self.cfg), shortage):
             if warning:

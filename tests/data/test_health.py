@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import runpy
 import sys
 from collections.abc import Callable
@@ -24,7 +23,6 @@ from pycocotools.cocoeval import COCOeval
 
 from resnext_det.data.health import Health, examine
 from resnext_det.data.records import is_segmentation
-from resnext_det.errors import DatasetError
 from resnext_det.evaluation.annotations import read_ground_truth
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -336,17 +334,17 @@ def test_image_files(on_disk: Callable[[Document], Path], tmp_path: Path) -> Non
     ]
     said = lines(examine(document, tmp_path))
     for found in (
-        f"fatal: of 5 image files, those missing from {tmp_path} (DATALOADER.BAD_IMAGES skip, with "
-        "--ignore-health, skips them): 2 (2.png;",
-        "fatal: image files that cannot be used",
+        "fatal: of 5 image files, those that cannot be used (DATALOADER.BAD_IMAGES skip, with "
+        "--ignore-health, skips them): 3 (",
         "1.png cannot be read: its pixels are floats",
+        "2.png cannot be read: No such file",
         "3.png is 80 x 100, not 100 x 80",
         "warning: images of more than 8 bits a channel, of which the upper 8 are used",
     ):
         assert any(found in line for line in said), (found, said)
-    assert len(said) == 4
+    assert len(said) == 3
     skipped = lines(examine(document, tmp_path, skip_bad_images=True))
-    assert sum(line.startswith("ignorable") for line in skipped) == 3
+    assert sum(line.startswith("ignorable") for line in skipped) == 2
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
@@ -362,17 +360,6 @@ def test_image_sizes_are_those_of_detectron2(suffix: str, orientation: int, tmp_
     assert not examine(document, tmp_path).errors
     document["images"][0].update(width=height, height=width)
     assert examine(document, tmp_path).errors
-
-
-def test_names_a_folder_that_cannot_be_listed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def forbidden(path: Path) -> None:
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(os, "scandir", forbidden)
-    with pytest.raises(DatasetError, match=r"image folder .* cannot be read: Permission denied"):
-        examine(sound(), tmp_path)
 
 
 @pytest.mark.real

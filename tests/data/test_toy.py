@@ -188,7 +188,7 @@ def test_refuses_other_folders_and_leaves_them_alone(tmp_path: Path) -> None:
     for target, said in (
         (foreign, "exists but is not toy COCO"),
         (tmp_path / "file", "exists but is not toy COCO"),
-        (tmp_path / "file" / "deeper" / "coco", "cannot write the toy data set"),
+        (tmp_path / "file" / "deeper" / "coco", "cannot write toy COCO"),
     ):
         with pytest.raises(DatasetError, match=said):
             write_toy_coco(target, SIX)
