@@ -16,6 +16,7 @@ from torch import nn
 
 from resnext_det.config import complete
 from resnext_det.errors import ConfigError, ResNeXtError, quoted
+from resnext_det.modeling.fast import accelerate
 from resnext_det.modeling.partial_loads import refuse_partial_loads
 from resnext_det.modeling.resnext import ResNeXt, check_norm, make_stage
 from resnext_det.modeling.template import Template
@@ -23,7 +24,7 @@ from resnext_det.weights.loading import check_named_weights
 
 
 def build_detector(cfg: CfgNode) -> nn.Module:
-    """Build the detector of a config, on MODEL.DEVICE.
+    """Build the detector of a config, on MODEL.DEVICE, as fast as MODEL.RESNEXT.PRECISION makes it.
 
     Raises:
         ConfigError: an unregistered name, a value that the backbone refuses, or parts that
@@ -41,7 +42,8 @@ def build_detector(cfg: CfgNode) -> nn.Module:
             f"{Path(frame.filename).name}, {frame.name}: {quoted(error)}. Compare MODEL's names, "
             "features, sizes and thresholds with those of a shipped config."
         ) from error
-    return model
+    precision = complete(cfg).MODEL.RESNEXT.PRECISION
+    return accelerate(model, precision) if precision else model
 
 
 def build_resnext_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNeXt:

@@ -48,6 +48,9 @@ def add_resnext_config(cfg: CfgNode) -> None:
     cfg.MODEL.RESNEXT.CHECKPOINT_STAGES = []
     # Start the last norm of every block at 0, for training from scratch (1706.02677, section 5.1).
     cfg.MODEL.RESNEXT.ZERO_INIT_RESIDUAL = False
+    # Compute faster, in "fp32", "bf16" or "fp16"; "" computes as Detectron2 does, bit for bit. Read
+    # by this package's programs; in others, call `resnext_det.modeling.fast.accelerate(model)`.
+    cfg.MODEL.RESNEXT.PRECISION = ""
     # Every published ResNeXt has its stride in the 3x3 convolution, so the backbone refuses
     # MODEL.RESNETS.STRIDE_IN_1X1 True (Detectron2's default) above cardinality 1
     # unless this is set.

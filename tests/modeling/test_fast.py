@@ -15,6 +15,8 @@ from detectron2.structures import BitMasks, Boxes, Instances, Keypoints
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
+from resnext_det.backbones import build_detector
+from resnext_det.config import add_resnext_config
 from resnext_det.modeling.fast import FastConv2d, accelerate
 
 CONFIGS = {
@@ -91,7 +93,7 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
     if theirs.dtype == torch.bool:
         return float((ours != theirs).float().mean())
     largest = theirs.abs().max().clamp(min=1e-4)
-    return float((ours - theirs).abs().max() / largest)
+    return float(((ours - theirs).abs().max() / largest).detach())
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -170,6 +172,16 @@ def test_copies_and_pickles() -> None:
     assert isinstance(copied.backbone.bottom_up.stem.conv1, FastConv2d)
     assert "_kept" not in copied.backbone.bottom_up.stem.conv1.__dict__
     pickle.dumps(model.backbone.state_dict())
+
+
+def test_the_config_key_accelerates() -> None:
+    cfg = narrow_config("FPN")
+    add_resnext_config(cfg)
+    assert not isinstance(build_detector(cfg).backbone.fpn_lateral2, FastConv2d)
+    cfg.MODEL.RESNEXT.PRECISION = "bf16"
+    layer = build_detector(cfg).backbone.fpn_lateral2
+    assert isinstance(layer, FastConv2d)
+    assert layer.compute_dtype == torch.bfloat16
 
 
 def test_refuses_an_unknown_precision() -> None:
