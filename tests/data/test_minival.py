@@ -6,16 +6,23 @@ import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from detectron2.data.datasets import load_coco_json
+from detectron2.data import DatasetCatalog
 from pycocotools.coco import COCO
 
 from resnext_det.data.minival import SIZES, Size, prepare_minival
-from resnext_det.data.registered import MINIVAL, TRAIN_2014, VALMINUSMINIVAL, locate
+from resnext_det.data.registered import (
+    MINIVAL,
+    TRAIN_2014,
+    VALMINUSMINIVAL,
+    datasets_root,
+    locate,
+    register_datasets,
+)
 from resnext_det.errors import DatasetError
 from resnext_det_cli import main
 from tests.helpers.generated_coco import SMALL, GeneratedCoco, generate
@@ -35,6 +42,12 @@ def generated() -> GeneratedCoco:
 def coco(tmp_path: Path) -> Path:
     (tmp_path / "coco" / "annotations").mkdir(parents=True)
     return tmp_path / "coco"
+
+
+@pytest.fixture
+def restored_catalog() -> Iterator[None]:
+    yield
+    register_datasets(datasets_root())
 
 
 def lay(
@@ -111,9 +124,10 @@ def test_derives_sets_from_the_files_at_hand(
     served: dict[str, str],
     coco: Path,
     generated: GeneratedCoco,
+    restored_catalog: None,
 ) -> None:
-    """Detectron2 reads the right images and annotations; a second run changes nothing, and a dry
-    run reports the same."""
+    """The registered names load them; a second run changes nothing, and a dry run reports the
+    same."""
     lay(coco, generated, annotations, images)
     before = state(coco)
     would = prepare(coco, dry_run=True)
@@ -128,8 +142,10 @@ def test_derives_sets_from_the_files_at_hand(
         assert f"{name}: ready, from {file.name} and {split}" in said
         source = split if split in annotations else "val2017"
         assert json.loads(file.read_text()) == expected(generated, source, subsets[name])
-        records = load_coco_json(str(file), str(folder))
+        register_datasets(coco.parent)
+        records = DatasetCatalog.get(name)
         assert {record["image_id"] for record in records} == set(generated.ids(subsets[name]))
+        assert sum(len(each["annotations"]) for each in records) == SMALL[subsets[name]].annotations
         assert all(Path(record["file_name"]).is_file() for record in records)
     before = state(coco)
     assert prepare(coco)[0]
@@ -236,14 +252,11 @@ def test_refuses_other_choices_of_images(coco: Path, generated: GeneratedCoco) -
     ("change", "said"),
     [
         (lambda d: d["categories"][3].update(name="aeroplane"), "COCO's 80 categories"),
-        (lambda d: d["categories"].pop(), "COCO's 80 categories"),
         (lambda d: d["images"][0].update(id=True), "COCO's id and file name"),
         (lambda d: d["images"][0].update(file_name="a.jpg"), "COCO's id and file name"),
-        (lambda d: d["images"].append(1), "COCO's id and file name"),
         (lambda d: d["images"].append(d["images"][0]), "is not val2017: it has 12 images and 71"),
         (lambda d: d["images"].pop(), "is not val2017: it has 11 images"),
         (lambda d: d["annotations"].append(1), "is not val2017: it has 12 images and 72"),
-        (lambda d: d.pop("images"), "no list under 'images'"),
     ],
 )
 def test_refuses_a_damaged_file_before_writing(

@@ -9,13 +9,11 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 
-from resnext_det.data.minival import prepare_minival
 from resnext_det.data.registered import (
     datasets_root,
     locate,
     register_datasets,
 )
-from tests.helpers.generated_coco import SMALL, generate
 
 NAMES = ("coco_2014_minival", "coco_2014_valminusminival", "coco_2014_train")
 MINIVAL, VAL = "instances_minival2014.json", "instances_val2017.json"
@@ -100,20 +98,3 @@ def test_registering_twice_opens_nothing(tmp_path: Path) -> None:
             things = [each["name"] for each in COCO_CATEGORIES if each["isthing"]]
             assert metadata.thing_classes == things
             assert len(metadata.thing_dataset_id_to_contiguous_id) == 80
-
-
-def test_the_registered_names_load_from_2017_files(tmp_path: Path) -> None:
-    made = generate()
-    for split in ("val2014", "train2017", "val2017"):
-        made.write(split, tmp_path / "coco" / "annotations" / f"instances_{split}.json")
-    for split in ("train2017", "val2017"):
-        (tmp_path / "coco" / split).mkdir()
-        for number in made.ids(split):
-            (tmp_path / "coco" / split / made.image_name(split, number)).write_bytes(b"jpeg")
-    assert prepare_minival(tmp_path / "coco", lambda line: None, sizes=SMALL)
-    register_datasets(tmp_path)
-    for name, split in zip(NAMES, ("minival", "valminusminival", "train2014")):
-        records = DatasetCatalog.get(name)
-        assert {record["image_id"] for record in records} == set(made.ids(split))
-        assert sum(len(record["annotations"]) for record in records) == SMALL[split].annotations
-        assert all(Path(record["file_name"]).is_file() for record in records)
