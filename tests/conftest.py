@@ -1,10 +1,9 @@
-"""Shared fixtures: a small toy data set, a run's folder, and the commands of tools/."""
+"""Shared fixtures: a small toy data set, the commands of tools/, and stock pycocotools."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import subprocess
 import sys
@@ -71,7 +70,7 @@ def tool() -> Tool:
 
 @pytest.fixture(scope="session")
 def stock_evaluation() -> StockEvaluation:
-    """COCO's evaluation as its own demo does it: from files, and with nothing of this package."""
+    """Evaluate as the demo of pycocotools does, without any code of this package."""
 
     def evaluate(annotations: Path, detections: list[dict[str, Any]]) -> COCOeval:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -83,42 +82,3 @@ def stock_evaluation() -> StockEvaluation:
         return evaluation
 
     return evaluate
-
-
-FIGURES = {
-    "AP": 41.23, "AP50": 62.34, "AP75": 43.45, "APs": 24.56, "APm": 45.67, "APl": None,
-    "AR1": 36.78, "AR10": 57.89, "AR100": 58.91, "ARs": 39.12, "ARm": 60.13, "ARl": None,
-}  # fmt: skip
-
-
-@pytest.fixture()
-def run(tmp_path: Path) -> Path:
-    """The folder of a small run, with what an evaluation leaves."""
-    toy = write_toy_coco(tmp_path / "toy", ToySpec(train_images=1, val_images=6))
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "results.json").write_text("[]")
-    entry = {
-        "annotations": str(toy / "annotations" / "instances_val2017.json"),
-        "images": str(toy / "val2017"),
-        "detections": "results.json",
-        "image_count": 6,
-        "figures": FIGURES,
-        "per_class": [
-            {"name": "star", "AP": 31.41, "AP50": 59.26, "instances": 53},
-            {"name": "cross", "AP": None, "AP50": None, "instances": 0},
-            {"name": "circle", "AP": 71.41, "AP50": 89.26, "instances": 47},
-        ],
-    }
-    metrics = {
-        "weights": "weights.pth",
-        "config": "toy.yaml",
-        "versions": {"torch": "2.9.1"},
-        "hardware": "2 cores",
-        "datasets": {"toy_val": entry},
-    }
-    (folder / "metrics.json").write_text(json.dumps(metrics))
-    curve = {"iteration": 400, "bbox/AP": 41.25, "bbox/AP50": 62.35}
-    (folder / "metrics.jsonl").write_text(f"{json.dumps(curve)}\n")
-    (folder / "config.yaml").write_text("SOLVER: {MAX_ITER: 12000, BASE_LR: 0.04}\n")
-    return folder

@@ -95,7 +95,7 @@ def _evaluate(
     if done:
         logger.info("resuming an evaluation that has predicted %d images", len(done))
     if isinstance(evaluator, DetectionEvaluator):
-        if done and evaluator.needs_none_but(done):
+        if done and evaluator.is_complete(done):
             evaluator.reset()
             return evaluator.evaluate()
         evaluator.measured["parameters"] = sum(each.numel() for each in model.parameters())

@@ -30,7 +30,7 @@ from resnext_det.files import file_digest
 logger = logging.getLogger(__name__)
 
 ImageKey = int | str
-"""An image's id as the file has it; Detectron2 and pycocotools accept text too."""
+"""The id of an image in the file; like Detectron2 and pycocotools, we accept strings too."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class GroundTruth:
     Attributes:
         file: the annotation file.
         sha256: its digest.
-        numbers: image ids of the file, in its order, and the numbers used here: the same, or the
-            positions of the images if the ids are text.
+        numbers: a number for each image id of the file, in file order: the id itself, or the
+            position of the image if ids are strings.
         file_names: of the M images, "" if missing.
         sizes: (M, 2): widths and heights in pixels, 0 if missing.
         categories: names by id, ids ascending.
@@ -62,12 +62,12 @@ class GroundTruth:
 
     @functools.cached_property
     def image_ids(self) -> NDArray[np.int64]:
-        """Return the numbers of the M images, in the order of the file."""
+        """Return the numbers of the M images, in file order."""
         return np.array(list(self.numbers.values()), np.int64)
 
     @property
     def has_text_ids(self) -> bool:
-        """Tell whether the file identifies images by text."""
+        """Tell whether image ids are strings."""
         return isinstance(next(iter(self.numbers)), str)
 
     def positions(self, image_ids: NDArray[np.int64]) -> NDArray[np.intp]:
@@ -81,10 +81,10 @@ class GroundTruth:
         """Return the N segmentations, checked: polygons, or RLE of the image's size.
 
         Raises:
-            DatasetError: an object has none, or its image has no size.
+            DatasetError: a segmentation is missing or malformed, or its image has no size.
         """
         sizes = self.sizes[self.positions(self.objects.image_ids)][:, ::-1].astype(int).tolist()
-        found = [_mask(each, size) for each, size in zip(self.segmentations, sizes)]
+        found = [_mask(each, *size) for each, size in zip(self.segmentations, sizes)]
         bad = [number for number, mask in enumerate(found) if mask is None]
         if bad:
             raise DatasetError(
@@ -126,12 +126,12 @@ class GroundTruth:
 def read_ground_truth(file: Path, *, checked: bool = False) -> GroundTruth:
     """Read a COCO annotation file to evaluate against.
 
-    As in pycocotools, annotations of unlisted images or categories are left out. Unlike there, the
-    ids of annotations do not matter: pycocotools never matches an object with id 0, and keeps one
-    of several with the same id, of which the published minival file has some.
+    Like pycocotools, this ignores annotations of unlisted images or categories. Unlike there, the
+    ids of annotations do not matter: pycocotools never matches an object with id 0, and keeps only
+    one of those that share an id, as a few do in the published minival file.
 
     Args:
-        file: the file.
+        file: the annotation file.
         checked: leave out malformed annotations with a warning, as training does after
             --ignore-health, instead of refusing the file.
 
@@ -139,13 +139,24 @@ def read_ground_truth(file: Path, *, checked: bool = False) -> GroundTruth:
         DatasetError: the file cannot be read, or a record is malformed.
     """
     document = read_annotations(file)
+    images, originals = document["images"], document["annotations"]
     categories = read_categories(document["categories"], file)
-    numbers = _image_numbers(document["images"], file)
-    annotations = document["annotations"]
+    numbers = _image_numbers(images, file)
+    annotations = originals
     if isinstance(next(iter(numbers)), str):
-        annotations = [_with_number(each, numbers) for each in annotations]
-    if not checked:
-        _check(annotations, document["annotations"], file)
+        annotations = [_with_number(each, numbers) for each in originals]
+    bad = [
+        original
+        for each, original in zip(annotations, originals)
+        if not is_object(each) or not (each.get("area") is None or is_area(each["area"]))
+    ]
+    if bad and not checked:
+        raise DatasetError(
+            f"{quoted(file)}: {len(bad)} of {len(originals)} annotations are malformed, such as "
+            f"{quoted(bad[0])}. image_id and category_id are whole numbers, bbox is x, y, width "
+            "and height, area is 0 or more, iscrowd is 0 or 1: resnext-det check-data "
+            "--annotations FILE lists all faults."
+        )
     annotations = [each for each in annotations if is_object(each)]
     columns = Columns.of(annotations)
     listed = np.isin(columns.image_ids, list(numbers.values()))
@@ -155,8 +166,8 @@ def read_ground_truth(file: Path, *, checked: bool = False) -> GroundTruth:
     columns = columns.where(listed)
     without_area = np.isnan(columns.areas)
     columns.areas[without_area] = columns.boxes[without_area, 2:].prod(axis=1)
-    for count, what in (
-        (len(document["annotations"]) - len(annotations), "malformed annotations are left out"),
+    for count, message in (
+        (len(originals) - len(annotations), "malformed annotations are left out"),
         ((~listed).sum(), "annotations of unlisted images or categories are left out"),
         (without_area.sum(), "annotations have no area: the area of the box is used"),
         ((columns.boxes[:, 2:] < 0).any(axis=1).sum(), "boxes have a negative width or height"),
@@ -166,13 +177,13 @@ def read_ground_truth(file: Path, *, checked: bool = False) -> GroundTruth:
         ),
     ):
         if count:
-            logger.warning("%s: %d %s", quoted(file), count, what)
-    sides = [[image.get("width"), image.get("height")] for image in document["images"]]
+            logger.warning("%s: %d %s", quoted(file), count, message)
+    sides = [[image.get("width"), image.get("height")] for image in images]
     return GroundTruth(
         file=file,
         sha256=file_digest(file),
         numbers=numbers,
-        file_names=tuple(str(image.get("file_name", "")) for image in document["images"]),
+        file_names=tuple(str(image.get("file_name", "")) for image in images),
         sizes=np.array([[x if is_side(x) else 0 for x in each] for each in sides], np.float64),
         categories=categories,
         objects=columns,
@@ -185,8 +196,8 @@ def _image_numbers(images: list[Any], file: Path) -> dict[ImageKey, int]:
     if not images:
         raise DatasetError(f"{quoted(file)} lists no images.")
     ids: list[Any] = [each.get("id") if isinstance(each, dict) else None for each in images]
-    text = all(isinstance(each, str) for each in ids)
-    bad = [image for image, each in zip(images, ids) if not text and not is_whole(each)]
+    are_text = all(isinstance(each, str) for each in ids)
+    bad = [image for image, each in zip(images, ids) if not are_text and not is_whole(each)]
     if bad:
         raise DatasetError(
             f"{quoted(file)}: {len(bad)} of {len(images)} images are malformed, such as "
@@ -198,11 +209,11 @@ def _image_numbers(images: list[Any], file: Path) -> dict[ImageKey, int]:
             f"{quoted(file)}: several images have the id {quoted(most_common, 100)}. Give each "
             "image its own id."
         )
-    return dict(zip(ids, range(len(ids)))) if text else {int(each): int(each) for each in ids}
+    return dict(zip(ids, range(len(ids)))) if are_text else {int(each): int(each) for each in ids}
 
 
 def _with_number(annotation: Any, numbers: dict[ImageKey, int]) -> Any:
-    """Replace the text id of an annotation's image; None and an unlisted id for what has none."""
+    """Replace an annotation's string image id; malformed ids become None, unknown ones unlisted."""
     if not isinstance(annotation, dict):
         return annotation
     key = annotation.get("image_id")
@@ -210,25 +221,10 @@ def _with_number(annotation: Any, numbers: dict[ImageKey, int]) -> Any:
     return {**annotation, "image_id": number}
 
 
-def _check(annotations: list[Any], originals: list[Any], file: Path) -> None:
-    bad = [
-        original
-        for each, original in zip(annotations, originals)
-        if not is_object(each) or not (each.get("area") is None or is_area(each["area"]))
-    ]
-    if bad:
-        raise DatasetError(
-            f"{quoted(file)}: {len(bad)} of {len(originals)} annotations are malformed, such as "
-            f"{quoted(bad[0])}. image_id and category_id are whole numbers, bbox is x, y, width "
-            "and height, area is 0 or more, iscrowd is 0 or 1: resnext-det check-data "
-            "--annotations FILE lists all faults."
-        )
-
-
-def _mask(value: Any, size: list[int]) -> Any:
-    """Return a segmentation that is safe to decode, or None; `size` is height and width."""
-    if 0 in size or not is_segmentation(value, *size):
+def _mask(value: Any, height: int, width: int) -> Any:
+    """Return a segmentation that is safe to decode, or None."""
+    if 0 in (height, width) or not is_segmentation(value, height, width):
         return None
     if isinstance(value, dict):
-        return {"size": size, "counts": value["counts"]}
+        return {"size": [height, width], "counts": value["counts"]}
     return polygons_of(value) or None

@@ -31,7 +31,7 @@ KEYPOINT_FIGURES = (
 """The 10 figures of keypoints."""
 COCO_KEYPOINTS = 17
 LIMITS = (100, 300, 1000)
-"""Proposals per image of which the average recall is computed."""
+"""Numbers of proposals per image at which average recall is computed."""
 _SIZES = ("", "s", "m", "l")
 PROPOSAL_FIGURES = tuple(f"AR{size}@{limit}" for limit in LIMITS for size in _SIZES)
 
@@ -40,7 +40,7 @@ _ROUNDING = 1e-12  # both engines add the same numbers in different orders
 
 @dataclass(frozen=True)
 class Engine:
-    """What computes the figures: an engine or, with `cross_check`, both, which must agree.
+    """Which engine computes; with `cross_check` both do, and must agree.
 
     pycocotools takes a hundred times as long as hotcoco.
     """
@@ -55,12 +55,11 @@ class Engine:
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is computed.
+    """The settings of COCO's evaluation.
 
     Attributes:
         kind: "bbox", "segm" or "keypoints".
-        limits: detections per image and class for which recall is computed; the last one also
-            holds for precision.
+        limits: detections per image and class at which recall is computed; precision uses the last.
         by_class: False for proposals, which have no class.
         sigmas: of the keypoints, for their similarity (OKS); empty for COCO's 17.
     """
@@ -77,7 +76,7 @@ class Protocol:
 
     @property
     def figures(self) -> tuple[str, ...]:
-        """Return the names of the figures in COCO's summary, none for proposals."""
+        """Return the names of the figures in COCO's summary; none for proposals."""
         if not self.by_class:
             return ()
         return KEYPOINT_FIGURES if self.kind == "keypoints" else FIGURES
@@ -85,12 +84,12 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Accumulated:
-    """What an engine accumulates, in pycocotools' layout; -1 where there are no objects.
+    """The result of an engine in pycocotools' layout, from 0 to 1, or -1 without objects.
 
     Attributes:
         precision: (IoU thresholds, recalls, classes, areas, limits).
         recall: (IoU thresholds, classes, areas, limits).
-        summary: `Protocol.figures`, from 0 to 1.
+        summary: `Protocol.figures`.
     """
 
     precision: NDArray[np.float64]
@@ -100,11 +99,11 @@ class Accumulated:
 
 @dataclass(frozen=True)
 class ClassFigures:
-    """One class: figures in percent (None without objects), and the number of objects.
+    """Figures of one class in percent (None without objects), and its number of objects.
 
     APs, APm and APl are of objects below 32 x 32 pixels, up to 96 x 96, and larger; AR is the
-    recall with 100 detections per image (20 for keypoints) over IoU 0.50 to 0.95. Crowds do not
-    count as objects, nor objects without keypoints if these are evaluated.
+    recall with 100 detections per image (20 for keypoints) over IoU 0.50 to 0.95. `instances`
+    excludes crowds and, for keypoints, objects without any.
     """
 
     name: str
@@ -119,7 +118,7 @@ class ClassFigures:
 
 @dataclass(frozen=True)
 class Figures:
-    """COCO's figures by name and by class, in percent; None where there are no objects."""
+    """COCO's figures by name and by class, in percent; None without objects."""
 
     figures: dict[str, float | None]
     per_class: tuple[ClassFigures, ...]
@@ -140,12 +139,16 @@ class Figures:
 
     def flat(self) -> dict[str, float]:
         """Return all by name, classes as AP-NAME, NaN for None, as Detectron2's evaluator does."""
-        values = self.figures | {f"AP-{row.name}": row.AP for row in self.per_class}
-        return {name: float("nan") if v is None else v for name, v in values.items()}
+        return nan_for_none(self.figures | {f"AP-{row.name}": row.AP for row in self.per_class})
 
     def document(self) -> dict[str, Any]:
         """Return the figures as metrics.json holds them."""
         return {"figures": self.figures, "per_class": [asdict(row) for row in self.per_class]}
+
+
+def nan_for_none(figures: dict[str, float | None]) -> dict[str, float]:
+    """Return figures as Detectron2's evaluators do, with NaN instead of None."""
+    return {name: float("nan") if value is None else value for name, value in figures.items()}
 
 
 def shown(value: float | None) -> str:
@@ -153,17 +156,74 @@ def shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
+def percent(value: float) -> float | None:
+    """Return a share in percent; None for -1, which COCO gives without objects."""
+    return None if value < 0 else 100 * float(value)
+
+
+def compute(
+    truth: GroundTruth,
+    detections: Detections,
+    protocol: Protocol = Protocol(),
+    engine: Engine = Engine(),
+) -> tuple[Accumulated, hotcoco.COCOeval]:
+    """Evaluate detections by one engine or both.
+
+    Returns:
+        The engine's result, and hotcoco's evaluation in any case, for error analysis.
+
+    Raises:
+        DatasetError: the annotations or detections do not suit the protocol.
+        EvaluationError: the engines differ in any class, area, threshold or recall.
+    """
+    evaluation = hotcoco_evaluation(truth, detections, protocol)
+    found = _accumulated(evaluation, protocol)
+    if engine == Engine():
+        return found, evaluation
+    reference = by_pycocotools(truth, detections, protocol)
+    if engine.cross_check:
+        differing = [
+            f"{name} is {one!r} and {other!r}"
+            for name, one, other in zip(protocol.figures, found.summary, reference.summary)
+            if abs(one - other) > _ROUNDING
+        ]
+        for name in ("precision", "recall"):
+            one, other = getattr(found, name), getattr(reference, name)
+            if one.shape != other.shape or not np.allclose(one, other, rtol=0, atol=_ROUNDING):
+                differing.append(f"{name} differs")
+        if differing:
+            raise EvaluationError(
+                f"hotcoco and pycocotools differ: {'; '.join(differing)}. Trust pycocotools "
+                "(--engine pycocotools), and report the files to hotcoco's authors."
+            )
+    return (reference if engine.name == "pycocotools" else found), evaluation
+
+
 def hotcoco_evaluation(
     truth: GroundTruth, detections: Detections, protocol: Protocol = Protocol()
 ) -> hotcoco.COCOeval:
-    """Match and accumulate by hotcoco, whose result answers further questions.
+    """Match and accumulate by hotcoco.
 
     Raises:
-        DatasetError: the annotations or detections cannot be evaluated this way.
+        DatasetError: the annotations or detections do not suit the protocol.
     """
     _check_kind(truth, detections, protocol)
+    document = _document(truth, protocol.kind, with_annotations=protocol.kind != "bbox")
+    objects = truth.objects
     try:
-        annotations = _hotcoco_annotations(truth, protocol.kind)
+        if protocol.kind == "bbox":
+            # A tenth of the time of reading dicts; the bootstrap does this often.
+            annotations = hotcoco.COCO.from_arrays(
+                document["images"],
+                document["categories"],
+                objects.image_ids,
+                objects.category_ids,
+                objects.boxes,
+                area=objects.areas,
+                iscrowd=objects.crowds,
+            )
+        else:
+            annotations = hotcoco.COCO(document)
         results = annotations.load_res(_results(detections, protocol.kind))
         evaluation = hotcoco.COCOeval(annotations, results, protocol.kind)
         evaluation.params.max_dets = list(protocol.limits)
@@ -177,19 +237,6 @@ def hotcoco_evaluation(
             f"cannot evaluate against {quoted(truth.file)}: {quoted(error)}"
         ) from error
     return evaluation
-
-
-def _accumulated(evaluation: Any, protocol: Protocol) -> Accumulated:
-    """Summarise an evaluation of either engine."""
-    summary = []
-    if protocol.figures:
-        with contextlib.redirect_stdout(io.StringIO()):  # both print a table
-            evaluation.summarize()
-        summary = list(evaluation.stats)
-    arrays = evaluation.eval
-    return Accumulated(
-        np.asarray(arrays["precision"]), np.asarray(arrays["recall"]), tuple(map(float, summary))
-    )
 
 
 def by_pycocotools(
@@ -217,68 +264,27 @@ def by_pycocotools(
     return _accumulated(evaluation, protocol)
 
 
-def compute(
-    truth: GroundTruth,
-    detections: Detections,
-    protocol: Protocol = Protocol(),
-    engine: Engine = Engine(),
-) -> tuple[Accumulated, hotcoco.COCOeval]:
-    """Evaluate detections by an engine, or by both.
-
-    Returns:
-        What the engine accumulated; and in any case hotcoco's evaluation, for error analysis.
-
-    Raises:
-        DatasetError: the annotations or detections cannot be evaluated this way.
-        EvaluationError: the engines differ, in any class, area, threshold or recall.
-    """
-    evaluation = hotcoco_evaluation(truth, detections, protocol)
-    found = _accumulated(evaluation, protocol)
-    if engine == Engine():
-        return found, evaluation
-    reference = by_pycocotools(truth, detections, protocol)
-    if engine.cross_check:
-        differing = [
-            f"{name} is {one!r} and {other!r}"
-            for name, one, other in zip(protocol.figures, found.summary, reference.summary)
-            if abs(one - other) > _ROUNDING
-        ]
-        for name in ("precision", "recall"):
-            one, other = getattr(found, name), getattr(reference, name)
-            if one.shape != other.shape or not np.allclose(one, other, rtol=0, atol=_ROUNDING):
-                differing.append(f"{name} differs")
-        if differing:
-            raise EvaluationError(
-                f"hotcoco and pycocotools differ: {'; '.join(differing)}. Trust pycocotools "
-                "(--engine pycocotools), and report the files to hotcoco's authors."
-            )
-    return (reference if engine.name == "pycocotools" else found), evaluation
-
-
-def _hotcoco_annotations(truth: GroundTruth, kind: str) -> hotcoco.COCO:
-    document = _document(truth, kind, annotations=kind != "bbox")
-    if kind != "bbox":
-        return hotcoco.COCO(document)
-    objects = truth.objects
-    return hotcoco.COCO.from_arrays(  # a tenth of the time, which the bootstrap multiplies
-        document["images"],
-        document["categories"],
-        objects.image_ids,
-        objects.category_ids,
-        objects.boxes,
-        area=objects.areas,
-        iscrowd=objects.crowds,
+def _accumulated(evaluation: Any, protocol: Protocol) -> Accumulated:
+    """Return the result of either engine's evaluation."""
+    summary = []
+    if protocol.figures:
+        with contextlib.redirect_stdout(io.StringIO()):  # both print a table
+            evaluation.summarize()
+        summary = list(evaluation.stats)
+    arrays = evaluation.eval
+    return Accumulated(
+        np.asarray(arrays["precision"]), np.asarray(arrays["recall"]), tuple(map(float, summary))
     )
 
 
-def _document(truth: GroundTruth, kind: str, *, annotations: bool = True) -> dict[str, Any]:
+def _document(truth: GroundTruth, kind: str, *, with_annotations: bool = True) -> dict[str, Any]:
     """Return the ground truth in COCO's format, annotations numbered from 1."""
     images = zip(truth.image_ids.tolist(), truth.sizes.astype(int).tolist())
     document: dict[str, Any] = {
         "images": [{"id": n, "width": width, "height": height} for n, (width, height) in images],
         "categories": [{"id": n, "name": name} for n, name in truth.categories.items()],
     }
-    if not annotations:
+    if not with_annotations:
         return document
     objects = truth.objects
     columns: dict[str, Any] = {
@@ -313,7 +319,7 @@ def _results(detections: Detections, kind: str) -> Any:
 
 
 def _check_kind(truth: GroundTruth, detections: Detections, protocol: Protocol) -> None:
-    """Refuse masks that do not have the size of their image, and other numbers of keypoints."""
+    """Refuse masks of another size than their image, and unequal numbers of keypoints."""
     if protocol.kind == "segm" and detections.segmentations is not None:
         sizes = truth.sizes[truth.positions(detections.image_ids)][:, ::-1].astype(int).tolist()
         for number, size, mask in zip(detections.image_ids, sizes, detections.segmentations):
@@ -338,10 +344,10 @@ def _check_kind(truth: GroundTruth, detections: Detections, protocol: Protocol) 
 def figures_of(found: Accumulated, truth: GroundTruth, protocol: Protocol = Protocol()) -> Figures:
     """Return COCO's figures in percent, overall and by class."""
     counted = ~truth.objects.crowds
+    areas = _SIZES
     if protocol.kind == "keypoints":
         counted &= (truth.poses[:, :, 2] > 0).any(axis=1)
-    # COCO ignores small objects for keypoints.
-    areas = ("", "m", "l") if protocol.kind == "keypoints" else _SIZES
+        areas = ("", "m", "l")  # COCO has no keypoints of small objects
     rows = []
     for position, (number, name) in enumerate(truth.categories.items()):
         precision = found.precision[:, :, position, :, -1]
@@ -358,11 +364,6 @@ def figures_of(found: Accumulated, truth: GroundTruth, protocol: Protocol = Prot
     return Figures(dict(zip(protocol.figures, map(percent, found.summary))), tuple(rows))
 
 
-def percent(value: float) -> float | None:
-    """Return a share in percent; None for -1, COCO's value without any object to find."""
-    return None if value < 0 else 100 * float(value)
-
-
 def _mean(values: NDArray[np.float64]) -> float | None:
     valid = values[values > -1]
     return 100 * float(valid.mean()) if valid.size else None
@@ -373,14 +374,14 @@ def proposal_figures(
 ) -> dict[str, float | None]:
     """Compute the average recall of the best 100, 300 and 1000 proposals per image.
 
-    By COCO's protocol without classes: recall averaged over IoU 0.50 to 0.95. Detectron2's own
-    evaluator instead matches each object with the proposal that overlaps it most, whatever its
-    score; the figures differ only for objects that share a proposal.
+    This follows COCO's protocol without classes: recall averaged over IoU 0.50 to 0.95. Detectron2
+    instead matches each object with the proposal that overlaps it most, whatever its score; the
+    figures differ only for objects that share a proposal.
 
     Args:
         truth: the annotations.
         proposals: all of one category of the annotations.
-        engine: what computes.
+        engine: hotcoco, pycocotools, or both.
 
     Returns:
         `PROPOSAL_FIGURES` in percent; None without objects.
@@ -392,7 +393,7 @@ def proposal_figures(
 
 
 def proposal_table(figures: dict[str, float | None]) -> str:
-    """Return the figures as text for a terminal, a row for each number of proposals."""
+    """Return `PROPOSAL_FIGURES` as text for a terminal, one row per number of proposals."""
     rows = [[limit, *(shown(figures[f"AR{size}@{limit}"]) for size in _SIZES)] for limit in LIMITS]
     headers = ["proposals", "AR", "ARs", "ARm", "ARl"]
     return tabulate(rows, headers=headers, disable_numparse=True)

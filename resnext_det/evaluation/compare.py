@@ -1,4 +1,4 @@
-"""Is one detector better than another? Both figures, the difference, and a bootstrap interval."""
+"""Is one detector better than another? Differences of figures, with bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from resnext_det.files import file_digest
 RESAMPLES = 1000
 _TAILS = 2.5, 97.5  # percent
 _AREAS = {"s": (0.0, 32.0**2), "m": (32.0**2, 96.0**2), "l": (96.0**2, math.inf)}
+# With fewer images, a percentile interval is too narrow: for a mean of 20 it covers about 93 %.
 _FEWEST_IMAGES = 20
-"""With fewer, a percentile interval is too narrow: for a mean of 20 it covers about 93 %."""
+# Five images in favour of one detector prove nothing: five tosses of a coin agree 2 times in 32.
 _FEWEST_DIFFERING = 6
-"""Five images that all favour one detector are no evidence: a coin does it in 2 of 32 tries."""
 _AT_ONCE = 50  # draws evaluated together, which takes about 5 copies of the detections
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How a figure differs from a baseline's, in percent; None without objects.
+    """A figure of two detectors, in percent; None without objects.
 
-    `lower` and `upper` end the 95 % interval of the difference; None with too few images.
+    `lower` and `upper` bound the 95 % interval of the difference; None with too few images.
     """
 
     figure: str
@@ -60,12 +60,13 @@ def read_baseline(run: Path, truth: GroundTruth) -> Detections:
     evaluations = read_metrics(run).evaluations
     for each in evaluations:
         if each.annotations_sha256 == truth.sha256:
+            detections = read_detections(each.detections, truth)
             if each.detections_sha256 != file_digest(each.detections):
                 raise DatasetError(
                     f"{quoted(each.detections)} has changed since {quoted(run)} was evaluated. "
                     "Evaluate the baseline again."
                 )
-            return read_detections(each.detections, truth)
+            return detections
     names = ", ".join(f"{plain(each.name)} ({quoted(each.annotations)})" for each in evaluations)
     raise DatasetError(
         f"{quoted(run)} was evaluated with other annotations than {quoted(truth.file)}: {names}. "
@@ -85,21 +86,21 @@ def compare(
     The interval is the percentile interval of a paired bootstrap over images (Efron and Tibshirani
     1993, chapter 13): images are drawn with replacement, an image drawn twice counts twice, and
     both detectors are evaluated on the same draw. (hotcoco's own `compare` counts it once, and its
-    intervals are a quarter too narrow.) It says what other images like these would have given, and
-    nothing about another training. A figure has no interval if fewer than 20 images hold an object
-    that counts for it, or if the detectors differ on fewer than 6 images.
+    intervals are a quarter too narrow.) It covers the choice of images, not that of a training's
+    seed. A figure has no interval if fewer than 20 images hold an object that counts for it, or if
+    the detectors differ on fewer than 6 images.
 
     Args:
         truth: the annotations.
         before: detections of the baseline.
         now: detections of the new detector.
-        resamples: the number of draws; 0 for no interval.
+        resamples: number of draws; 0 for no interval.
         seed: of the draws.
 
     Returns:
         One entry for each of COCO's 12 figures of boxes.
     """
-    lower, upper = _interval(truth, before, now, resamples, seed)
+    lower, upper = _intervals(truth, before, now, resamples, seed)
     rows = [set(map(tuple, each.table.tolist())) for each in (before, now)]
     differing = len({row[0] for row in rows[0] ^ rows[1]})
     enough = resamples > 0 and (differing == 0 or differing >= _FEWEST_DIFFERING)
@@ -115,17 +116,17 @@ def compare(
 
 
 def _images_with(truth: GroundTruth, figure: str) -> int:
-    """Count the images with an object that counts for a figure."""
+    """Count the images with an object of the sizes that a figure covers."""
     smallest, largest = _AREAS.get(figure[-1], (0.0, math.inf))
     areas = truth.objects.areas
     counted = ~truth.objects.crowds & (areas >= smallest) & (areas <= largest)
     return len(np.unique(truth.objects.image_ids[counted]))
 
 
-def _interval(
+def _intervals(
     truth: GroundTruth, before: Detections, now: Detections, resamples: int, seed: int
 ) -> NDArray[np.float64]:
-    """Return the ends of the intervals, (2, 12), in points; NaN where no draw has a figure."""
+    """Return the bounds (2, 12) of the intervals in points; NaN for figures without objects."""
     images = len(truth.image_ids)
     generator = np.random.default_rng(seed)
     differences = np.full((resamples, len(FIGURES)), np.nan)
@@ -148,20 +149,20 @@ def _resampled(
 ) -> Iterator[NDArray[np.float64]]:
     """Yield the 12 figures of each draw of images.
 
-    hotcoco matches as many copies of every image as any draw needs, once, and accumulates a subset
-    of the copies for each draw.
+    hotcoco matches once, with as many copies of each image as any draw needs, and accumulates a
+    subset of the copies for each draw.
 
     Args:
         truth: the annotations.
-        detections: of its images.
+        detections: on its images.
         counts: (draws, images): how often each image was drawn.
     """
     copies = counts.max(axis=0)
-    owners = np.repeat(np.arange(len(copies)), copies)  # position of the image of each copy
-    first = np.cumsum(copies) - copies  # of the copies of each image
+    owners = np.repeat(np.arange(len(copies)), copies)  # the copied image's position
+    first = np.cumsum(copies) - copies  # each image's first copy
 
     def copied(image_ids: NDArray[np.int64]) -> tuple[NDArray[np.intp], NDArray[np.int64]]:
-        """Return rows, repeated for all copies of their images, and the copies' numbers."""
+        """Return the rows for all copies of these images, and the copies' numbers."""
         positions = truth.positions(image_ids)
         repeats = copies[positions]
         rows = np.repeat(np.arange(len(image_ids)), repeats)
@@ -205,5 +206,5 @@ def difference_table(differences: tuple[Difference, ...]) -> str:
 
 
 def comparison_document(run: Path, differences: tuple[Difference, ...]) -> dict[str, Any]:
-    """Return a comparison as metrics.json holds it; `run` is the baseline."""
+    """Return a comparison with the baseline `run` as metrics.json holds it."""
     return {"metrics": str(run), "differences": [vars(each) for each in differences]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from resnext_det.errors import DatasetError, quoted
 from resnext_det.evaluation.annotations import GroundTruth
 
 KINDS = ("bbox", "segm", "keypoints")
-"""What can be evaluated, by COCO's names."""
+"""COCO's names of what can be evaluated."""
 
 _KEYS = ("bbox", "segmentation", "keypoints")
 _LISTED = 5
@@ -26,10 +27,10 @@ _INVALID = (KeyError, TypeError, ValueError, OverflowError)
 
 @dataclass(frozen=True)
 class Detections:
-    """N detected objects, or proposals.
+    """N detections or proposals.
 
     Attributes:
-        image_ids: (N,), numbers of `GroundTruth.numbers`.
+        image_ids: (N,), from `GroundTruth.numbers`.
         category_ids: (N,), as in the annotations.
         boxes: (N, 4): x, y, width, height in pixels.
         scores: (N,).
@@ -52,15 +53,15 @@ class Detections:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Return what can be evaluated, of `KINDS`."""
+        """Return those of `KINDS` that can be evaluated."""
         held = self.boxed, self.segmentations is not None, self.keypoints is not None
-        return tuple(kind for kind, is_held in zip(KINDS, held) if is_held)
+        return tuple(itertools.compress(KINDS, held))
 
     @classmethod
     def of(
         cls, results: Sequence[Any], truth: GroundTruth, *, with_classes: bool = True
     ) -> Detections:
-        """Check results in COCO's format.
+        """Check and convert results in COCO's format.
 
         Args:
             results: dicts with image_id, category_id, score, and one or more of bbox (x, y,
@@ -69,7 +70,7 @@ class Detections:
             with_classes: False for proposals, whose category_id is ignored.
 
         Raises:
-            DatasetError: a result is malformed, or of an unknown image or class.
+            DatasetError: a result is malformed, or has an unknown image or class.
         """
         keys = _keys(results)
         try:
@@ -87,7 +88,7 @@ class Detections:
 
     @property
     def table(self) -> NDArray[np.float64]:
-        """Return (N, 7): image, x, y, width, height, score, category, as both engines load it."""
+        """Return (N, 7): image, x, y, width, height, score, category, as both engines read it."""
         return np.column_stack([self.image_ids, self.boxes, self.scores, self.category_ids])
 
     def results(self, truth: GroundTruth | None = None) -> list[dict[str, Any]]:
@@ -120,8 +121,8 @@ class Detections:
 
 
 def _keys(results: Sequence[Any]) -> list[str]:
-    """Return which of `_KEYS` the results hold; boxes if none."""
-    # pycocotools' loadRes adds polygons to the results that it is given: only RLE counts.
+    """Return those of `_KEYS` that the results hold, or else "bbox"."""
+    # pycocotools' loadRes adds polygons to the results it is passed, so only RLE counts.
     types = {"bbox": list, "segmentation": dict, "keypoints": list}
     held = [
         key
@@ -137,7 +138,7 @@ def _keys(results: Sequence[Any]) -> list[str]:
 def _parsed(
     results: Sequence[Any], keys: Sequence[str], truth: GroundTruth, with_classes: bool
 ) -> Detections:
-    """Convert results that all hold `keys`; raises one of `_INVALID` if any is malformed."""
+    """Convert results that all hold `keys`; raise one of `_INVALID` if any is malformed."""
     count = len(results)
     images = [each["image_id"] for each in results]
     if truth.has_text_ids:
@@ -196,15 +197,15 @@ def _checked_mask(value: Any) -> dict[str, Any]:
 
 
 def _numbers(rows: Sequence[object], shape: tuple[int, ...]) -> NDArray[np.float64]:
-    """Return finite numbers of a shape; NumPy alone would convert text and truth values."""
+    """Return finite numbers of a shape; NumPy alone would also convert strings and booleans."""
     numbers = np.array(rows) if rows else np.zeros(shape)
     if numbers.dtype.kind not in "fiu" or numbers.shape != shape or not np.isfinite(numbers).all():
-        raise ValueError("not finite numbers of the shape")
+        raise ValueError("not finite numbers of this shape")
     return numbers.astype(np.float64)
 
 
 def _check_known(detections: Detections, truth: GroundTruth) -> None:
-    """Refuse other images and classes; pycocotools ignores other classes silently."""
+    """Refuse unknown images and classes; pycocotools ignores unknown classes silently."""
     for what, given, known, advice in (
         ("images", detections.image_ids, truth.image_ids, "Name the annotations of these images."),
         (
@@ -229,10 +230,8 @@ def _check_known(detections: Detections, truth: GroundTruth) -> None:
 def read_detections(file: Path, truth: GroundTruth, *, with_classes: bool = True) -> Detections:
     """Read a file in COCO's results format, such as Detectron2's coco_instances_results.json.
 
-    See `Detections.of`.
-
     Raises:
-        DatasetError: the file cannot be read, or holds other things than such detections.
+        DatasetError: the file cannot be read, or fails the checks of `Detections.of`.
     """
     content = read_json(file)
     if not isinstance(content, list):
@@ -247,14 +246,14 @@ def read_detections(file: Path, truth: GroundTruth, *, with_classes: bool = True
 
 
 def suspicions(truth: GroundTruth, detections: Detections) -> Iterator[str]:
-    """Yield in words the usual mistakes in writing detections that these seem to show."""
+    """Yield a warning for each usual mistake that these detections seem to show."""
     if not len(detections):
         return
     boxes, scores = detections.boxes, detections.scores
     if scores.max() > 1:
         yield (
-            f"scores go up to {scores.max():.4g}: scores are expected from 0 to 1. COCO's figures "
-            "depend on their order alone, the confused classes on a score of 0.5."
+            f"scores go up to {scores.max():.4g} instead of 1. COCO's figures only depend on their "
+            "order, but the table of confused classes starts at a score of 0.5."
         )
     if boxes.max() <= 2:
         yield (

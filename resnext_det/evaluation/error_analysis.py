@@ -1,4 +1,4 @@
-"""Where a detector errs: precision over recall and score, confused classes, kinds of errors."""
+"""Error analysis: precision over recall and score, confused classes, kinds of errors."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from resnext_det.evaluation.coco import Accumulated, Protocol, hotcoco_evaluatio
 from resnext_det.evaluation.detections import Detections
 
 CONFUSED_FROM = 0.5
-"""The lowest score in the table of confused classes: few would show a detection below it."""
+"""The lowest score in the table of confused classes: detections below it are rarely shown."""
 OVERLAP = 0.5
-"""The IoU from which a detection may be of an object."""
+"""The lowest IoU of a detection with the object that it finds."""
 BACKGROUND = 0.1
-"""The IoU below which it is of none (Bolya et al. 2020, TIDE, section 2.2)."""
+"""Below this IoU, a detection is of background (Bolya et al. 2020, TIDE, section 2.2)."""
 
 ERROR_KINDS = {
     "Cls": f"wrong class, IoU of {OVERLAP} or more",
@@ -29,7 +29,7 @@ ERROR_KINDS = {
     "Bkg": f"no object, IoU below {BACKGROUND}",
     "Miss": "object not detected, and none of the errors above",
 }
-"""TIDE's kinds of errors, and what they mean."""
+"""TIDE's kinds of errors, with their meaning."""
 
 _RANGES = {"0.50": slice(0, 1), "0.75": slice(5, 6), "0.50:0.95": slice(0, 10)}
 
@@ -43,17 +43,17 @@ def analyse_errors(
     detections: Detections,
     protocol: Protocol = Protocol(),
 ) -> Details:
-    """Find out where a detector errs.
+    """Analyse the errors of a detector. For keypoints, OKS replaces IoU.
 
     Args:
-        evaluation: hotcoco's, of `coco.compute`.
-        found: what was accumulated.
+        evaluation: hotcoco's, from `coco.compute`.
+        found: from `coco.compute`.
         truth: the annotations.
         detections: that were evaluated.
-        protocol: COCO's own for a kind. For keypoints, OKS takes the place of IoU.
+        protocol: COCO's own for a kind.
 
     Returns:
-        What details_NAME.json holds, in percent; "" stands for all classes, and classes without
+        The content of details_NAME.json, in percent. The key "" means all classes; classes without
         objects have no curves:
         "curves": by class and IoU ("0.50", "0.75", "0.50:0.95"), precisions at the 101 "recalls";
         "by_score": by class, "precision" and "recall" at an IoU of 0.5 for score thresholds 0,
@@ -97,7 +97,7 @@ def analyse_errors(
 
 
 def _rounded(shares: NDArray[np.float64]) -> list[float]:
-    """Return percentages with two digits, which is all that a picture can show."""
+    """Return percentages with two digits, enough for a picture."""
     rounded: list[float] = (100 * shares).round(2).tolist()
     return rounded
 
@@ -105,7 +105,7 @@ def _rounded(shares: NDArray[np.float64]) -> list[float]:
 def _by_score(
     status: Mapping[str, Any], truth: GroundTruth, detections: Detections
 ) -> dict[str, Any]:
-    """Return the curves over the score, without detections that COCO ignores, as in crowds."""
+    """Return the curves over the score, without detections that COCO ignores (in crowds)."""
     # hotcoco numbers detections and objects from 1.
     rows = np.array(list(status["dt_status"]), np.int64) - 1
     right = np.array([each == "tp" for each in status["dt_status"].values()], bool)
@@ -123,10 +123,10 @@ def _by_score(
 def _score_curve(
     scores: NDArray[np.float64], right: NDArray[np.bool_], objects: int
 ) -> dict[str, Any]:
-    """Return precision and recall over the threshold; `right` tells which detections match."""
+    """Return precision and recall over the threshold; `right` marks the matched detections."""
     order = np.argsort(-scores, kind="stable")
     descending = scores[order]
-    hits = np.concatenate([[0], np.cumsum(right[order])])  # among the first n
+    hits = np.concatenate([[0], np.cumsum(right[order])])  # hits[n]: among the first n
     best = None
     if hits[-1]:
         # A threshold keeps all detections of its score, or none.
@@ -150,9 +150,9 @@ def _score_curve(
 def _confusion(
     status: Mapping[str, Any], truth: GroundTruth, detections: Detections, protocol: Protocol
 ) -> list[list[int]]:
-    """Count true classes by detected ones.
+    """Count true classes by detected ones, without detections in crowds.
 
-    hotcoco's matrix counts detections in a crowd as mistakes, so they are removed first.
+    hotcoco's matrix would count these as mistakes.
     """
     counted = np.array(list(status["dt_status"]), np.int64) - 1
     counted = np.sort(counted[detections.scores[counted] >= CONFUSED_FROM])

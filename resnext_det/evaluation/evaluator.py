@@ -1,4 +1,4 @@
-"""Detections -> COCO's figures and the files that hold them; Detectron2's evaluator protocol."""
+"""From detections to COCO's figures and their files; an evaluator for Detectron2."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from resnext_det.evaluation.coco import (
     Protocol,
     compute,
     figures_of,
+    nan_for_none,
     proposal_figures,
     proposal_table,
 )
@@ -40,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The figures of detections, and where they err."""
+    """The figures of detections, and the analysis of their errors."""
 
     figures: Figures
     details: Details
@@ -52,10 +53,10 @@ def evaluate_detections(
     protocol: Protocol = Protocol(),
     engine: Engine = Engine(),
 ) -> Evaluated:
-    """Compute COCO's figures by an engine, and by hotcoco where the detector errs.
+    """Compute COCO's figures by an engine, and analyse errors by hotcoco.
 
     Raises:
-        DatasetError: the annotations have no masks or keypoints, or others than the detections.
+        DatasetError: masks or keypoints are missing, or those of the files do not fit together.
         EvaluationError: the engines differ.
     """
     found, evaluation = compute(truth, detections, protocol, engine)
@@ -79,9 +80,9 @@ def write_evaluated(
         dataset: its name.
         description: of the weights; see `write_metrics`.
         truth: the annotations.
-        detections: what to write, or a file that exists.
-        evaluated: by kind, "bbox" among them.
-        entry: what else to record of the data set, such as the folder of the images.
+        detections: to write, or an existing file.
+        evaluated: by kind, including "bbox".
+        entry: more to record about the data set, such as the folder of the images.
     """
     if isinstance(detections, Detections):
         file = Path(f"detections_{file_name_of(dataset)}.json")
@@ -115,10 +116,9 @@ def _recorded(truth: GroundTruth) -> dict[str, Any]:
 
 
 class DetectionEvaluator(DatasetEvaluator):
-    """Detectron2's evaluator protocol: gathers detections, computes and writes the figures.
+    """Evaluates what the model returns: boxes, masks and keypoints, or an RPN's proposals.
 
-    Evaluates boxes, masks and keypoints, as far as the model gives them, or the proposals of an
-    RPN alone, of which it writes the average recall to metrics.json.
+    Proposals get their average recall in metrics.json, and no other file.
     """
 
     def __init__(
@@ -129,13 +129,13 @@ class DetectionEvaluator(DatasetEvaluator):
         engine: Engine = Engine(),
         sigmas: Sequence[float] = (),
     ) -> None:
-        """Prepare for a registered data set, whose annotation file is written if it has none.
+        """Prepare, writing an annotation file for a data set that was registered without one.
 
         Args:
-            dataset: its name.
-            output: the folder for what is written.
+            dataset: its registered name.
+            output: the folder to write to.
             description: of the weights, such as {"weights": "model_final.pth"}.
-            engine: what computes the figures.
+            engine: hotcoco, pycocotools, or both.
             sigmas: TEST.KEYPOINT_OKS_SIGMAS; empty for COCO's.
 
         Raises:
@@ -157,7 +157,7 @@ class DetectionEvaluator(DatasetEvaluator):
             comm.synchronize()
             self.metadata.json_file = str(file)
         self.measured: dict[str, float] = {}
-        """Of the model, for metrics.json."""
+        """Speed and size of the model, for metrics.json."""
         self._predictions = Predictions()
 
     @property
@@ -167,33 +167,33 @@ class DetectionEvaluator(DatasetEvaluator):
 
     @property
     def images(self) -> str:
-        """The folder of the images, "" if the data set names none."""
+        """The folder of the images, "" if unknown."""
         folder = self.metadata.get("image_root", "")
         return str(Path(folder).resolve()) if folder else ""
 
     def keep(self, identity: str) -> frozenset[ImageKey]:
-        """Keep predictions on disk until `forget`, and continue from those of a killed evaluation.
+        """Keep predictions on disk until `forget`, and resume a killed evaluation.
 
-        Call it in all processes together, before the first image. Returns the ids of the images
-        that are done; see `Predictions.keep_in`.
+        A collective call, before the first image. Returns the ids of the images that are done; see
+        `Predictions.keep_in`.
         """
         self._predictions = Predictions()
         name = f"predictions_{file_name_of(self.dataset)}"
         return self._predictions.keep_in(self.output, name, identity)
 
-    def needs_none_but(self, done: frozenset[ImageKey]) -> bool:
-        """Tell whether `done` holds all images; the same in all processes."""
+    def is_complete(self, done: frozenset[ImageKey]) -> bool:
+        """Tell whether `done` holds all images. A collective call."""
         found = comm.is_main_process() and done.issuperset(
             read_ground_truth(self.annotations, checked=True).numbers
         )
         return any(comm.all_gather(found))
 
     def forget(self) -> None:
-        """Remove what `keep` kept. Call it in all processes, once the figures are written."""
+        """Remove what `keep` stored. A collective call, once the figures are written."""
         self._predictions.forget()
 
     def reset(self) -> None:
-        """Start over, except for what `keep` took over."""
+        """Start over; what `keep` restored stays."""
         if not self._predictions.on_disk:
             self._predictions = Predictions()
 
@@ -207,9 +207,9 @@ class DetectionEvaluator(DatasetEvaluator):
         """Compute and write the figures of all processes' detections.
 
         Returns:
-            {"bbox": {"AP": ..., "AP-person": ...}, "segm": ..., "keypoints": ...} in percent, NaN
-            without objects, as Detectron2's evaluator; {"box_proposals": {"AR@1000": ...}} for
-            proposals; nothing but on the main process.
+            As Detectron2's evaluator, {"bbox": {"AP": ..., "AP-person": ...}, "segm": ...,
+            "keypoints": ...} in percent, NaN without objects; {"box_proposals": {"AR@1000": ...}}
+            for proposals; empty except on the main process.
 
         Raises:
             DatasetError: the annotations cannot be evaluated.
@@ -238,7 +238,7 @@ class DetectionEvaluator(DatasetEvaluator):
             except DatasetError as error:
                 if kind == "bbox":
                     raise
-                # The boxes still have figures, perhaps of a training of days.
+                # Keep the boxes' figures: a training may have taken days.
                 logger.error("%s is not evaluated: %s", kind, error)
         entry = {"images": self.images, **self.measured, "engine": vars(self.engine)}
         arguments = self.output, self.dataset, self.description, truth, detections
@@ -252,7 +252,7 @@ class DetectionEvaluator(DatasetEvaluator):
         entry = {**_recorded(truth), "images": self.images, "proposals": figures}
         write_metrics(self.output, self.dataset, self.description, entry)
         self._log(truth, "box_proposals", proposal_table(figures))
-        return {name: float("nan") if v is None else v for name, v in figures.items()}
+        return nan_for_none(figures)
 
     def _log(self, truth: GroundTruth, kind: str, table: str) -> None:
         images = len(truth.image_ids)
@@ -263,5 +263,5 @@ class DetectionEvaluator(DatasetEvaluator):
 def detection_evaluator(
     dataset: str, output: str, weights: str, sigmas: Sequence[float] = ()
 ) -> DetectionEvaluator:
-    """Return a `DetectionEvaluator`, from arguments that a LazyConfig can hold and save."""
+    """Return a `DetectionEvaluator`, given arguments that a LazyConfig can save."""
     return DetectionEvaluator(dataset, Path(output), {"weights": weights}, sigmas=sigmas)

@@ -1,4 +1,4 @@
-"""Predictions of a model, image by image, kept on disk so that a killed evaluation can resume."""
+"""Predictions of a model by image, kept on disk so that a killed evaluation can resume."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _DIGITS = 16  # of the identity, in the folder's name
 
 @dataclass(frozen=True)
 class Found:
-    """What a model finds in one image.
+    """The predictions for one image.
 
     Attributes:
         rows: (N, 6): x, y, width and height in pixels, score, class of the model.
@@ -44,16 +44,16 @@ class Found:
 
 
 def found_in(output: Mapping[str, Any]) -> Found:
-    """Convert what a Detectron2 model returns for one image.
+    """Convert a Detectron2 model's output for one image.
 
     Raises:
-        EvaluationError: there are no `Instances` under "instances" or "proposals".
+        EvaluationError: it has neither "instances" nor "proposals".
     """
     of_proposals = "instances" not in output
     if of_proposals and "proposals" not in output:
         raise EvaluationError(
-            f"the model returns {', '.join(output) or 'nothing'}, and only instances and proposals "
-            "can be evaluated: use Detectron2's own evaluator."
+            f"the model returns {', '.join(output) or 'nothing'}, and this evaluator needs "
+            "instances or proposals: use one of Detectron2's."
         )
     instances: Instances = output["proposals" if of_proposals else "instances"].to("cpu")
     if instances.has("pred_boxes"):
@@ -69,7 +69,7 @@ def found_in(output: Mapping[str, Any]) -> Found:
     if of_proposals or not (masks or poses):
         return Found(rows, of_proposals=of_proposals)
     copied = Instances(instances.image_size, **instances.get_fields())
-    if poses:  # Detectron2's conversion changes them in place
+    if poses:  # Detectron2's conversion modifies them in place
         copied.pred_keypoints = instances.pred_keypoints.clone()
     results = instances_to_coco_json(copied, 0)
     found = [each["keypoints"] for each in results] if poses else []
@@ -82,11 +82,11 @@ def found_in(output: Mapping[str, Any]) -> Found:
 
 
 class Predictions:
-    """What a model finds in each image of this process's share, every image once.
+    """The predictions for this process's share of the images, each image once.
 
-    With `keep_in`, each image is also a line of a file that this process alone writes. A killed
-    evaluation leaves its files behind, and the next one of the same weights, images and settings
-    continues from them, on any number of processes.
+    After `keep_in`, each image is also a line of this process's own file. The next evaluation of
+    the same weights, images and settings resumes from the files of a killed one, on any number of
+    processes.
     """
 
     def __init__(self) -> None:
@@ -101,22 +101,20 @@ class Predictions:
 
     @property
     def on_disk(self) -> bool:
-        """Tell whether they are kept on disk."""
+        """Tell whether `keep_in` was called."""
         return self._folder is not None
 
     def keep_in(self, parent: Path, name: str, identity: str) -> frozenset[ImageKey]:
-        """Keep predictions on disk, and take over what a killed evaluation left.
-
-        Call it in all processes together.
+        """Keep predictions on disk, and restore those of a killed evaluation. A collective call.
 
         Args:
-            parent: the folder in which a folder for them is made.
-            name: of the data set, as it may appear in a file name.
+            parent: the folder in which to make a folder for them.
+            name: of the data set, safe for a file name.
             identity: a hexadecimal digest of weights, images and settings, the same in all
-                processes; predictions of others are removed.
+                processes; predictions with another one are removed.
 
         Returns:
-            The ids of the images that are done, in any process.
+            The ids of the images that are done in any process.
         """
         self._folder = parent / f"{name}.{identity[:_DIGITS]}.partial"
         if comm.get_local_rank() == 0:  # each machine may have a disk of its own
@@ -131,7 +129,7 @@ class Predictions:
         return frozenset().union(*comm.all_gather(frozenset(self._found)))
 
     def add(self, image: ImageKey, found: Found) -> None:
-        """Add what was found in an image; a second time is ignored."""
+        """Add the predictions for an image, unless it has some."""
         if image in self._found:
             return
         self._found[image] = found
@@ -141,7 +139,7 @@ class Predictions:
             self._file.write(json.dumps(line) + "\n")
 
     def forget(self) -> None:
-        """Forget all, on disk as well. Call it in all processes, once the figures are written."""
+        """Remove all, on disk as well. A collective call, once the figures are written."""
         if self._file is not None:
             self._file.close()
         comm.synchronize()
@@ -152,14 +150,14 @@ class Predictions:
     def gather(
         self, numbers: Mapping[ImageKey, int], category_ids: Mapping[int, int]
     ) -> Detections | None:
-        """Return the detections of all processes, or None on all processes but the main one.
+        """Return the detections of all processes; None except on the main one.
 
         Args:
             numbers: of all images; see `GroundTruth.numbers`.
-            category_ids: of the annotations, by class of the model.
+            category_ids: by class of the model.
 
         Raises:
-            EvaluationError: an image is missing or unknown, or a class is.
+            EvaluationError: an image is missing, or an image or class is unknown.
         """
         shares = comm.gather(self._found, dst=0)
         if not comm.is_main_process():
@@ -181,7 +179,7 @@ class Predictions:
             masks = np.empty(len(table), np.object_)
             masks[:] = [mask for each in ordered for mask in each.segmentations or []]
         poses = [each.keypoints for each in ordered if each.keypoints is not None]
-        # Those of an image without detections, read from disk, have lost their number of points.
+        # Empty keypoints read from disk have lost their number of points.
         poses = [each for each in poses if len(each)] or poses[:1]
         return Detections(
             np.repeat(np.array(list(numbers.values()), np.int64), counts),
@@ -198,7 +196,7 @@ def _check_images(found: Mapping[ImageKey, Found], numbers: Mapping[ImageKey, in
     if missing:
         raise EvaluationError(
             f"{len(missing)} of {len(numbers)} images were not predicted, such as "
-            f"{quoted(missing[:5])}, and their objects would count as missed: predict all images "
+            f"{quoted(missing[:5])}, so their objects would count as missed: predict all images "
             "that the annotations list."
         )
     unknown = sorted(set(found) - set(numbers), key=str)
@@ -210,7 +208,7 @@ def _check_images(found: Mapping[ImageKey, Found], numbers: Mapping[ImageKey, in
 
 
 def _read(folder: Path) -> dict[ImageKey, Found]:
-    """Read what a killed evaluation left; a damaged line leaves its image to be done."""
+    """Read the files of a killed evaluation, skipping damaged lines."""
     found: dict[ImageKey, Found] = {}
     for file in sorted(folder.glob("*.jsonl")):
         for line in file.read_text(encoding="utf-8", errors="replace").splitlines():

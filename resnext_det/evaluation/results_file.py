@@ -1,4 +1,4 @@
-"""A run's folder: the figures that an evaluation writes, and the scalars that a training logs."""
+"""Files of a run's folder: the figures of evaluations, and the scalars of a training."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import logging
 import re
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock
 
@@ -23,24 +23,27 @@ from resnext_det.files import open_regular, write_json
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 INFERENCE = "inference"
-"""Subfolder of a run in which an evaluation writes, as Detectron2's do."""
+"""Subfolder of a run for evaluations, as in Detectron2."""
 METRICS = "metrics.json"
 _LONGEST_LINE = 1 << 20
 _LONGEST_COMMAND = 4096
-_INVALID = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+INVALID = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+"""What a malformed JSON document may raise when it is taken apart."""
 
 Scalars = dict[str, float]
-"""What a training logs of one iteration: "total_loss", "lr", "bbox/AP" and so on."""
+"""What a training logs for an iteration: "total_loss", "lr", "bbox/AP" and so on."""
 
 
 @dataclass(frozen=True)
 class DatasetMetrics:
-    """The evaluation on one data set; text is "" and other things None if unknown.
+    """The evaluation on one data set; unknown strings are "", other unknown values None.
 
     Attributes:
         images: the folder of the images.
-        detections: the file in COCO's results format.
+        detections: a file in COCO's results format.
         figures: the 12 figures of boxes, in percent.
         details: the file of `error_analysis.Details`.
         engine: what computed the figures, in words.
@@ -69,7 +72,7 @@ class DatasetMetrics:
 
     @property
     def ranked(self) -> list[ClassFigures]:
-        """Return the classes from the highest AP to the lowest, those without AP last."""
+        """Return the classes by descending AP, those without AP last."""
         return sorted(self.per_class, key=lambda one: -1.0 if one.AP is None else one.AP)[::-1]
 
 
@@ -84,10 +87,10 @@ class ProposalMetrics:
 
 @dataclass(frozen=True)
 class Metrics:
-    """What metrics.json holds: names of weights and config, the surroundings, and the figures.
+    """The content of metrics.json.
 
     `versions` are of Python and the packages; `commit` is of the source tree, with "+changes" if
-    it had any.
+    there were any.
     """
 
     weights: str
@@ -100,13 +103,13 @@ class Metrics:
 
 
 def metrics_file(run: Path) -> Path | None:
-    """Return the metrics.json of a run, or of a folder such as RUN/inference_TTA; None without."""
+    """Return the metrics.json of a run, or of a folder such as RUN/inference_TTA, or None."""
     candidates = run / INFERENCE / METRICS, run / METRICS
     return next((file for file in candidates if file.is_file() and not is_training_log(file)), None)
 
 
 def is_training_log(file: Path) -> bool:
-    """Tell a metrics.json of Detectron2's trainer, with one iteration on each line, from ours."""
+    """Tell whether a metrics.json is the log of Detectron2's trainer, one iteration per line."""
     try:
         with open_regular(file) as stream:
             first = json.loads(stream.readline(_LONGEST_LINE))
@@ -119,7 +122,7 @@ def read_metrics(run: Path) -> Metrics:
     """Read the figures of a run, given its folder or the metrics.json itself.
 
     Raises:
-        DatasetError: there is no such file, or it is not what an evaluation writes.
+        DatasetError: the file is missing or malformed.
     """
     file = run if run.is_file() and not is_training_log(run) else metrics_file(run)
     if file is None:
@@ -129,12 +132,12 @@ def read_metrics(run: Path) -> Metrics:
         )
     try:
         with open_regular(file) as stream:
-            # NaN and Infinity are not JSON, and no figures either.
+            # NaN and Infinity are neither JSON nor figures.
             document = json.loads(stream.read(), parse_constant=lambda _: None)
         entries: list[tuple[str, Any]] = list(document["datasets"].items())
         return Metrics(
             weights=str(document["weights"]),
-            config=_text_or_none(document.get("config")),
+            config=_optional(str, document.get("config")),
             versions={str(name): str(value) for name, value in document["versions"].items()},
             hardware=str(document["hardware"]),
             evaluations=[
@@ -147,9 +150,9 @@ def read_metrics(run: Path) -> Metrics:
                 for name, entry in entries
                 if "proposals" in entry
             ),
-            commit=_text_or_none(document.get("commit")),
+            commit=_optional(str, document.get("commit")),
         )
-    except (OSError, *_INVALID) as error:
+    except (OSError, *INVALID) as error:
         raise DatasetError(
             f"{quoted(file)} is not what an evaluation writes ({quoted(repr(error))}). Evaluate "
             "the run again."
@@ -173,12 +176,12 @@ def _evaluation(folder: Path, name: str, entry: Mapping[str, Any]) -> DatasetMet
         image_count=int(entry["image_count"]),
         figures=boxes.figures,
         per_class=boxes.per_class,
-        details=folder / entry["details"] if entry.get("details") is not None else None,
+        details=_optional(folder.joinpath, entry.get("details")),
         engine=engine or "",
         baseline=entry.get("baseline"),
         **figures,
-        seconds_per_image=_number(entry.get("seconds_per_image")),
-        parameters=int(entry["parameters"]) if "parameters" in entry else None,
+        seconds_per_image=_optional(float, entry.get("seconds_per_image")),
+        parameters=_optional(int, entry.get("parameters")),
         date=str(entry.get("date", "")),
         command=str(entry.get("command", "")),
     )
@@ -198,22 +201,18 @@ def _figures(entry: Mapping[str, Any]) -> Figures:
 
 
 def _numbers(entry: Mapping[str, Any]) -> dict[str, float | None]:
-    return {str(key): _number(value) for key, value in entry.items()}
+    return {str(key): _optional(float, value) for key, value in entry.items()}
 
 
-def _number(value: Any) -> float | None:
-    return None if value is None else float(value)
-
-
-def _text_or_none(value: object) -> str | None:
-    return None if value is None else str(value)
+def _optional(convert: Callable[[Any], T], value: Any) -> T | None:
+    return None if value is None else convert(value)
 
 
 def read_training(run: Path) -> list[Scalars]:
-    """Read what a training logged: metrics.jsonl, or metrics.json of Detectron2's trainer.
+    """Read the log of a training: metrics.jsonl, or metrics.json of Detectron2's trainer.
 
-    A resumed run repeats iterations, of which the last values count. A killed one leaves half a
-    line, which is skipped. Without a log there are no scalars.
+    A resumed run repeats iterations: their last values count. Half a line, left by a killed run,
+    is skipped. Without a log the result is empty.
 
     Raises:
         DatasetError: the log cannot be read.
@@ -246,7 +245,7 @@ def read_training(run: Path) -> list[Scalars]:
 
 
 def file_name_of(dataset: str) -> str:
-    """Return a data set's name as it may appear in a file name, different for each."""
+    """Return a data set's name made safe for file names, and still unique."""
     safe = re.sub(r"[^\w.-]", "_", dataset)
     if safe == dataset:
         return safe
@@ -256,13 +255,13 @@ def file_name_of(dataset: str) -> str:
 def write_metrics(
     folder: Path, dataset: str, description: Mapping[str, str], entry: Mapping[str, Any]
 ) -> None:
-    """Write the figures on one data set, beside those of the same weights on others.
+    """Write the figures on one data set, keeping those of the same weights on others.
 
     Args:
         folder: for metrics.json, such as RUN/inference.
         dataset: its name.
         description: of the weights, such as {"weights": "model_final.pth"}.
-        entry: what to record of the data set.
+        entry: what to record about the data set.
 
     Raises:
         ConfigError: metrics.json there is the log of Detectron2's trainer.
@@ -280,7 +279,7 @@ def write_metrics(
             earlier = json.loads(target.read_text(encoding="utf-8"))
             if all(earlier[key] == value for key, value in description.items()):
                 others = dict(earlier["datasets"])
-        except (OSError, *_INVALID):
+        except (OSError, *INVALID):
             pass
         document = {
             **description,
@@ -294,13 +293,13 @@ def write_metrics(
 
 
 def check_no_training_log(folder: Path) -> None:
-    """Refuse to write figures over the log of Detectron2's trainer, which is a metrics.json too.
+    """Refuse to overwrite the log of Detectron2's trainer, which is a metrics.json too.
 
     Raises:
         ConfigError: the folder holds such a log.
     """
     if is_training_log(folder / METRICS):
         raise ConfigError(
-            f"{quoted(folder / METRICS)} is the log of Detectron2's trainer, and figures go to a "
-            f"file of that name. Name another folder, such as {quoted(folder / INFERENCE)}."
+            f"{quoted(folder / METRICS)} is the log of Detectron2's trainer, which figures would "
+            f"overwrite. Name another folder, such as {quoted(folder / INFERENCE)}."
         )

@@ -1,8 +1,7 @@
-"""Where a detector errs: charts, confused classes and kinds of errors for the report."""
+"""Error details for the report: charts, confused classes, and kinds of errors."""
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from resnext_det.data.annotations import read_json
+from resnext_det.errors import DatasetError, quoted
 from resnext_det.evaluation.error_analysis import ERROR_KINDS
+from resnext_det.evaluation.results_file import INVALID
 from resnext_det.visualize.curves import Line, draw_lines, rendered
 
 logger = logging.getLogger(__name__)
@@ -97,11 +99,11 @@ class Details:
 
 
 def read_details(file: Path | None) -> Details | None:
-    """Read what `ErrorAnalysis.document` wrote; None, with a warning, if that is impossible."""
+    """Read details_NAME.json of `error_analysis`; None, with a warning, if it is malformed."""
     if file is None:
         return None
     try:
-        document = json.loads(file.read_bytes())
+        document = read_json(file)
         scores = document["by_score"]
         return Details(
             charts=_charts(document["recalls"], document["curves"].get(""), scores.get("")),
@@ -113,8 +115,8 @@ def read_details(file: Path | None) -> Details | None:
                 if entry["best"] is not None
             },
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        logger.warning("the report leaves out %s, which cannot be read: %r", file, error)
+    except (DatasetError, *INVALID) as error:
+        logger.warning("the report leaves out malformed details, %s: %r", quoted(file), error)
         return None
 
 
@@ -135,7 +137,7 @@ def _charts(
         precision, recall = _finite(by_score["precision"]), _finite(by_score["recall"])
         f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-9)
         thresholds = np.linspace(0, 1, len(precision))
-        # Above the surest correct detection, precision drops to 0 or is undefined.
+        # Above the highest score of a correct detection, precision drops to 0 or is undefined.
         end = int(np.flatnonzero(recall)[-1]) + 1 if recall.any() else len(recall)
         lines = [
             Line("precision", thresholds[:end], precision[:end]),
@@ -172,7 +174,7 @@ def _errors(entries: Sequence[Mapping[str, Any]]) -> list[ErrorKind]:
         cost = float(entry["cost"])
         kinds.append(ErrorKind(kind, ERROR_KINDS[kind], int(entry["count"]), cost))
     if not kinds or not np.isfinite([each.cost for each in kinds]).all():
-        raise ValueError("there are no errors, or their cost is not finite")
+        raise ValueError("no kinds of errors, or a cost that is not finite")
     return sorted(kinds, key=lambda each: -each.cost)
 
 

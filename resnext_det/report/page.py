@@ -1,4 +1,4 @@
-"""One HTML page about a run: figures, curves, classes and images, in a file that loads nothing."""
+"""One self-contained HTML page about a run: figures, curves, classes and images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ from jinja2 import Environment, StrictUndefined
 from resnext_det.errors import ResNeXtError
 from resnext_det.evaluation.coco import Figures
 from resnext_det.evaluation.compare import Difference
-from resnext_det.evaluation.results_file import DatasetMetrics, read_metrics, read_training
+from resnext_det.evaluation.results_file import (
+    INVALID,
+    DatasetMetrics,
+    read_metrics,
+    read_training,
+)
 from resnext_det.files import written_beside
 from resnext_det.report.details import Details, read_details
 from resnext_det.report.facts import (
@@ -48,10 +53,10 @@ class Section:
     """What the page shows of one data set.
 
     Attributes:
-        evaluation: its figures.
-        details: where the detector errs; None if that is unknown.
-        differences: from the baseline, if there was one.
-        gallery: its images.
+        evaluation: the figures.
+        details: the detector's errors; None if unknown.
+        differences: from the baseline; empty without one.
+        gallery: the images.
     """
 
     evaluation: DatasetMetrics
@@ -61,7 +66,7 @@ class Section:
 
     @property
     def kinds(self) -> dict[str, Figures]:
-        """Figures by what they measure."""
+        """Figures of boxes, masks and keypoints."""
         found = self.evaluation
         boxes = Figures(found.figures, tuple(found.ranked))
         kinds = {"Boxes": boxes, "Masks": found.segm, "Keypoints": found.keypoints}
@@ -69,7 +74,7 @@ class Section:
 
     @property
     def facts(self) -> list[tuple[str, str]]:
-        """Date, speed and command of the evaluation."""
+        """Date, speed and command of the evaluation, as far as they are known."""
         found = self.evaluation
         seconds = found.seconds_per_image
         facts = {
@@ -153,7 +158,7 @@ def _render(run: Path) -> str:
 
 
 def _differences(baseline: Any) -> list[Difference]:
-    """Read the comparison with an earlier evaluation in metrics.json; empty if there is none."""
+    """Return the differences that metrics.json holds; none without a baseline."""
     if baseline is None:
         return []
     try:
@@ -167,8 +172,8 @@ def _differences(baseline: Any) -> list[Difference]:
             )
             for entry in baseline["differences"]
         ]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        logger.warning("the report leaves out the baseline, which cannot be read: %r", error)
+    except INVALID as error:
+        logger.warning("the report leaves out a malformed baseline: %r", error)
         return []
 
 

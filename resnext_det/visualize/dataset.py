@@ -116,7 +116,7 @@ def evaluation_images(
 
 
 def write_images(images: Iterable[TrainingImage], folder: Path) -> Iterator[TrainingImage]:
-    """Write 0000.png, 0001.png and so on, and at the end a contact sheet of them all.
+    """Write 0000.png, 0001.png, ... and a contact sheet of all, replacing those of an earlier call.
 
     Yields:
         Each image, once it is written.
@@ -124,10 +124,14 @@ def write_images(images: Iterable[TrainingImage], folder: Path) -> Iterator[Trai
     Raises:
         ResNeXtError: a file cannot be written.
     """
+    # Without a contact sheet, files of such names are not ours to remove.
+    earlier = set(folder.glob("[0-9]" * 4 + ".png")) if (folder / SHEET).is_file() else set()
     cells = []
     for position, image in enumerate(images):
         drawn = draw_objects(image.picture, image.objects, image.connections)
-        save_picture(drawn, folder / f"{position:04d}.png")
+        target = folder / f"{position:04d}.png"
+        save_picture(drawn, target)
+        earlier.discard(target)
         cell = Image.new("RGB", (_CELL, _CELL + _CAPTION), "white")
         cell.paste(ImageOps.pad(drawn, (_CELL, _CELL), color="white"), (0, _CAPTION))
         width, height = image.picture.size
@@ -140,6 +144,8 @@ def write_images(images: Iterable[TrainingImage], folder: Path) -> Iterator[Trai
         columns = math.ceil(math.sqrt(len(cells)))
         sheet = make_grid(torch.stack(cells), nrow=columns, padding=8, pad_value=255)
         save_picture(Image.fromarray(sheet.permute(1, 2, 0).numpy()), folder / SHEET)
+    for file in earlier:
+        file.unlink(missing_ok=True)
 
 
 def _image(

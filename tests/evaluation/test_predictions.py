@@ -124,5 +124,5 @@ def test_reads_the_outputs_of_detectron2(tmp_path: Path) -> None:
     first.add(1, found)
     again.keep_in(tmp_path, "kept", SAME)
     assert again.of_proposals
-    with pytest.raises(EvaluationError, match="the model returns sem_seg, and only instances"):
+    with pytest.raises(EvaluationError, match="the model returns sem_seg"):
         found_in({"sem_seg": torch.zeros(3, 4, 4)})

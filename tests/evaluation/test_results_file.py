@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -46,36 +45,66 @@ def test_reads_a_resumed_and_killed_training(tmp_path: Path) -> None:
         read_training(tmp_path)
 
 
+@pytest.fixture()
+def run(tmp_path: Path) -> Path:
+    """The folder of a run with a small metrics.json."""
+    entry = {
+        "annotations": "annotations.json",
+        "images": "val2017",
+        "detections": "detections_toy.json",
+        "image_count": 6,
+        "figures": {"AP": 41.25, "APl": None},
+        "per_class": [
+            {"name": "star", "AP": 1.0, "AP50": 2.0, "APs": 3, "AR": float("inf"), "instances": 4},
+            {"name": "cross", "AP": None, "AP50": None, "instances": 0},
+            {"name": "circle", "AP": 71.5, "AP50": 89.5, "instances": 47},
+        ],
+    }
+    document = {"weights": "a.pth", "versions": {"torch": "2"}, "hardware": "2 cores"}
+    (tmp_path / "run" / "inference").mkdir(parents=True)
+    file = tmp_path / "run" / "inference" / "metrics.json"
+    file.write_text(json.dumps({**document, "datasets": {"toy": entry}}))
+    return tmp_path / "run"
+
+
 def change(run: Path, **changes: Any) -> None:
-    document = json.loads((run / "metrics.json").read_text())
-    document["datasets"]["toy_val"].update(changes)
-    (run / "metrics.json").write_text(json.dumps(document))
+    file = run / "inference" / "metrics.json"
+    document = json.loads(file.read_text())
+    document["datasets"]["toy"].update(changes)
+    file.write_text(json.dumps(document))
 
 
 def test_reads_metrics(run: Path) -> None:
     metrics = read_metrics(run)
     (evaluation,) = metrics.evaluations
-    assert (metrics.commit, metrics.proposals) == (None, ())
+    assert (metrics.commit, metrics.config, metrics.proposals) == (None, None, ())
     assert (evaluation.details, evaluation.engine, evaluation.baseline) == (None, "", None)
-    row = {"name": "star", "AP": 1.0, "AP50": 2.0, "APs": 3.0, "APm": None, "AR": float("inf")}
-    change(
-        run,
-        details="details_toy_val.json",
-        engine={"name": "hotcoco", "cross_check": True},
-        per_class=[{**row, "instances": 4}],
-    )
-    document = json.loads((run / "metrics.json").read_text())
-    entry = {"annotations": "a.json", "image_count": 6, "proposals": {"AR@100": 12.5}}
-    document["datasets"]["rpn_val"] = entry
-    (run / "metrics.json").write_text(json.dumps(document))
-    metrics = read_metrics(run)
-    (evaluation,) = metrics.evaluations
-    assert evaluation.details == run / "details_toy_val.json"
+    assert [each.name for each in evaluation.ranked] == ["circle", "star", "cross"]
+    star = evaluation.per_class[0]
+    assert (star.APs, star.APm, star.APl, star.AR) == (3, None, None, None)
+    assert evaluation.detections == run / "inference" / "detections_toy.json"
+
+    change(run, details="details_toy.json", engine={"name": "hotcoco", "cross_check": True})
+    (evaluation,) = read_metrics(run).evaluations
+    assert evaluation.details == run / "inference" / "details_toy.json"
     assert evaluation.engine == "hotcoco and pycocotools, which agree"
-    (result,) = evaluation.per_class
-    assert (result.APs, result.APm, result.APl, result.AR) == (3, None, None, None)
-    (proposals,) = metrics.proposals
-    assert (proposals.name, proposals.figures) == ("rpn_val", {"AR@100": 12.5})
+    change(run, proposals={"AR@100": 12.5})
+    (proposals,) = read_metrics(run).proposals
+    assert (proposals.name, proposals.figures) == ("toy", {"AR@100": 12.5})
+
+
+def test_prefers_the_newer_place(run: Path) -> None:
+    """Evaluations used to write to the run's folder itself."""
+    newer = read_metrics(run)
+    assert read_metrics(run / "inference") == newer
+    assert read_metrics(run / "inference" / "metrics.json") == newer
+    text = (run / "inference" / "metrics.json").read_text()
+    (run / "metrics.json").write_text(text.replace("a.pth", "older.pth"))
+    assert read_metrics(run) == newer
+    (run / "inference" / "metrics.json").unlink()
+    older = read_metrics(run)
+    assert older.weights == "older.pth"
+    assert older.evaluations[0].detections == run / "detections_toy.json"
 
 
 @pytest.mark.parametrize(
@@ -97,7 +126,7 @@ def test_refuses_broken_metrics(run: Path, changes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("content", ["[", "[1]", '{"datasets": {"a": {}}}', "[" * 100_000])
 def test_refuses_other_files(run: Path, content: str) -> None:
-    (run / "metrics.json").write_text(content)
+    (run / "inference" / "metrics.json").write_text(content)
     with pytest.raises(DatasetError, match="is not what an evaluation writes"):
         read_metrics(run)
 
@@ -126,17 +155,6 @@ def test_keeps_other_data_sets_of_the_same_weights(tmp_path: Path) -> None:
         document = json.loads((tmp_path / "metrics.json").read_text())
         assert list(document["datasets"]) == kept
         assert {"date", "command"} <= set(document["datasets"][dataset])
-
-
-def test_finds_figures_in_a_run(run: Path) -> None:
-    flat = read_metrics(run)
-    assert read_metrics(run / "metrics.json") == flat
-    shutil.copytree(run, run / "inference")
-    document = json.loads((run / "metrics.json").read_text())
-    (run / "inference" / "metrics.json").write_text(json.dumps({**document, "weights": "newer"}))
-    metrics = read_metrics(run)
-    assert metrics.weights == "newer"
-    assert metrics.evaluations[0].detections == run / "inference" / "results.json"
 
 
 def test_file_names_differ() -> None:

@@ -74,6 +74,7 @@ def test_many_classes_have_pairs_instead_of_a_table() -> None:
         document(errors=[]),
         document(errors=[{"kind": "Other", "count": 1, "cost": 1}]),
         document(errors=[{"kind": "Cls", "count": 1, "cost": float("inf")}]),
+        document(errors=[{"kind": "Cls", "count": float("inf"), "cost": 1}]),
         document(confusion={"classes": ["a"], "counts": [[1, 2]], "iou": 1, "score": 1}),
         document(confusion={"classes": ["a"], "counts": [[-1]], "iou": 1, "score": 1}),
         document(confusion={"classes": [], "counts": [], "iou": 1, "score": 1}),

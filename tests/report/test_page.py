@@ -114,7 +114,7 @@ def test_comparison_with_a_baseline(run: Path) -> None:
                 interval = f"{each['lower']:+.2f} to {each['upper']:+.2f}"
             words = f"{shown(each['before'])} {shown(each['now'])} {each['difference']:+.2f}"
             assert f"{words} {interval}" in page.text
-    for broken in (7, {"differences": [{"figure": "AP", "now": "x"}]}):
+    for broken in (7, *({"differences": [{"figure": "AP", "now": x}]} for x in ("x", 10**400))):
         edit(run, baseline=broken)
         assert "Comparison with" not in Page(write_report(run)).text
 

@@ -135,6 +135,11 @@ def test_writes_images_and_a_contact_sheet(datasets: Path, tmp_path: Path) -> No
     rows, columns = np.nonzero(difference.sum(axis=2) > 30)
     assert rows.max() == pytest.approx(max(y + h for _, y, _, h in boxes_of(images[0])), abs=4)
     assert columns.max() >= max(x + w for x, _, w, _ in boxes_of(images[0])) - 4
+    for name in ("0009.png", "12345.png", "mine.png"):
+        (tmp_path / name).write_bytes(b"")
+    list(write_images(images[:1], tmp_path))
+    files = sorted(each.name for each in tmp_path.iterdir())
+    assert files == ["0000.png", "12345.png", SHEET, "mine.png"]  # of the earlier call, none
 
 
 def test_masks_follow_the_augmentation(datasets: Path, tmp_path: Path) -> None:
