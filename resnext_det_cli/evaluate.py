@@ -111,8 +111,8 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     results = arguments.results
     truth = read_ground_truth(arguments.annotations)
     detections = read_detections(results, truth, with_classes=not arguments.proposals)
-    print(f"{len(detections):,} detections: {results}")
-    print(f"{len(truth.image_ids):,} images: {truth.file}")
+    print(f"{len(detections):,} detections: {quoted(results)}")
+    print(f"{len(truth.image_ids):,} images: {quoted(truth.file)}")
     engine = Engine(arguments.engine, arguments.cross_check)
     if arguments.proposals:
         recall = proposal_figures(truth, detections, engine)
@@ -174,12 +174,12 @@ def _find_files(arguments: argparse.Namespace) -> tuple[str, str]:
 
 def _kinds(arguments: argparse.Namespace, truth: Any, detections: Any) -> tuple[str, ...]:
     """Return what to evaluate: --iou-type, or what both files hold."""
-    from resnext_det.errors import DatasetError
+    from resnext_det.errors import DatasetError, quoted
 
     held = [kind for kind in detections.kinds if truth.holds(kind)]
     if not arguments.iou_type and (arguments.baseline or arguments.output) and "bbox" not in held:
         raise DatasetError(
-            f"{arguments.results} has no boxes, which --baseline and --output need: add bbox to "
+            f"{quoted(arguments.results)} has no boxes, which --baseline and --output need: add bbox to "
             "the detections, or leave these out."
         )
     missing = [kind for kind in arguments.iou_type or () if kind not in held]

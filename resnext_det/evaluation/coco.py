@@ -376,12 +376,8 @@ def proposal_figures(
 
     This follows COCO's protocol without classes: recall averaged over IoU 0.50 to 0.95. Detectron2
     instead matches each object with the proposal that overlaps it most, whatever its score; the
-    figures differ only for objects that share a proposal.
-
-    Args:
-        truth: the annotations.
-        proposals: all of one category of the annotations.
-        engine: hotcoco, pycocotools, or both.
+    figures differ only for objects that share a proposal. The proposals must all have the same
+    category of the annotations.
 
     Returns:
         `PROPOSAL_FIGURES` in percent; None without objects.

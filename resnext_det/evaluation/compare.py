@@ -88,14 +88,7 @@ def compare(
     both detectors are evaluated on the same draw. (hotcoco's own `compare` counts it once, and its
     intervals are a quarter too narrow.) It covers the choice of images, not that of a training's
     seed. A figure has no interval if fewer than 20 images hold an object that counts for it, or if
-    the detectors differ on fewer than 6 images.
-
-    Args:
-        truth: the annotations.
-        before: detections of the baseline.
-        now: detections of the new detector.
-        resamples: number of draws; 0 for no interval.
-        seed: of the draws.
+    the detectors differ on fewer than 6 images, or without `resamples`.
 
     Returns:
         One entry for each of COCO's 12 figures of boxes.
@@ -150,12 +143,7 @@ def _resampled(
     """Yield the 12 figures of each draw of images.
 
     hotcoco matches once, with as many copies of each image as any draw needs, and accumulates a
-    subset of the copies for each draw.
-
-    Args:
-        truth: the annotations.
-        detections: on its images.
-        counts: (draws, images): how often each image was drawn.
+    subset of the copies for each draw. `counts` (draws, images) is how often each was drawn.
     """
     copies = counts.max(axis=0)
     owners = np.repeat(np.arange(len(copies)), copies)  # the copied image's position

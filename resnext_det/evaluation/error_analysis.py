@@ -34,6 +34,7 @@ ERROR_KINDS = {
 _RANGES = {"0.50": slice(0, 1), "0.75": slice(5, 6), "0.50:0.95": slice(0, 10)}
 
 Details = dict[str, Any]
+"""The content of details_NAME.json; see `analyse_errors`."""
 
 
 def analyse_errors(
@@ -43,14 +44,9 @@ def analyse_errors(
     detections: Detections,
     protocol: Protocol = Protocol(),
 ) -> Details:
-    """Analyse the errors of a detector. For keypoints, OKS replaces IoU.
+    """Analyse the errors of a detector, given the results of `coco.compute`.
 
-    Args:
-        evaluation: hotcoco's, from `coco.compute`.
-        found: from `coco.compute`.
-        truth: the annotations.
-        detections: that were evaluated.
-        protocol: COCO's own for a kind.
+    For keypoints, OKS replaces IoU.
 
     Returns:
         The content of details_NAME.json, in percent. The key "" means all classes; classes without

@@ -73,14 +73,14 @@ def write_evaluated(
     evaluated: Mapping[str, Evaluated],
     entry: Mapping[str, Any],
 ) -> None:
-    """Write metrics.json, detections_DATASET.json and details_DATASET.json.
+    """Write metrics.json and details_DATASET.json, and unless they are a file, the detections.
 
     Args:
         folder: RUN/inference.
         dataset: its name.
         description: of the weights; see `write_metrics`.
         truth: the annotations.
-        detections: to write, or an existing file.
+        detections: for detections_DATASET.json, or an existing file.
         evaluated: by kind, including "bbox".
         entry: more to record about the data set, such as the folder of the images.
     """

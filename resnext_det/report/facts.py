@@ -1,4 +1,4 @@
-"""What a run's files say about it: its config, its executed schedule, the origin of its weights."""
+"""Facts about a run from its files: config, executed schedule, and origin of the weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from resnext_det.checkpoint_file import read_run
 from resnext_det.config import Tree, parse_config, read_config
 from resnext_det.data.checks import CUSTOM
-from resnext_det.errors import ConfigError, ResNeXtError
+from resnext_det.errors import ConfigError, ResNeXtError, quoted
 from resnext_det.evaluation.results_file import INFERENCE, Scalars
 from resnext_det.weights import catalog
 from resnext_det.weights.converting import Record
@@ -34,7 +34,7 @@ _SCHEME = "resnext://"
 
 
 def run_config(run: Path) -> Tree:
-    """Return config.yaml of a run's training or else of its evaluation; empty if unreadable."""
+    """Return config.yaml of a run's training, or else of its evaluation; empty if unreadable."""
     for file in (run / "config.yaml", run / INFERENCE / "config.yaml"):
         if file.exists():
             try:
@@ -56,7 +56,7 @@ def value_of(config: Tree, key: str) -> str:
 
 
 def model_name(config: Tree) -> str:
-    """Return a name such as "ResNeXt-50 32x4d"; "Detector" if the config does not tell."""
+    """Return a name such as "ResNeXt-50 32x4d"; "Detector" if unknown."""
     keys = ("DEPTH", "NUM_GROUPS", "WIDTH_PER_GROUP")
     depth, groups, width = (value_of(config, f"MODEL.RESNETS.{key}") for key in keys)
     if not (depth and groups and width):
@@ -71,18 +71,18 @@ def dataset_title(name: str) -> str:
 
 
 def config_facts(config: Tree) -> Facts:
-    """Return the most telling keys of a config and their values."""
+    """Return the main keys of a config and their values."""
     return [(key, value) for key in _KEYS if (value := value_of(config, key))]
 
 
 def schedule_facts(config: Tree, training: Sequence[Scalars]) -> Facts:
-    """Return what a training did according to metrics.jsonl, beside what its config asked for.
+    """Return the executed schedule beside the planned one.
 
     The two differ if the training was stopped, or if SOLVER.SCALING adapted the batch.
 
     Args:
         config: of the run.
-        training: of `read_training`.
+        training: from `read_training`.
     """
     if not training:
         return []
@@ -116,7 +116,7 @@ def schedule_facts(config: Tree, training: Sequence[Scalars]) -> Facts:
 
 
 def weights_facts(run: Path, weights: str, config: Tree, *, trained: bool) -> Facts:
-    """Return which weights were evaluated and what they were trained from.
+    """Return which weights were evaluated, and from which they were trained.
 
     Args:
         run: the run's folder.
@@ -141,7 +141,7 @@ def weights_facts(run: Path, weights: str, config: Tree, *, trained: bool) -> Fa
                 tree = parse_config(recorded.config, "the recorded config")
                 initial = value_of(tree, "MODEL.WEIGHTS")
         except (ResNeXtError, OSError) as error:
-            logger.warning("%s does not tell what it was trained from: %s", file, error)
+            logger.warning("%s: the initial weights are unknown: %s", quoted(file), error)
     facts += _origin(run, weights)
     if initial and initial != weights:
         facts += [("Trained from", initial), *_origin(run, initial)]
@@ -160,7 +160,7 @@ def _file(run: Path, weights: str) -> Path | None:
 
 
 def _origin(run: Path, weights: str) -> Facts:
-    """Return what the catalog or the record in a converted file says about weights."""
+    """Return the source of weights, from the catalog or the record in a converted file."""
     name = weights.removeprefix(_SCHEME)
     if weights.startswith(_SCHEME) and name in catalog.ENTRIES:
         known = catalog.ENTRIES[name]
@@ -172,7 +172,7 @@ def _origin(run: Path, weights: str) -> Facts:
     try:
         record = Record.of(read_checkpoint(file).record)
     except (ResNeXtError, OSError) as error:
-        logger.warning("%s does not tell where it came from: %s", file, error)
+        logger.warning("%s: the source is unknown: %s", quoted(file), error)
         return []
     if record is None:
         return []

@@ -1,4 +1,4 @@
-"""Images for the report: where a detector did best, worst, and confused classes."""
+"""Images for the report: the best, the worst, and those with the most confused classes."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from resnext_det.evaluation.annotations import GroundTruth, read_ground_truth
 from resnext_det.evaluation.coco import hotcoco_evaluation
 from resnext_det.evaluation.detections import Detections, read_detections
 from resnext_det.evaluation.results_file import DatasetMetrics
+from resnext_det.files import file_digest
 from resnext_det.images import read_picture
 from resnext_det.visualize.draw import Colour, Drawn, draw_objects
 
 logger = logging.getLogger(__name__)
 
 SHOWN_FROM = 0.5
-"""Lowest score of the predictions that are shown and counted."""
+"""Lowest score of the predictions that are drawn and counted."""
 MATCHED_FROM = 0.5
 """Lowest IoU of a prediction with the object that it finds."""
 
@@ -47,7 +48,7 @@ class Entry:
         found: number of objects found.
         missed: number of objects missed.
         false: number of false predictions.
-        confused: those of them on an object of another class.
+        confused: number of false predictions on an object of another class.
         f1: of the image, 0 to 1.
     """
 
@@ -63,24 +64,24 @@ class Entry:
 
 @dataclass(frozen=True)
 class Gallery:
-    """The images by what they were chosen for, each in one group only.
+    """The images in groups, each in one only.
 
     Attributes:
-        groups: "Best" (highest F1), "Worst" (lowest), and of the others "Most confused".
-        missing: images that are not on disk or cannot be read.
-        annotations_changed: whether the annotations are no longer those of the evaluation.
+        groups: "Best" (highest F1), "Worst" (lowest), and "Most confused of the others".
+        missing: number of images that are missing or unreadable.
+        outdated: whether annotations or detections have changed since the evaluation.
     """
 
     groups: dict[str, list[Entry]]
     missing: int
-    annotations_changed: bool
+    outdated: bool
 
 
 def make_gallery(evaluation: DatasetMetrics, limit: int) -> Gallery:
     """Choose up to `limit` images of an evaluation, a third for each group, and draw their boxes.
 
-    Matching, F1 and confusions are hotcoco's, at IoU 0.5 and a score of at least 0.5. Images with
-    neither an object nor a prediction are left out.
+    hotcoco matches at IoU 0.5 with scores of at least 0.5. Images with neither an object nor a
+    prediction are left out.
 
     Raises:
         DatasetError: annotations or detections are missing or malformed.
@@ -97,7 +98,7 @@ def make_gallery(evaluation: DatasetMetrics, limit: int) -> Gallery:
     if outside:
         logger.warning(
             "%d file names, such as %s, lead out of %s: these images are not opened",
-            *(len(outside), quoted(outside[0]), evaluation.images),
+            *(len(outside), quoted(outside[0]), quoted(evaluation.images)),
         )
     present = {name for name in files.values() if _is_picture(evaluation.images, name)}
     summary = {
@@ -113,7 +114,7 @@ def make_gallery(evaluation: DatasetMetrics, limit: int) -> Gallery:
             try:
                 picture = read_picture(evaluation.images / files[image_id])
             except DatasetError as error:
-                logger.warning("not shown: %s", error)
+                logger.warning("the report leaves out an image: %s", error)
                 unreadable += 1
                 continue
             counts = summary[image_id]
@@ -124,11 +125,14 @@ def make_gallery(evaluation: DatasetMetrics, limit: int) -> Gallery:
                 *(counts["tp"], counts["fn"], counts["fp"], confused[image_id], counts["f1"]),
             )
             groups[heading].append(entry)
-    known = evaluation.annotations_sha256
+    digests = {
+        evaluation.annotations_sha256: truth.sha256,
+        evaluation.detections_sha256: file_digest(evaluation.detections),
+    }
     return Gallery(
         {heading: entries for heading, entries in groups.items() if entries},
         missing=sum(name not in present for name in files.values()) + unreadable,
-        annotations_changed=bool(known) and known != truth.sha256,
+        outdated=any(recorded and recorded != now for recorded, now in digests.items()),
     )
 
 

@@ -58,7 +58,7 @@ def line_of(records: Sequence[Scalars], key: str, name: str) -> Line | None:
     """Return the finite values of a metric; None if there are none.
 
     Args:
-        records: of `read_training`.
+        records: from `read_training`.
         key: of the metric, such as "total_loss".
         name: for the legend.
     """
@@ -96,14 +96,14 @@ def plot_runs(
         folders: of the runs.
         output: .png, .svg or .pdf.
         metrics: such as "total_loss" or "bbox/AP"; the loss, AP and learning rate by default.
-        smooth: share of the longest training that each point is averaged over.
+        smooth: window of the running mean, as a share of the longest training.
 
     Returns:
         A sentence for each metric that a run lacks.
 
     Raises:
         ConfigError: an unsupported suffix, share or metric.
-        DatasetError: a folder without training metrics.
+        DatasetError: a folder without a training log.
         ResNeXtError: the picture cannot be written.
     """
     if output.suffix.lower() not in SUFFIXES:
@@ -155,8 +155,8 @@ def _read_runs(folders: Sequence[Path]) -> dict[str, list[Scalars]]:
         records = read_training(folder)
         if not records:
             raise DatasetError(
-                f"{quoted(folder)} has no metrics.jsonl with iterations in it: pass the OUTPUT_DIR "
-                "of a training."
+                f"{quoted(folder)} has no metrics.jsonl with iterations: pass the OUTPUT_DIR of a "
+                "training."
             )
         runs[plain(str(folder.relative_to(common)))] = records
     return runs

@@ -1,4 +1,4 @@
-"""Training images after augmentation, with the objects that the model learns from."""
+"""Training images after augmentation, with their ground truth."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def training_images(
 ) -> Iterator[TrainingImage]:
     """Yield the first images of a training, in its order and with its augmentation.
 
-    They come from the stream that the trainer reads in one process. Several processes split the
-    same images of an iteration between them.
+    The stream is that of a trainer in one process. Several processes split the same images of an
+    iteration between them.
 
     Args:
         cfg: the run's config.

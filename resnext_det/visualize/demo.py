@@ -55,7 +55,7 @@ class Source:
 
     Attributes:
         file: its path.
-        is_video: whether it has the suffix of a video.
+        is_video: whether its suffix is that of a video.
         drawn: name of the file to write, unique among the sources.
     """
 
@@ -65,11 +65,11 @@ class Source:
 
 
 def find_sources(inputs: Sequence[str], output: Path) -> list[Source]:
-    """Return the images and videos that files, folders and patterns name, each of them once.
+    """Return the images and videos that files, folders and patterns name, each once.
 
-    A folder stands for the images and videos in it, without subfolders and hidden files. Files in
-    the output folder are skipped, so a second run reads the same files as the first. `cat.png` is
-    drawn as `cat.jpg`, `clip.avi` as `clip.mp4`; duplicate names become `cat_2.jpg`.
+    Subfolders and hidden files of a folder are skipped, and so is the output folder, so a second
+    run reads the same files as the first. `cat.png` is drawn as `cat.jpg`, `clip.avi` as
+    `clip.mp4`; duplicate names become `cat_2.jpg`.
 
     Raises:
         ConfigError: an input names no image or video outside the output folder.
@@ -102,9 +102,9 @@ def find_sources(inputs: Sequence[str], output: Path) -> list[Source]:
 
 def _matches(given: str, output: Path) -> list[Path]:
     path = Path(given).expanduser()
-    if path.is_file():
-        return [] if path.resolve().parent == output else [path]
     try:
+        if path.is_file():
+            return [] if path.resolve().parent == output else [path]
         # Path.glob takes no absolute pattern.
         names = path.iterdir() if path.is_dir() else glob.iglob(str(path), recursive=True)  # noqa: PTH207
         found = sorted(map(Path, names))
@@ -125,16 +125,16 @@ class Demo:
 
     detections.jsonl holds one JSON object a line. Images have "file", "drawn", "width", "height"
     and "detections", frames of videos also "frame" and "seconds". A detection has "box" (x, y,
-    width, height in pixels), "name", "category_index" and "score", and with the right heads "mask"
-    (COCO's compressed RLE) and "keypoints" (x, y, score). Unreadable files have "file" and
+    width, height in pixels), "name", "category_index" and "score", and depending on the model
+    "mask" (COCO's compressed RLE) and "keypoints" (x, y, score). Unreadable files have "file" and
     "problem".
 
     Attributes:
         images: number drawn so far.
         videos: number drawn so far.
-        frames: of those videos.
-        problems: messages about files that were skipped or are damaged.
-        seconds: that the network took per image, without the first batch.
+        frames: number of frames of those videos.
+        problems: messages about skipped and damaged files.
+        seconds: time of the network per image, without the first batch.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class Demo:
     def run(self, sources: Sequence[Source]) -> None:
         """Draw images and videos, listing those that cannot be read in `problems`.
 
-        After Ctrl-C, everything that was finished stays and nothing else.
+        Ctrl-C keeps what is finished, and nothing half-written.
 
         Raises:
             ConfigError: there are videos, and PyAV is not installed.
@@ -203,7 +203,7 @@ class Demo:
 
     @contextlib.contextmanager
     def _results(self) -> Iterator[BinaryIO]:
-        """Yield the stream of detections.jsonl, which survives errors and Ctrl-C in the body."""
+        """Yield the stream of detections.jsonl, which is kept after errors and Ctrl-C."""
         raised: BaseException | None = None
         with written_beside(self._output / RESULTS) as beside, beside.open("wb") as stream:
             try:
@@ -325,7 +325,7 @@ def _batches(items: Iterator[T], size: int) -> Iterator[list[T]]:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Yield a function that tells whether Ctrl-C was pressed; a second one raises as usual."""
+    """Yield a function that returns whether Ctrl-C was pressed; a second one raises as usual."""
     interrupted = False
     previous = signal.getsignal(signal.SIGINT)
 

@@ -101,8 +101,8 @@ def _opened(
 class VideoReader:
     """Yields the frames of a video once, skipping what cannot be decoded.
 
-    All frames have the size of the first. Rotation by quarter turns is applied; mirroring and
-    non-square pixels are not.
+    All frames get the size of the first. Rotation by quarter turns is applied; mirroring and the
+    shape of non-square pixels are ignored.
 
     Attributes:
         name: for messages.
@@ -225,7 +225,7 @@ class VideoWriter:
         self._container.mux(self._stream.encode(frame))
 
     def finish(self) -> None:
-        """Write what the encoder still holds.
+        """Write the frames that the encoder still buffers.
 
         Raises:
             DatasetError: no frame was written.

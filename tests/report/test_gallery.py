@@ -14,7 +14,6 @@ from PIL import Image
 
 from resnext_det.evaluation.results_file import DatasetMetrics, read_metrics
 from resnext_det.report.gallery import CORRECT, FOUND, WRONG, make_gallery
-from tests.report.conftest import edit
 
 
 def evaluation_of(run: Path) -> DatasetMetrics:
@@ -68,6 +67,7 @@ def brute_force(evaluation: DatasetMetrics) -> dict[str, tuple[int, int, int]]:
 def test_counts_and_groups(evaluated_run: Path) -> None:
     evaluation = evaluation_of(evaluated_run)
     gallery = make_gallery(evaluation, 6)
+    assert not gallery.outdated
     sizes = {heading: len(entries) for heading, entries in gallery.groups.items()}
     assert sizes == {"Best": 2, "Worst": 2, "Most confused of the others": 2}
     entries = [each for group in gallery.groups.values() for each in group]
@@ -107,7 +107,7 @@ def test_boxes_have_the_colours_of_their_outcome(run: Path, annotation_file: Pat
     evaluation_of(run).detections.write_text(json.dumps(found))
     gallery = make_gallery(evaluation_of(run), 3)
     (entry,) = gallery.groups["Best"]
-    assert gallery.annotations_changed
+    assert gallery.outdated
     assert (entry.found, entry.missed, entry.false, entry.confused) == (1, 1, 1, 1)
     for uri, good in ((entry.truth, FOUND), (entry.predictions, CORRECT)):
         pixels = np.asarray(opened(uri)).astype(int)
@@ -157,6 +157,7 @@ def test_nothing_is_best_without_correct_predictions(run: Path, kept: int) -> No
     images = Counter(each["image_id"] for each in detections)
     chosen = [each for each in detections if each["image_id"] in list(images)[:kept]]
     evaluation.detections.write_text(json.dumps(chosen))
-    edit(run, detections_sha256="")
-    groups = make_gallery(evaluation_of(run), 6).groups
+    gallery = make_gallery(evaluation_of(run), 6)
+    assert gallery.outdated
+    groups = gallery.groups
     assert (len(groups.get("Best", [])), len(groups["Worst"])) == (kept, 2)

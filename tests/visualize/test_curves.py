@@ -1,4 +1,4 @@
-"""Curves: smoothed, on the axis that reads best, of runs that can be told apart."""
+"""Curves: smoothing, axes, and the names of runs and metrics."""
 
 from __future__ import annotations
 

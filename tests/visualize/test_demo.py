@@ -1,4 +1,4 @@
-"""The demo: which files it finds, what it draws and saves, and what Ctrl-C leaves behind."""
+"""The demo: finding files, drawing and saving detections, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -193,6 +193,11 @@ def test_drawn_names_are_unique_and_short(tmp_path: Path) -> None:
     *drawn, last = [each.drawn for each in found]
     assert drawn == ["a.jpg", "a_2.jpg", "A_3.jpg", "a_2_2.jpg", "a.mp4", "a_2.mp4"]
     assert len(f".{last}.12345678.partial".encode()) <= 255
+
+
+def test_refuses_names_that_are_too_long(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read: File name too long"):
+        find_sources(["x" * 300], tmp_path)
 
 
 @pytest.mark.parametrize("given", ["nothing.jpg", "*.txt", "empty", "out", "out/a.jpg"])
