@@ -179,8 +179,8 @@ def _kinds(arguments: argparse.Namespace, truth: Any, detections: Any) -> tuple[
     held = [kind for kind in detections.kinds if truth.holds(kind)]
     if not arguments.iou_type and (arguments.baseline or arguments.output) and "bbox" not in held:
         raise DatasetError(
-            f"{quoted(arguments.results)} has no boxes, which --baseline and --output need: add bbox to "
-            "the detections, or leave these out."
+            f"{quoted(arguments.results)} has no boxes, which --baseline and --output need: add "
+            "bbox to the detections, or leave these out."
         )
     missing = [kind for kind in arguments.iou_type or () if kind not in held]
     if missing or not held:

@@ -1,4 +1,4 @@
-"""hotcoco, pycocotools as this package calls it, and pycocotools as everybody calls it."""
+"""Both engines against stock pycocotools; the recall of proposals against Detectron2."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ BOTH = Engine(cross_check=True)
 
 
 def agree(annotations: Path, detections: list[Document], stock: StockEvaluation) -> None:
-    """Compare everything that both engines accumulate, and the table of classes."""
+    """Compare both engines and the figures of classes with stock pycocotools."""
     truth = read_ground_truth(annotations)
     found, _ = compute(truth, Detections.of(detections, truth), engine=BOTH)
     if not detections:  # stock pycocotools cannot read an empty list
@@ -72,7 +72,7 @@ def box(generator: np.random.Generator, width: float = 300) -> list[float]:
 
 
 def document(generator: np.random.Generator) -> Document:
-    """Crowds, boxes without extent, and an image and a category without annotations."""
+    """Return annotations with crowds, empty boxes, and an image and a category without objects."""
     images = [{"id": n, "file_name": f"{n}.jpg", "width": 500, "height": 500} for n in (7, 3, 9, 4)]
     annotations = []
     for number in range(1, int(generator.integers(2, 40))):
@@ -94,7 +94,7 @@ def document(generator: np.random.Generator) -> Document:
 
 
 def made_up(generator: np.random.Generator, truth: Document, most: int) -> list[Document]:
-    """Detections near objects and elsewhere, many with the same score, some without extent."""
+    """Return detections near objects and elsewhere, with tied scores and empty boxes."""
     found = []
     for _ in range(int(generator.integers(0, most + 1))):
         xywh = box(generator)
@@ -162,7 +162,7 @@ def pair(tmp_path: Path) -> tuple[GroundTruth, Detections]:
     return read, Detections.of(made_up(generator, truth, 60), read)
 
 
-def test_the_named_engine_computes(
+def test_engine_selects_and_cross_checks(
     pair: tuple[GroundTruth, Detections], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = by_pycocotools(*pair)
@@ -194,7 +194,7 @@ def recall_by_detectron2(file: Path, proposals: Detections, limit: int, area: st
     return 100 * float(_evaluate_box_proposals(predictions, truth, area=area, limit=limit)["ar"])
 
 
-def test_recall_of_proposals_is_close_to_detectron2(datasets: Path) -> None:
+def test_recall_of_proposals_matches_detectron2(datasets: Path) -> None:
     file = datasets / "toy_coco" / "annotations" / "instances_train2017.json"
     truth = read_ground_truth(file)
     generator = np.random.default_rng(0)
@@ -208,12 +208,12 @@ def test_recall_of_proposals_is_close_to_detectron2(datasets: Path) -> None:
     for size, area in ("", "all"), ("s", "small"), ("m", "medium"):
         for limit in (100, 300, 1000):
             expected = recall_by_detectron2(file, proposals, limit, area)
-            # Where objects share their best proposal, Detectron2 gives each another one.
+            # They differ for objects that share their best proposal.
             assert figures[f"AR{size}@{limit}"] == pytest.approx(expected, abs=2.0), (size, limit)
     assert figures["AR@100"] < figures["AR@300"]  # type: ignore[operator]
 
 
-def test_recall_depends_on_rank(tmp_path: Path) -> None:
+def test_recall_of_proposals_depends_on_rank(tmp_path: Path) -> None:
     truth = {
         "images": [{"id": 1}],
         "categories": [{"id": 7, "name": "a"}, {"id": 8, "name": "b"}],

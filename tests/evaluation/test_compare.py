@@ -1,4 +1,4 @@
-"""Paired comparison: every draw by pycocotools, and an interval that counts repeated images."""
+"""Paired comparison: every draw against pycocotools, and intervals against a plain bootstrap."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from resnext_det.data.records import Columns
-from resnext_det.data.toy import ToySpec, write_toy_coco
 from resnext_det.errors import DatasetError
 from resnext_det.evaluation.annotations import GroundTruth, read_ground_truth
 from resnext_det.evaluation.coco import by_pycocotools
@@ -20,15 +19,8 @@ from resnext_det.evaluation.detections import Detections
 from resnext_det.evaluation.evaluator import evaluate_detections, write_evaluated
 
 
-@pytest.fixture(scope="module")
-def truth(tmp_path_factory: pytest.TempPathFactory) -> GroundTruth:
-    spec = ToySpec(train_images=1, val_images=30)
-    root = write_toy_coco(tmp_path_factory.mktemp("toy") / "coco", spec)
-    return read_ground_truth(root / "annotations" / "instances_val2017.json")
-
-
 def detections(truth: GroundTruth, noise: float) -> Detections:
-    """Every object, misplaced by a share of its size."""
+    """Return every object, moved by a share of its size."""
     generator = np.random.default_rng(0)
     objects = truth.objects
     boxes = objects.boxes.copy()
@@ -37,7 +29,7 @@ def detections(truth: GroundTruth, noise: float) -> Detections:
 
 
 def by_reference(truth: GroundTruth, found: Detections, drawn: list[int]) -> tuple[float, ...]:
-    """pycocotools' 12 figures of images drawn with replacement, each copy a new image."""
+    """Return pycocotools' 12 figures, with each copy of a drawn image as a new image."""
     rows = [np.flatnonzero(truth.objects.image_ids == image) for image in drawn]
     objects = dataclasses.replace(
         truth.objects.where(np.concatenate(rows)),
@@ -55,20 +47,20 @@ def by_reference(truth: GroundTruth, found: Detections, drawn: list[int]) -> tup
     return by_pycocotools(again, shown).summary
 
 
-def test_every_draw_has_the_figures_of_pycocotools(truth: GroundTruth) -> None:
-    found = detections(truth, 0.12)
+def test_every_draw_matches_pycocotools(toy: GroundTruth) -> None:
+    found = detections(toy, 0.12)
     generator = np.random.default_rng(3)
-    images = len(truth.image_ids)
+    images = len(toy.image_ids)
     counts = np.stack([generator.multinomial(images, [1 / images] * images) for _ in range(4)])
     counts[0] = 0
     counts[0, [2, 5]] = images - 3, 3  # two images only
-    for count, figures in zip(counts, _resampled(truth, found, counts)):
-        drawn = np.repeat(truth.image_ids, count).tolist()
-        assert figures == pytest.approx(by_reference(truth, found, drawn), abs=1e-12)
+    for count, figures in zip(counts, _resampled(toy, found, counts)):
+        drawn = np.repeat(toy.image_ids, count).tolist()
+        assert figures == pytest.approx(by_reference(toy, found, drawn), abs=1e-12)
 
 
 def one_object_each(found: list[np.ndarray]) -> tuple[GroundTruth, list[Detections]]:
-    """Images of one object each, and detectors that find some of them and nothing else."""
+    """Return images with one object each, and detectors that find some of them without errors."""
     images = len(found[0])
     ids, ones = np.arange(1, images + 1), np.ones(images, np.int64)
     boxes = np.tile([10.0, 10, 60, 60], (images, 1))
@@ -85,8 +77,8 @@ def one_object_each(found: list[np.ndarray]) -> tuple[GroundTruth, list[Detectio
     return truth, [whole.where(each) for each in found]
 
 
-def test_interval_is_that_of_a_bootstrap_by_hand() -> None:
-    """One detector finds half of 200 images, the other 60 %, 45 images are found by both."""
+def test_interval_matches_a_plain_bootstrap() -> None:
+    """One detector finds the object in 100 of 200 images, the other in 120, both in 45."""
     position = np.arange(200)
     found = [position < 100, (position >= 55) & (position < 175)]
     truth, (before, now) = one_object_each(found)
@@ -114,14 +106,14 @@ def test_few_images_give_no_interval(images: int, differing: int) -> None:
     assert "too few images" in difference_table((found,))
 
 
-def test_compares_all_figures(truth: GroundTruth) -> None:
-    areas = truth.objects.areas.clip(33.0**2, 95.0**2)
+def test_compares_all_figures(toy: GroundTruth) -> None:
+    areas = toy.objects.areas.clip(33.0**2, 95.0**2)
     areas[0] = 200.0**2
-    truth = dataclasses.replace(truth, objects=dataclasses.replace(truth.objects, areas=areas))
-    before, now = detections(truth, 0.2), detections(truth, 0.02)
-    found = {each.figure: each for each in compare(truth, before, now, resamples=50)}
+    toy = dataclasses.replace(toy, objects=dataclasses.replace(toy.objects, areas=areas))
+    before, now = detections(toy, 0.2), detections(toy, 0.02)
+    found = {each.figure: each for each in compare(toy, before, now, resamples=50)}
     for each, one, other in zip(
-        found.values(), by_pycocotools(truth, before).summary, by_pycocotools(truth, now).summary
+        found.values(), by_pycocotools(toy, before).summary, by_pycocotools(toy, now).summary
     ):
         if one < 0:
             assert each.before is each.now is each.difference is None
@@ -135,24 +127,24 @@ def test_compares_all_figures(truth: GroundTruth) -> None:
     assert found["APs"].difference is None
 
 
-def test_a_detector_equals_itself(truth: GroundTruth) -> None:
-    same = detections(truth, 0.1)
-    for each in compare(truth, same, same, resamples=20):
+def test_comparison_with_itself(toy: GroundTruth) -> None:
+    same = detections(toy, 0.1)
+    for each in compare(toy, same, same, resamples=20):
         assert not each.certain
         assert each.difference in (0, None)
         assert each.lower in (0, None)
-    assert compare(truth, same, same, resamples=0)[0].lower is None
+    assert compare(toy, same, same, resamples=0)[0].lower is None
 
 
-def test_reads_a_baseline(truth: GroundTruth, tmp_path: Path) -> None:
-    found = detections(truth, 0.2)
-    evaluated = {"bbox": evaluate_detections(truth, found)}
+def test_reads_a_baseline(toy: GroundTruth, tmp_path: Path) -> None:
+    found = detections(toy, 0.2)
+    evaluated = {"bbox": evaluate_detections(toy, found)}
     images = {"images": str(tmp_path)}
-    write_evaluated(tmp_path, "toy", {"weights": "a.pth"}, truth, found, evaluated, images)
+    write_evaluated(tmp_path, "toy", {"weights": "a.pth"}, toy, found, evaluated, images)
     metrics, other = tmp_path / "metrics.json", tmp_path / "other.json"
-    shutil.copy(truth.file, other)
+    shutil.copy(toy.file, other)
     for run in (tmp_path, metrics):
-        for same in (truth, read_ground_truth(other)):  # a copy is the same
+        for same in (toy, read_ground_truth(other)):  # a copy is the same
             assert np.array_equal(read_baseline(run, same).table, found.table)
     document = json.loads(other.read_text())
     document["annotations"].pop()
@@ -160,9 +152,12 @@ def test_reads_a_baseline(truth: GroundTruth, tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"with other annotations than .*other\.json"):
         read_baseline(metrics, read_ground_truth(other))
     with pytest.raises(DatasetError, match="holds no figures of an evaluation"):
-        read_baseline(tmp_path / "nowhere", truth)
+        read_baseline(tmp_path / "nowhere", toy)
     with pytest.raises(DatasetError, match="is not what an evaluation writes"):
-        read_baseline(truth.file, truth)
+        read_baseline(toy.file, toy)
     (tmp_path / "detections_toy.json").write_text("[]")
     with pytest.raises(DatasetError, match=r"detections_toy\.json.? has changed since"):
-        read_baseline(metrics, truth)
+        read_baseline(metrics, toy)
+    (tmp_path / "detections_toy.json").unlink()
+    with pytest.raises(DatasetError, match=r"detections_toy\.json.*No such file"):
+        read_baseline(metrics, toy)

@@ -1,4 +1,4 @@
-"""Errors of every kind, one of each; curves over the score against pycocotools."""
+"""Error analysis: one error of each kind, and curves over the score against pycocotools."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from resnext_det.evaluation.evaluator import Evaluated, evaluate_detections
 Document = dict[str, Any]
 CAT, DOG = 1, 2
 CATEGORIES = [{"id": n, "name": name} for n, name in ((CAT, "cat"), (DOG, "dog"), (5, "owl"))]
-# One cat is found; another cat and two dogs are not.
+# "right" finds one cat; another cat and two dogs stay undetected.
 OBJECTS: list[Document] = [
     {"category_id": CAT, "bbox": [0, 0, 100, 100]},
     {"category_id": DOG, "bbox": [200, 0, 100, 100]},
@@ -59,10 +59,10 @@ def details(tmp_path: Path, *names: str) -> Details:
     return evaluated(tmp_path, [DETECTIONS[name] for name in names]).details
 
 
-def test_tells_kinds_of_errors_apart(tmp_path: Path) -> None:
+def test_distinguishes_kinds_of_errors(tmp_path: Path) -> None:
     found = details(tmp_path, *DETECTIONS)
     counts = {error["kind"]: error["count"] for error in found["errors"]}
-    # The dog on the right is missed; the wrong class and place explain the other two objects.
+    # Only the small dog counts as missed: "Cls" and "Loc" cover the other two objects.
     assert counts == {"Cls": 1, "Loc": 1, "Both": 1, "Dupe": 1, "Bkg": 1, "Miss": 1}
     assert "wrong class, IoU of 0.5 or more" in error_table(found)
     assert {error["kind"]: error["count"] for error in details(tmp_path, "right")["errors"]} == {
@@ -94,7 +94,7 @@ def test_detections_in_a_crowd_are_not_confused(tmp_path: Path) -> None:
 def test_curves(tmp_path: Path) -> None:
     found = details(tmp_path, *DETECTIONS)
     curves = found["curves"]
-    assert set(curves) == {"", "cat", "dog"}  # there is no owl
+    assert set(curves) == {"", "cat", "dog"}  # no owls
     cats = curves["cat"]["0.50"]  # the first detection is right, and none after it
     assert cats == [100.0] * 51 + [0.0] * 50
     assert curves["dog"]["0.50"] == [0.0] * 101

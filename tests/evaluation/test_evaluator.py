@@ -1,4 +1,4 @@
-"""Boxes, masks and keypoints: the figures are those of Detectron2's own COCOEvaluator."""
+"""Figures of boxes, masks and keypoints against Detectron2's own COCOEvaluator."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Outputs = list[tuple[dict[str, Any], dict[str, Any]]]
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Toy data whose objects have three keypoints, but for some that have none."""
+    """Toy data whose objects have three keypoints, except for some without any."""
     root = write_toy_coco(
         tmp_path_factory.mktemp("kinds") / "coco", ToySpec(train_images=1, val_images=12)
     )
@@ -61,14 +61,14 @@ def annotations(toy: Path) -> Iterator[Path]:
     file = toy / "annotations" / "instances_val2017.json"
     register_coco_instances(NAME, {}, str(file), str(toy / "val2017"))
     MetadataCatalog.get(NAME).set(keypoint_names=["a", "b", "c"], keypoint_flip_map=[])
-    DatasetCatalog.get(NAME)  # which tells the classes
+    DatasetCatalog.get(NAME)  # which registers the classes
     yield file
     DatasetCatalog.remove(NAME)
     MetadataCatalog.remove(NAME)
 
 
 def outputs(file: Path) -> Outputs:
-    """Inputs, and what a model finds in them: every object twice, moved by some pixels."""
+    """Return inputs and a model's outputs: every object twice, moved by some pixels."""
     many: Outputs = []
     generator = np.random.default_rng(0)
     coco = COCO(str(file))
@@ -118,7 +118,7 @@ def our_results(folder: Path, many: Outputs, engine: Engine = Engine()) -> Any:
     return evaluator.evaluate()
 
 
-def test_figures_and_files_are_those_of_stock_detectron2(annotations: Path, tmp_path: Path) -> None:
+def test_figures_and_files_match_stock_detectron2(annotations: Path, tmp_path: Path) -> None:
     many = outputs(annotations)
     ours = our_results(tmp_path, many, Engine(cross_check=True))
     stock = stock_results(tmp_path / "stock", many)
@@ -141,7 +141,7 @@ def test_figures_and_files_are_those_of_stock_detectron2(annotations: Path, tmp_
     details = json.loads((tmp_path / f"details_{NAME}.json").read_text())
     assert {"curves", "confusion", "errors"} <= set(details["segm"]) & set(details["keypoints"])
 
-    # The file alone gives the same, without a model.
+    # `evaluate` computes the same from the file.
     parser = argparse.ArgumentParser()
     resnext_det_cli.evaluate.add_arguments(parser)
     words = ["--annotations", annotations, "--results", file, "--oks-sigmas", *SIGMAS]
@@ -173,7 +173,7 @@ def test_results_may_have_no_boxes(annotations: Path, tmp_path: Path, key: str) 
     assert figures.figures["AP"] == pytest.approx(stock[kind]["AP"])
 
 
-def test_registered_records_need_no_file_and_may_have_text_ids(
+def test_evaluates_records_without_file_and_with_text_ids(
     annotations: Path, tmp_path: Path
 ) -> None:
     many = outputs(annotations)

@@ -1,4 +1,4 @@
-"""Predictions survive a kill, to the last bit, and every image counts once."""
+"""Predictions: resumed bit for bit after a kill, each image once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NUMBERS = {image: 10 + position for position, image in enumerate((5, "d.jpg", 3,
 
 
 def found(*scores: float, kind: int = 0, of_proposals: bool = False) -> Found:
-    """Rows of 32 bits, as a network gives them, which text must hold exactly."""
+    """Return rows of 32-bit numbers, as from a network, which the files must store exactly."""
     boxes = np.random.default_rng(int(100 * sum(scores))).random((len(scores), 4))
     table = np.column_stack([boxes, scores, np.full(len(scores), kind)])
     rows = table.astype(np.float32).astype(np.float64)
@@ -36,7 +36,7 @@ ROWS = {
 
 
 def left_by_a_kill(folder: Path, identity: str = SAME) -> Path:
-    """Two images and half a third, as a process killed while writing leaves them."""
+    """Write two images and half a third, like a process killed while writing."""
     predictions = Predictions()
     assert not predictions.keep_in(folder, "kept", identity)
     for image in (3, "d.jpg", 5):
@@ -58,7 +58,7 @@ def test_resumes_exactly(tmp_path: Path) -> None:
     whole = Predictions()
     for image in (1, 3, 5, "d.jpg"):
         whole.add(image, ROWS[image])
-        whole.add(image, found(0.75, 0.25))  # a second time does not count
+        whole.add(image, found(0.75, 0.25))  # ignored
     expected = whole.gather(NUMBERS, CATEGORIES)
     assert detections is not None
     assert expected is not None
@@ -73,7 +73,7 @@ def test_resumes_exactly(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_ignores_predictions_of_other_weights(tmp_path: Path) -> None:
+def test_removes_predictions_of_other_weights(tmp_path: Path) -> None:
     file = left_by_a_kill(tmp_path, OTHER)
     (tmp_path / "kept2.0.partial").mkdir()  # of another data set
     assert not Predictions().keep_in(tmp_path, "kept", SAME)
@@ -89,7 +89,7 @@ def test_ignores_predictions_of_other_weights(tmp_path: Path) -> None:
         "[1, [], false, [1], null]",
     ],
 )
-def test_a_damaged_line_costs_its_image_only(tmp_path: Path, line: str) -> None:
+def test_skips_damaged_lines(tmp_path: Path, line: str) -> None:
     file = left_by_a_kill(tmp_path)
     lines = file.read_text().splitlines()
     file.write_text("\n".join([lines[0], line, lines[1]]))
@@ -107,7 +107,7 @@ def test_refuses_missing_and_unknown_images_and_classes() -> None:
         predictions.gather({1: 1}, {0: 7})
 
 
-def test_reads_the_outputs_of_detectron2(tmp_path: Path) -> None:
+def test_converts_outputs_of_detectron2(tmp_path: Path) -> None:
     boxes = Boxes(torch.tensor([[1.0, 2, 11, 22], [0, 0, 5, 5]]))
     instances = Instances((50, 50))
     instances.pred_boxes, instances.scores = boxes, torch.tensor([0.5, 0.25])

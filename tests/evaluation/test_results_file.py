@@ -1,4 +1,4 @@
-"""Reading a run's folder: torn and repeated lines, broken and hostile metrics."""
+"""A run's files: torn and repeated log lines, malformed metrics, and the log of Detectron2."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_refuses_other_files(run: Path, content: str) -> None:
         read_metrics(run)
 
 
-def test_does_not_mistake_the_log_of_detectron2(tmp_path: Path) -> None:
+def test_recognises_the_log_of_detectron2(tmp_path: Path) -> None:
     (tmp_path / "metrics.json").write_text(STOCK_LOG)
     with pytest.raises(ConfigError, match=r"log of Detectron2's trainer.*such as .*inference"):
         write_metrics(tmp_path, "a", {"weights": "b"}, {})

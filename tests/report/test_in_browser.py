@@ -35,7 +35,7 @@ CONTRAST = """() => {
 }"""
 
 
-@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium on this machine")
+@pytest.mark.skipif(BROWSER is None, reason="Chromium is not installed")
 def test_report_in_a_browser(evaluated_run: Path, tmp_path: Path) -> None:
     address = write_report(evaluated_run, tmp_path / "report.html").as_uri()
     desktop, phone = {"width": 1280, "height": 900}, {"width": 360, "height": 740}
