@@ -344,7 +344,7 @@ def _check_kind(truth: GroundTruth, detections: Detections, protocol: Protocol) 
 def figures_of(found: Accumulated, truth: GroundTruth, protocol: Protocol = Protocol()) -> Figures:
     """Return COCO's figures in percent, overall and by class."""
     counted = ~truth.objects.crowds
-    areas = _SIZES
+    areas: tuple[str, ...] = _SIZES
     if protocol.kind == "keypoints":
         counted &= (truth.poses[:, :, 2] > 0).any(axis=1)
         areas = ("", "m", "l")  # COCO has no keypoints of small objects

@@ -44,7 +44,7 @@ class DatasetMetrics:
     Attributes:
         images: the folder of the images.
         detections: a file in COCO's results format.
-        figures: the 12 figures of boxes, in percent.
+        kinds: figures in percent of "bbox" and, if evaluated, "segm" and "keypoints".
         details: the file of `error_analysis.Details`.
         engine: what computed the figures, in words.
         baseline: `compare.comparison_document`.
@@ -58,22 +58,14 @@ class DatasetMetrics:
     detections: Path
     detections_sha256: str
     image_count: int
-    figures: dict[str, float | None]
-    per_class: tuple[ClassFigures, ...]
+    kinds: dict[str, Figures]
     details: Path | None = None
     engine: str = ""
     baseline: Any = None
-    segm: Figures | None = None
-    keypoints: Figures | None = None
     seconds_per_image: float | None = None
     parameters: int | None = None
     date: str = ""
     command: str = ""
-
-    @property
-    def ranked(self) -> list[ClassFigures]:
-        """Return the classes by descending AP, those without AP last."""
-        return sorted(self.per_class, key=lambda one: -1.0 if one.AP is None else one.AP)[::-1]
 
 
 @dataclass(frozen=True)
@@ -164,8 +156,8 @@ def _evaluation(folder: Path, name: str, entry: Mapping[str, Any]) -> DatasetMet
     if engine is not None:
         both = "hotcoco and pycocotools, which agree"
         engine = both if engine["cross_check"] else str(engine["name"])
-    figures = {key: _figures(entry[key]) for key in ("segm", "keypoints") if key in entry}
-    boxes = _figures(entry)
+    kinds = {"bbox": _figures(entry)}
+    kinds |= {kind: _figures(entry[kind]) for kind in ("segm", "keypoints") if kind in entry}
     return DatasetMetrics(
         name=name,
         annotations=Path(entry["annotations"]),
@@ -174,12 +166,10 @@ def _evaluation(folder: Path, name: str, entry: Mapping[str, Any]) -> DatasetMet
         detections=folder / entry["detections"],
         detections_sha256=str(entry.get("detections_sha256", "")),
         image_count=int(entry["image_count"]),
-        figures=boxes.figures,
-        per_class=boxes.per_class,
+        kinds=kinds,
         details=_optional(folder.joinpath, entry.get("details")),
         engine=engine or "",
         baseline=entry.get("baseline"),
-        **figures,
         seconds_per_image=_optional(float, entry.get("seconds_per_image")),
         parameters=_optional(int, entry.get("parameters")),
         date=str(entry.get("date", "")),

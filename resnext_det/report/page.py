@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from resnext_det.errors import ResNeXtError
-from resnext_det.evaluation.coco import Figures
+from resnext_det.evaluation.coco import ClassFigures, Figures
 from resnext_det.evaluation.compare import Difference
 from resnext_det.evaluation.results_file import (
     INVALID,
@@ -66,11 +66,16 @@ class Section:
 
     @property
     def kinds(self) -> dict[str, Figures]:
-        """Figures of boxes, masks and keypoints."""
-        found = self.evaluation
-        boxes = Figures(found.figures, tuple(found.ranked))
-        kinds = {"Boxes": boxes, "Masks": found.segm, "Keypoints": found.keypoints}
-        return {name: figures for name, figures in kinds.items() if figures is not None}
+        """Figures by heading, with classes by descending AP, those without AP last."""
+        headings = {"bbox": "Boxes", "segm": "Masks", "keypoints": "Keypoints"}
+
+        def rank(row: ClassFigures) -> float:
+            return math.inf if row.AP is None else -row.AP
+
+        return {
+            headings[kind]: Figures(found.figures, tuple(sorted(found.per_class, key=rank)))
+            for kind, found in self.evaluation.kinds.items()
+        }
 
     @property
     def facts(self) -> list[tuple[str, str]]:

@@ -132,12 +132,9 @@ def test_figures_and_files_match_stock_detectron2(annotations: Path, tmp_path: P
     for key in ("segmentation", "keypoints"):
         assert [each[key] for each in written] == [each[key] for each in expected]
     (evaluation,) = read_metrics(tmp_path).evaluations
-    assert evaluation.segm is not None
-    assert evaluation.keypoints is not None
-    assert evaluation.figures["AP"] == pytest.approx(stock["bbox"]["AP"])
-    assert evaluation.segm.figures["AP"] == pytest.approx(stock["segm"]["AP"])
-    assert evaluation.keypoints.figures["AP50"] == pytest.approx(stock["keypoints"]["AP50"])
-    assert evaluation.keypoints.per_class[0].APs is None
+    for kind in KINDS:
+        assert evaluation.kinds[kind].figures["AP"] == pytest.approx(stock[kind]["AP"])
+    assert evaluation.kinds["keypoints"].per_class[0].APs is None
     details = json.loads((tmp_path / f"details_{NAME}.json").read_text())
     assert {"curves", "confusion", "errors"} <= set(details["segm"]) & set(details["keypoints"])
 

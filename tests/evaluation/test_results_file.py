@@ -56,8 +56,6 @@ def run(tmp_path: Path) -> Path:
         "figures": {"AP": 41.25, "APl": None},
         "per_class": [
             {"name": "star", "AP": 1.0, "AP50": 2.0, "APs": 3, "AR": float("inf"), "instances": 4},
-            {"name": "cross", "AP": None, "AP50": None, "instances": 0},
-            {"name": "circle", "AP": 71.5, "AP50": 89.5, "instances": 47},
         ],
     }
     document = {"weights": "a.pth", "versions": {"torch": "2"}, "hardware": "2 cores"}
@@ -79,8 +77,8 @@ def test_reads_metrics(run: Path) -> None:
     (evaluation,) = metrics.evaluations
     assert (metrics.commit, metrics.config, metrics.proposals) == (None, None, ())
     assert (evaluation.details, evaluation.engine, evaluation.baseline) == (None, "", None)
-    assert [each.name for each in evaluation.ranked] == ["circle", "star", "cross"]
-    star = evaluation.per_class[0]
+    assert list(evaluation.kinds) == ["bbox"]
+    star = evaluation.kinds["bbox"].per_class[0]
     assert (star.APs, star.APm, star.APl, star.AR) == (3, None, None, None)
     assert evaluation.detections == run / "inference" / "detections_toy.json"
 

@@ -76,14 +76,20 @@ def test_figures_and_facts(evaluated_run: Path, tmp_path: Path) -> None:
     page = Page(write_report(evaluated_run, tmp_path / "new" / "page.html"))
     evaluation = read_metrics(evaluated_run).evaluations[0]
     details = json.loads(evaluation.details.read_text()) if evaluation.details else {}
-    assert " ".join(evaluation.figures) in page.text
-    assert " ".join(map(shown, evaluation.figures.values())) in page.text
-    for each in evaluation.per_class:
+    boxes = evaluation.kinds["bbox"]
+    assert " ".join(boxes.figures) in page.text
+    assert " ".join(map(shown, boxes.figures.values())) in page.text
+    places = {}
+    for each in boxes.per_class:
         values = (each.AP, each.AP50, each.APs, each.APm, each.APl, each.AR)
         best = details["by_score"].get(each.name, {}).get("best")
         score = "\u2013" if best is None else f"{best['score']:.2f}"
         row = [" ".join(each.name.split()), *map(shown, values), score, str(each.instances)]
         assert " ".join(row) in page.text
+        places[each.name] = page.text.index(" ".join(row))
+    by_place = sorted(boxes.per_class, key=lambda row: places[row.name])
+    values = [-1 if each.AP is None else each.AP for each in by_place]
+    assert values == sorted(values, reverse=True)
     for error in details["errors"]:
         assert f"{error['kind']}: " in page.text and f" {error['cost']:.1f} " in page.text
     cells = re.findall(r"<td style=.background: rgb[^>]*>(\d+)</td>", page.source)
