@@ -73,14 +73,14 @@ def write_evaluated(
     evaluated: Mapping[str, Evaluated],
     entry: Mapping[str, Any],
 ) -> None:
-    """Write metrics.json and details_DATASET.json, and unless they are a file, the detections.
+    """Write metrics.json, details_DATASET.json and, given `Detections`, detections_DATASET.json.
 
     Args:
         folder: RUN/inference.
         dataset: its name.
         description: of the weights; see `write_metrics`.
         truth: the annotations.
-        detections: for detections_DATASET.json, or an existing file.
+        detections: of the images, or the file that holds them.
         evaluated: by kind, including "bbox".
         entry: more to record about the data set, such as the folder of the images.
     """
@@ -241,8 +241,9 @@ class DetectionEvaluator(DatasetEvaluator):
                 # Keep the boxes' figures: a training may have taken days.
                 logger.error("%s is not evaluated: %s", kind, error)
         entry = {"images": self.images, **self.measured, "engine": vars(self.engine)}
-        arguments = self.output, self.dataset, self.description, truth, detections
-        write_evaluated(*arguments, evaluated, entry)
+        write_evaluated(
+            self.output, self.dataset, self.description, truth, detections, evaluated, entry
+        )
         for kind, each in evaluated.items():
             self._log(truth, kind, each.figures.table())
         return {kind: each.figures.flat() for kind, each in evaluated.items()}

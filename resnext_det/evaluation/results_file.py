@@ -146,8 +146,7 @@ def read_metrics(run: Path) -> Metrics:
         )
     except (OSError, *INVALID) as error:
         raise DatasetError(
-            f"{quoted(file)} is not what an evaluation writes ({quoted(repr(error))}). Evaluate "
-            "the run again."
+            f"{quoted(file)} is malformed ({quoted(repr(error))}). Evaluate the run again."
         ) from error
 
 

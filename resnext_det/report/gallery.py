@@ -98,7 +98,9 @@ def make_gallery(evaluation: DatasetMetrics, limit: int) -> Gallery:
     if outside:
         logger.warning(
             "%d file names, such as %s, lead out of %s: these images are not opened",
-            *(len(outside), quoted(outside[0]), quoted(evaluation.images)),
+            len(outside),
+            quoted(outside[0]),
+            quoted(evaluation.images),
         )
     present = {name for name in files.values() if _is_picture(evaluation.images, name)}
     summary = {
@@ -119,10 +121,14 @@ def make_gallery(evaluation: DatasetMetrics, limit: int) -> Gallery:
                 continue
             counts = summary[image_id]
             entry = Entry(
-                files[image_id],
-                _with_truth(picture, truth, image_id, diagnostics),
-                _with_predictions(picture, truth, shown, image_id, diagnostics),
-                *(counts["tp"], counts["fn"], counts["fp"], confused[image_id], counts["f1"]),
+                file_name=files[image_id],
+                truth=_with_truth(picture, truth, image_id, diagnostics),
+                predictions=_with_predictions(picture, truth, shown, image_id, diagnostics),
+                found=counts["tp"],
+                missed=counts["fn"],
+                false=counts["fp"],
+                confused=confused[image_id],
+                f1=counts["f1"],
             )
             groups[heading].append(entry)
     digests = {

@@ -153,7 +153,7 @@ def test_reads_a_baseline(toy: GroundTruth, tmp_path: Path) -> None:
         read_baseline(metrics, read_ground_truth(other))
     with pytest.raises(DatasetError, match="holds no figures of an evaluation"):
         read_baseline(tmp_path / "nowhere", toy)
-    with pytest.raises(DatasetError, match="is not what an evaluation writes"):
+    with pytest.raises(DatasetError, match="is malformed"):
         read_baseline(toy.file, toy)
     (tmp_path / "detections_toy.json").write_text("[]")
     with pytest.raises(DatasetError, match=r"detections_toy\.json.? has changed since"):

@@ -118,14 +118,14 @@ def test_prefers_the_newer_place(run: Path) -> None:
 )
 def test_refuses_broken_metrics(run: Path, changes: dict[str, Any]) -> None:
     change(run, **changes)
-    with pytest.raises(DatasetError, match="is not what an evaluation writes"):
+    with pytest.raises(DatasetError, match="is malformed"):
         read_metrics(run)
 
 
 @pytest.mark.parametrize("content", ["[", "[1]", '{"datasets": {"a": {}}}', "[" * 100_000])
 def test_refuses_other_files(run: Path, content: str) -> None:
     (run / "inference" / "metrics.json").write_text(content)
-    with pytest.raises(DatasetError, match="is not what an evaluation writes"):
+    with pytest.raises(DatasetError, match="is malformed"):
         read_metrics(run)
 
 

@@ -88,8 +88,8 @@ def test_figures_and_facts(evaluated_run: Path, tmp_path: Path) -> None:
         assert " ".join(row) in page.text
         places[each.name] = page.text.index(" ".join(row))
     by_place = sorted(boxes.per_class, key=lambda row: places[row.name])
-    values = [-1 if each.AP is None else each.AP for each in by_place]
-    assert values == sorted(values, reverse=True)
+    precisions = [-1 if each.AP is None else each.AP for each in by_place]
+    assert precisions == sorted(precisions, reverse=True)
     for error in details["errors"]:
         assert f"{error['kind']}: " in page.text and f" {error['cost']:.1f} " in page.text
     cells = re.findall(r"<td style=.background: rgb[^>]*>(\d+)</td>", page.source)
