@@ -96,7 +96,7 @@ def from_words(*words: object) -> CfgNode:
         ({5: "only"}, ["only"]),
     ],
 )
-def test_category_ids_start_anywhere_and_have_gaps(
+def test_accepts_any_category_ids(
     names: dict[int, str], classes: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = load_config(TOY)
@@ -115,7 +115,7 @@ def test_category_ids_start_anywhere_and_have_gaps(
     assert before.MODEL.ROI_HEADS.NUM_CLASSES == 6
 
 
-def test_models(train: Path) -> None:
+def test_sets_the_number_of_classes_of_each_architecture(train: Path) -> None:
     cfg = load_config(TOY, ["MODEL.META_ARCHITECTURE", "RetinaNet"])
     new = use(cfg, train_json=train)
     assert new.MODEL.RETINANET.NUM_CLASSES == 3
@@ -126,7 +126,7 @@ def test_models(train: Path) -> None:
         use(cfg, train_json=train)
 
 
-def test_names_follow_from_paths(
+def test_derives_names_from_paths(
     train: Path, test: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg = use(load_config(TOY), train, None, test, None)

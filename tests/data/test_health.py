@@ -207,6 +207,9 @@ def test_boxes_are_compared_with_their_own_image() -> None:
     assert not examine(document).findings
     document["annotations"][3]["bbox"] = [250, 10, 15, 12.5]
     assert [finding.count for finding in examine(document).errors] == [1]
+    document = sound()
+    all_boxes(1, 1, 150, 90)(document)  # no corners: these would be outside, too
+    assert not examine(document).errors
 
 
 def test_repeated_ids_of_crowds_are_a_warning() -> None:
@@ -403,7 +406,7 @@ def check_data(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
     return 0
 
 
-def test_the_tool(
+def test_the_command(
     on_disk: Callable[[Document], Path],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
