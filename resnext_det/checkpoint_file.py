@@ -65,7 +65,7 @@ def read_run(file: Path) -> Run | None:
         with open_regular(file) as stream:
             if stream.read(2) not in (b"PK", b""):
                 return None  # such as Detectron2's .pkl: ours are zip archives
-    content = read_outline(file)
+    content = read_outline(file, others=True)
     record = content.get(RUN)
     if record is None:
         return None

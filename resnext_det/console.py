@@ -75,12 +75,12 @@ def print_above_bars(log: logging.Logger) -> None:
 
 
 def ignore_others_warnings() -> None:
-    """Silence torch's warnings to Detectron2's authors, unless Python was started with -W.
+    """Silence warnings from torch to the authors of its callers, unless Python was started with -W.
 
     Only commands call this: importing the package leaves the warning filters alone.
     """
     if not sys.warnoptions:
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch(\.|$)")
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|detectron2)\.")
         warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.functional")
     for name in ("torch.utils.cpp_extension", "torch.fx._symbolic_trace"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -8,7 +8,6 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
 
 from resnext_det.backbones import build_detector
 from resnext_det.checkpoint_file import iteration_of, read_outline
@@ -18,9 +17,9 @@ from resnext_det.engine.checkpoints import last_good
 from resnext_det.engine.inference import renamed
 from resnext_det.engine.recorded_config import check_classes, check_same_function
 from resnext_det.engine.trainer import Trainer
-from resnext_det.errors import ConfigError, quoted
+from resnext_det.errors import ConfigError, TrainingError, quoted
 from resnext_det.evaluation.coco import COCO_KEYPOINTS
-from resnext_det.weights.loading import load_weights
+from resnext_det.weights.loading import load_weights, weights_file
 
 logger = logging.getLogger(__name__)
 
@@ -47,11 +46,10 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
         logger.warning("%s", warning)
     if resume:
         cfg = renamed(cfg, str(last_checkpoint(cfg)))
-    if cfg.MODEL.WEIGHTS:
-        check_same_function(cfg)
+    check_same_function(cfg)
     model = build_detector(cfg)
     logger.info("%s", load_weights(model, cfg, whole_detector=True))
-    check_classes(cfg, weights=Path(PathManager.get_local_path(cfg.MODEL.WEIGHTS)))
+    check_classes(cfg, weights=weights_file(cfg))
     results = Trainer.test(cfg, model)
     if cfg.TEST.AUG.ENABLED:
         results = {**results, **Trainer.test_with_TTA(cfg, model)}
@@ -59,23 +57,25 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
 
 
 def of_run(folder: Path) -> tuple[Path, Path]:
-    """Return the config and the weights of a run.
+    """Return the config and the weights in the OUTPUT_DIR of a training.
 
     The weights are model_final.pth, or the last good checkpoint if that is newer or the training
     was not finished.
-
-    Args:
-        folder: OUTPUT_DIR of a training.
 
     Raises:
         ConfigError: the folder, its config or its weights are missing.
         TrainingError: all checkpoints are damaged.
     """
-    config, final = folder / "config.yaml", folder / "model_final.pth"
-    weights = last_good(folder)
-    if final.is_file() and (weights is None or _iteration(final) >= _iteration(weights)):
-        weights = final
-    if not config.is_file() or weights is None:
+    config, weights = folder / "config.yaml", folder / "model_final.pth"
+    try:
+        last = last_good(folder)
+    except TrainingError:
+        if not weights.is_file():
+            raise
+        last = None  # weights without an optimizer cannot be resumed, but evaluated
+    if last is not None and not (weights.is_file() and _iteration(weights) >= _iteration(last)):
+        weights = last
+    if not config.is_file() or not weights.is_file():
         missing = "checkpoint" if config.is_file() else "config.yaml"
         raise ConfigError(
             f"--run {quoted(folder)} holds no {missing}: use OUTPUT_DIR of a training, or "
@@ -85,7 +85,7 @@ def of_run(folder: Path) -> tuple[Path, Path]:
 
 
 def _iteration(file: Path) -> int:
-    found = iteration_of(read_outline(file))
+    found = iteration_of(read_outline(file, others=True))
     return -1 if found is None else found
 
 

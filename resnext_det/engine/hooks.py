@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 import torch
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, hooks
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter
@@ -36,7 +36,7 @@ Item = TypeVar("Item")
 
 
 class EarlyStop(BaseException):
-    """Ends training before SOLVER.MAX_ITER. Detectron2 logs a traceback for any `Exception`."""
+    """Ends training before an iteration. Detectron2 logs a traceback for any `Exception`."""
 
 
 class Interrupted(BaseException):
@@ -153,6 +153,16 @@ class StopOnSignal(HookBase):
             raise Interrupted(number)
 
 
+class PreciseBN(hooks.PreciseBN):
+    """Detectron2's hook, always on the same images, so that a resume does not change them."""
+
+    def update_stats(self) -> None:
+        """Compute the statistics, and end the loader's workers."""
+        logger.info("computing batch norm statistics of %d batches", self._num_iter)
+        super().update_stats()  # type: ignore[no-untyped-call]
+        self._data_iter = None
+
+
 class Throughput(HookBase):
     """Records images per second, besides Detectron2's own times."""
 
@@ -232,13 +242,19 @@ class Evaluation(HookBase):
         if done >= 0 and self._is_due(done) and (self.last < done or self._is_last(done)):
             self.trainer.iter = self.trainer.storage.iter = done
             self._evaluate_now(done)
-        self._stop_if_waited_enough()
+
+    def before_step(self) -> None:
+        """Stop early; not in after_step, where it would skip the hooks that follow this one."""
+        if 0 < self._patience <= self.waited:
+            raise EarlyStop(
+                f"{self._metric} has not improved on {self.best} (iteration {self.best_iteration}) "
+                f"in {self.waited} evaluations (TEST.BEST.PATIENCE)"
+            )
 
     def after_step(self) -> None:
         """Evaluate if it is due."""
         if self._is_due(self.trainer.iter):
             self._evaluate_now(self.trainer.iter)
-            self._stop_if_waited_enough()
 
     def _is_last(self, iteration: int) -> bool:
         return iteration + 1 == self.trainer.max_iter
@@ -278,13 +294,6 @@ class Evaluation(HookBase):
         if math.isnan(value) or self.best is None:
             return not math.isnan(value)
         return value < self.best if "loss" in self._metric else value > self.best
-
-    def _stop_if_waited_enough(self) -> None:
-        if 0 < self._patience <= self.waited and self.trainer.iter + 1 < self.trainer.max_iter:
-            raise EarlyStop(
-                f"{self._metric} has not improved on {self.best} (iteration {self.best_iteration}) "
-                f"in {self.waited} evaluations (TEST.BEST.PATIENCE)"
-            )
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed training must know."""

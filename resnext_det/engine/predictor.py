@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.structures import Instances
-from detectron2.utils.file_io import PathManager
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -23,7 +21,7 @@ from resnext_det.checkpoint_file import read_run
 from resnext_det.engine.recorded_config import check_same_function
 from resnext_det.errors import ConfigError, DatasetError, quoted
 from resnext_det.images import as_array, check_pixel_format
-from resnext_det.weights.loading import load_weights
+from resnext_det.weights.loading import load_weights, weights_file
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +72,7 @@ class Predictor:
         self._architecture = cfg.MODEL.META_ARCHITECTURE
         if self._architecture in ("ProposalNetwork", "SemanticSegmentor"):
             raise self._no_detections()
-        if cfg.MODEL.WEIGHTS:
-            check_same_function(cfg)
+        check_same_function(cfg)
         if cfg.TEST.AUG.ENABLED:
             logger.warning("TEST.AUG.ENABLED applies to evaluations only, not to predictions")
         self.model = build_detector(cfg).eval()
@@ -170,7 +167,7 @@ def keypoint_connections(cfg: CfgNode) -> list[tuple[int, int]]:
 
 
 def _class_names(cfg: CfgNode) -> list[str]:
-    run = read_run(Path(PathManager.get_local_path(cfg.MODEL.WEIGHTS)))
+    run = read_run(weights_file(cfg))
     if run is not None and run.class_names:
         return list(run.class_names)
     tested = cfg.DATASETS.TEST

@@ -10,7 +10,6 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
-from detectron2.utils.file_io import PathManager
 
 from resnext_det.checkpoint_file import Run, read_run
 from resnext_det.config import complete, parse_config
@@ -21,7 +20,8 @@ from resnext_det.data.checks import (
     classes_of,
     configured_classes,
 )
-from resnext_det.errors import ConfigError, WeightsError, plain, quoted
+from resnext_det.errors import ConfigError, plain, quoted
+from resnext_det.weights.loading import weights_file
 
 logger = logging.getLogger(__name__)
 
@@ -97,29 +97,24 @@ def function_changes(recorded: str, cfg: CfgNode) -> Changes:
     }
 
 
-def check_same_function(cfg: CfgNode, file: Path | None = None, *, allow: bool = False) -> None:
-    """Refuse settings that change the function of a trained detector.
+def check_same_function(cfg: CfgNode, *, allow: bool = False) -> None:
+    """Refuse settings that change the function of the detector in MODEL.WEIGHTS.
 
     Checkpoints of other programs record no settings and are not checked.
 
     Args:
         cfg: the config to build the detector from.
-        file: its checkpoint; by default MODEL.WEIGHTS.
         allow: only warn, as with MODEL.RESNEXT.ALLOW_OTHER_FUNCTION.
 
     Raises:
         ConfigError: a setting differs; the message has both values and the overrides to restore.
+        WeightsError: the file cannot be fetched or read.
     """
-    file = Path(PathManager.get_local_path(cfg.MODEL.WEIGHTS)) if file is None else file
-    try:
-        run = read_run(file)
-        found = function_changes(run.config, cfg) if run is not None else {}
-    except (ConfigError, WeightsError) as error:
-        if not allow:
-            raise
-        # Weights to start from may come from a program that stores other objects beside them.
-        logger.warning("the settings of %s cannot be compared: %s", file, error)
+    if not cfg.MODEL.WEIGHTS:
         return
+    file = weights_file(cfg)
+    run = read_run(file)
+    found = function_changes(run.config, cfg) if run is not None else {}
     if not found:
         return
     if allow or complete(cfg).MODEL.RESNEXT.ALLOW_OTHER_FUNCTION:

@@ -167,7 +167,7 @@ class TrainLoop(SimpleTrainer):
                 found: dict[str, Tensor] = self.model(batch)
         except FloatingPointError as error:  # Detectron2's RPN, on non-finite boxes
             logger.debug("%s", error)
-            return {"total_loss": torch.tensor(float("nan"), requires_grad=True)}
+            return {"total_loss": torch.tensor(math.nan, device=self._device, requires_grad=True)}
         return {"total_loss": found} if isinstance(found, Tensor) else found
 
     def _finite_everywhere(self, losses: list[dict[str, Tensor]]) -> bool:

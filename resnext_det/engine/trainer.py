@@ -43,6 +43,7 @@ from resnext_det.engine.hooks import (
     EarlyStop,
     Evaluation,
     Interrupted,
+    PreciseBN,
     Progress,
     StopOnSignal,
     Throughput,
@@ -147,8 +148,7 @@ class Trainer(DefaultTrainer):
         resumed = self.checkpointer.resume() if resume else None
         if resumed is None:
             logger.info("%s", load_weights(unwrap(self._trainer.model), self.cfg))
-            if self.cfg.MODEL.WEIGHTS:
-                check_same_function(self.cfg, allow=True)
+            check_same_function(self.cfg, allow=True)
             return
         # The config's values replace the checkpoint's; momentum buffers stay.
         for group, built in zip(self._trainer.optimizer.param_groups, solver):
@@ -193,6 +193,7 @@ class Trainer(DefaultTrainer):
             raise SystemExit(STOPPED) from None
         except EarlyStop as reason:
             logger.info("stopped early: %s", reason)
+            self.iter -= 1  # it stopped before this iteration
             self.checkpointer.save("model_final", iteration=self.iter)
         finally:
             self._trainer.close()
@@ -227,9 +228,7 @@ class Trainer(DefaultTrainer):
             # With a seed of its own, as these images are not those of the training.
             loader = self.build_train_loader(self.cfg, share, self._trainer.seed + 1)
             found.append(
-                hooks.PreciseBN(
-                    test.EVAL_PERIOD, self._trainer.model, loader, test.PRECISE_BN.NUM_ITER
-                )
+                PreciseBN(test.EVAL_PERIOD, self._trainer.model, loader, test.PRECISE_BN.NUM_ITER)  # type: ignore[no-untyped-call]
             )
         found.append(Throughput(solver.IMS_PER_BATCH))
         is_main = comm.is_main_process()

@@ -9,7 +9,12 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.engine import hooks
-from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
+from detectron2.utils.events import (
+    EventWriter,
+    JSONWriter,
+    TensorboardXWriter,
+    get_event_storage,
+)
 
 from resnext_det.config import complete
 from resnext_det.errors import ConfigError
@@ -78,20 +83,32 @@ class MetricsWriter(JSONWriter):
     """Detectron2's writer of JSON lines, which can continue the file of a killed training."""
 
     def resume(self, iteration: int) -> None:
-        """Drop rows after an iteration, and a row that a kill left incomplete."""
+        """Drop rows after an iteration, and a row that a kill left incomplete.
+
+        The row of the iteration itself gets the figures of an evaluation that a signal had
+        interrupted, and that the resume has repeated.
+        """
         file = Path(self._file_handle.name)
         kept = 0
         with file.open("rb") as stream:
             for line in stream:
                 try:
-                    row = int(json.loads(line)["iteration"])
+                    row = json.loads(line)
+                    number = int(row["iteration"])
                 except (ValueError, KeyError, TypeError):
                     break
-                if row > iteration:
+                if number > iteration:
+                    break
+                self._last_write = number
+                if number == iteration:
                     break
                 kept += len(line)
-                self._last_write = row
         os.truncate(file, kept)  # the file is already open for appending
+        if self._last_write == iteration >= 0:
+            latest = get_event_storage().latest().items()
+            row |= {name: value for name, (value, when) in latest if when == iteration}
+            self._file_handle.write(json.dumps(row, sort_keys=True) + "\n")
+            self._file_handle.flush()
 
 
 class TensorBoardWriter(TensorboardXWriter):

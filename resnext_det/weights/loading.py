@@ -118,6 +118,20 @@ def check_config(
         )
 
 
+def weights_file(cfg: CfgNode) -> Path:
+    """Return the local file of MODEL.WEIGHTS, downloaded if it is an address.
+
+    Raises:
+        WeightsError: it cannot be fetched.
+    """
+    try:
+        return Path(PathManager.get_local_path(cfg.MODEL.WEIGHTS))
+    except Exception as error:  # each kind of address has errors of its own
+        raise WeightsError(
+            f"MODEL.WEIGHTS {quoted(cfg.MODEL.WEIGHTS)} cannot be fetched: {quoted(error)}"
+        ) from error
+
+
 def load_weights(model: nn.Module, cfg: CfgNode, *, whole_detector: bool = False) -> str:
     """Load cfg.MODEL.WEIGHTS into a detector.
 
@@ -137,12 +151,7 @@ def load_weights(model: nn.Module, cfg: CfgNode, *, whole_detector: bool = False
     path = cfg.MODEL.WEIGHTS
     if not path:
         return _without_weights(cfg, whole_detector)
-    try:
-        source = Path(PathManager.get_local_path(path))
-    except Exception as error:  # each kind of address has errors of its own
-        raise WeightsError(
-            f"MODEL.WEIGHTS {quoted(path)} cannot be fetched: {quoted(error)}"
-        ) from error
+    source = weights_file(cfg)
     checkpoint = read_checkpoint(source)
     if not is_backbone(checkpoint.tensors):
         return _load_detector(model, checkpoint.tensors, source, whole_detector)

@@ -105,12 +105,15 @@ def read_content(file: Path) -> dict[str, Any]:
     Raises:
         WeightsError: it is missing or damaged, or holds more than tensors in plain containers.
     """
-    return _read_mapping(file, "cpu")
+    return _read_mapping(file, "cpu", ())
 
 
-def read_outline(file: Path) -> dict[str, Any]:
-    """Do as `read_content`, but quickly: tensors get shapes without values, nothing is verified."""
-    return _read_mapping(file, "meta")
+def read_outline(file: Path, *, others: bool = False) -> dict[str, Any]:
+    """Do as `read_content`, but quickly: tensors get shapes without values, nothing is verified.
+
+    With `others`, a file may hold what other training programs save beside the weights.
+    """
+    return _read_mapping(file, "meta", _BESIDE if others else ())
 
 
 def without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -153,9 +156,9 @@ def _refused(file: Path) -> Iterator[None]:
         ) from error
 
 
-def _read_mapping(file: Path, device: str) -> dict[str, Any]:
+def _read_mapping(file: Path, device: str, beside: tuple[str, ...]) -> dict[str, Any]:
     with _refused(file):
-        content = _load_archive(file, device, beside=())
+        content = _load_archive(file, device, beside)
         if not isinstance(content, dict):
             raise WeightsError(f"it holds a {type(content).__name__} instead of a dict")
     return content

@@ -99,7 +99,12 @@ def test_patience(values: dict[int, float], end: int, best: float) -> None:
     trainer, hook, _, _ = evaluation(values, patience=2, end=100)
     with pytest.raises(EarlyStop, match=r"TEST\.BEST\.PATIENCE"):
         trainer.go()
-    assert (trainer.iter, hook.best) == (end, best)
+    assert (trainer.finished, hook.best) == (end, best)
+    resumed, hook, evaluated, _ = evaluation({}, patience=2, start=end + 1, end=100)
+    hook.load_state_dict({"last": end, "best": best, "best_iteration": 5, "waited": 2})
+    with pytest.raises(EarlyStop):
+        resumed.go()
+    assert resumed.finished == -1 and not evaluated
 
 
 def test_resumes_the_best_and_repeats_a_missed_evaluation() -> None:

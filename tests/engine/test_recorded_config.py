@@ -14,15 +14,17 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.events import EventStorage
+from safetensors.torch import save_file
 from torch import nn
 
 from resnext_det import load_config
 from resnext_det.data.checks import check_datasets
 from resnext_det.data.registered import datasets_root, register_datasets
 from resnext_det.engine.checkpoints import Checkpointer
-from resnext_det.engine.evaluate import evaluate, last_checkpoint
+from resnext_det.engine.evaluate import evaluate, last_checkpoint, of_run
+from resnext_det.engine.hooks import Evaluation
 from resnext_det.engine.predictor import Predictor
-from resnext_det.engine.recorded_config import check_classes, check_same_function, function_changes
+from resnext_det.engine.recorded_config import check_classes, function_changes
 from resnext_det.engine.trainer import Trainer
 from resnext_det.errors import ConfigError, DatasetError, TrainingError, WeightsError
 
@@ -123,15 +125,33 @@ def test_refuses_other_function(key: str, value: object, run: Path, tmp_path: Pa
     Predictor(config(tmp_path, *more, "MODEL.RESNEXT.ALLOW_OTHER_FUNCTION", True))
 
 
-def test_starts_from_checkpoint_with_other_objects(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    file = tmp_path / "other.pth"
-    torch.save({"model": {}, "args": argparse.Namespace(lr=1)}, file)
-    check_same_function(config(tmp_path), file, allow=True)
-    assert "cannot be compared" in caplog.text
-    with pytest.raises(WeightsError, match="Namespace"):
-        check_same_function(config(tmp_path), file)
+def test_evaluates_weights_that_no_training_could_resume(run: Path, tmp_path: Path) -> None:
+    """Stripped of the optimizer, with other objects beside the weights, or in another format."""
+    final = tmp_path / "model_final.pth"
+    (tmp_path / "last_checkpoint").write_text(final.name)
+    (tmp_path / "config.yaml").write_text("")
+    model = torch.load(run / "model_final.pth")["model"]
+    cfg = config(tmp_path, "MODEL.WEIGHTS", final)
+    for others in ({}, {"args": argparse.Namespace(lr=1)}):
+        torch.save({"model": model, **others}, final)
+        assert of_run(tmp_path) == (tmp_path / "config.yaml", final)
+        assert "tensors of the detector loaded" in Predictor(cfg).report
+    save_file(model, final)
+    assert of_run(tmp_path)[1] == final
+    assert "tensors of the detector loaded" in Predictor(cfg).report
+    for use in (evaluate, Predictor):
+        with pytest.raises(WeightsError, match="cannot be fetched"):
+            use(config(tmp_path, "MODEL.WEIGHTS", "https://127.0.0.1:1/model_final.pth"))
+
+
+def test_saves_the_iteration_of_an_early_stop(killed: Path) -> None:
+    trainer = Trainer(config(killed))
+    trainer.resume_or_load(resume=True)
+    (evaluation,) = (hook for hook in trainer._hooks if isinstance(hook, Evaluation))
+    evaluation._patience = evaluation.waited = 1
+    trainer.train()
+    content = torch.load(killed / "model_final.pth")
+    assert content["iteration"] == content["trainer"]["iteration"] == 1
 
 
 WITHOUT_EFFECT = """MODEL.WEIGHTS a.pth MODEL.DEVICE cuda MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.7

@@ -6,11 +6,13 @@ import time
 from pathlib import Path
 
 import pytest
-from detectron2.engine import TrainerBase
+from detectron2.engine import HookBase, TrainerBase
 from detectron2.utils.events import EventStorage, JSONWriter
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
 from resnext_det import load_config
+from resnext_det.engine.hooks import Evaluation
 from resnext_det.engine.writers import Writers, build_writers, check_wandb, writing_period
 from resnext_det.errors import ConfigError
 
@@ -20,11 +22,13 @@ TOY = "faster_rcnn_X_26_8x4d_FPN_toy"
 class Training(TrainerBase):
     """A training of numbers alone, killed at the beginning of an iteration."""
 
-    def __init__(self, folder: Path, killed: int = -1) -> None:
+    def __init__(self, folder: Path, *hooks: HookBase, killed: int = -1) -> None:
         super().__init__()
         self.killed = killed
+        self.model = nn.Identity()
         cfg = load_config(TOY, ["OUTPUT_DIR", str(folder)])
-        self.register_hooks([Writers(build_writers(cfg), writing_period(cfg.SOLVER.MAX_ITER))])
+        writers = Writers(build_writers(cfg), writing_period(cfg.SOLVER.MAX_ITER))
+        self.register_hooks([*hooks, writers])
 
     def run_step(self) -> None:
         if self.iter == self.killed:
@@ -59,6 +63,21 @@ def test_a_resumed_training_writes_every_iteration_once(broken: str, tmp_path: P
         assert [event.step for event in events] == list(range(12))
     Training(folder).train(0, 2)  # a new training in the same folder
     assert [row["iteration"] for row in rows(folder)] == [0, 1]
+
+
+def test_resume_adds_an_interrupted_evaluation_to_its_row(tmp_path: Path) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Training(tmp_path, Evaluation(interrupted, 4, lambda: None)).train(0, 6)
+    evaluation = Evaluation(lambda: {"bbox": {"AP": 37.0}}, 4, lambda: None)
+    Training(tmp_path, evaluation).train(4, 6)
+    expected = [{"iteration": n, "total_loss": 1 / (1 + n)} for n in range(6)]
+    expected[3]["bbox/AP"] = expected[5]["bbox/AP"] = 37.0
+    assert rows(tmp_path) == expected
+    events = EventAccumulator(str(tmp_path)).Reload().Scalars("bbox/AP")
+    assert [event.step for event in events] == [3, 5]
 
 
 def test_writes_every_iteration_of_short_trainings_only() -> None:
