@@ -202,9 +202,16 @@ def idle_settings(cfg: CfgNode) -> dict[str, str]:
     cfg = complete(cfg)
     if cfg.MODEL.META_ARCHITECTURE not in KNOWN_ARCHITECTURES:
         return {}
-    changed = [key for key, default in _DEFAULTS.items() if value_of(cfg, key) != default]
+    changed = [
+        key for key, default in _DEFAULTS.items() if _listed(value_of(cfg, key)) != _listed(default)
+    ]
     decides = {key: unread_because(cfg, key) for key in changed}
     return {key: reason for key, reason in decides.items() if reason}
+
+
+def _listed(value: Any) -> Any:
+    """Return a value without tuples, which a dumped config does not keep inside of tuples."""
+    return [_listed(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def idle_warning(cfg: CfgNode) -> str | None:

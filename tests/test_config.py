@@ -332,8 +332,11 @@ def test_trains_a_config_of_detectron2s_zoo(val: list[str], tmp_path: Path) -> N
         assert (tmp_path / folder / "metrics.json").is_file()
 
 
-def test_warns_of_settings_without_effect() -> None:
+def test_warns_of_settings_without_effect(tmp_path: Path) -> None:
     assert idle_warning(load_config(TOY)) is None
+    dumped = tmp_path / "config.yaml"  # as a training writes it
+    dumped.write_text(load_config(TOY).dump())
+    assert idle_warning(load_config(str(dumped))) is None
     given = ["MODEL.RETINANET.NUM_CLASSES", "3", "TEST.AUG.MIN_SIZES", "5", "GLOBAL.HACK", "2.0"]
     found = idle_warning(load_config(TOY, given)) or ""
     for part in (

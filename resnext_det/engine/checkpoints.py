@@ -13,7 +13,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import hooks
 from detectron2.utils import comm
 from fvcore.common import checkpoint as fvcore
-from torch import Tensor, nn
+from torch import nn
 
 from resnext_det.checkpoint_file import (
     RUN,
@@ -26,7 +26,6 @@ from resnext_det.checkpoint_file import (
     run_record,
     write_checkpoint,
 )
-from resnext_det.config import complete
 from resnext_det.engine.recorded_config import Changes, check_resumable
 from resnext_det.errors import ResNeXtError, TrainingError, WeightsError, quoted
 from resnext_det.files import remove_leftovers, written_beside
@@ -69,14 +68,9 @@ class Checkpointer(fvcore.Checkpointer):
         class_names: Sequence[str] = (),
         **checkpointables: Any,
     ) -> None:
-        """Initialize the checkpointer; only the main process writes.
+        """Initialize fvcore's checkpointer, which writes in the main process only.
 
-        Args:
-            model: the model to save and load.
-            save_dir: OUTPUT_DIR.
-            config: recorded in every checkpoint.
-            class_names: recorded in every checkpoint, in the order of the model's outputs.
-            checkpointables: saved with the model, by name; with `state_dict`, `load_state_dict`.
+        Every checkpoint records `config` and `class_names`, in the order of the model's outputs.
         """
         main = comm.is_main_process()
         super().__init__(model, str(save_dir), save_to_disk=main, **checkpointables)
@@ -107,11 +101,7 @@ class Checkpointer(fvcore.Checkpointer):
         return run_record(self._config, self._class_names)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Name a file of the folder as the last checkpoint.
-
-        Raises:
-            TrainingError: the disk is full or read-only.
-        """
+        """Name a file of the folder as the last checkpoint."""
         pointer = Path(self.save_dir) / _POINTER
         try:
             with written_beside(pointer, None, durable=True) as beside:
@@ -120,12 +110,9 @@ class Checkpointer(fvcore.Checkpointer):
             raise not_written(pointer, error) from error
 
     def resume(self) -> Resumed | None:
-        """Load the newest intact checkpoint into the model and all checkpointables.
+        """Load the newest intact checkpoint, if there is one, and return it.
 
         A collective call; the main process chooses the file.
-
-        Returns:
-            The checkpoint; None, with nothing changed, if there is none.
 
         Raises:
             TrainingError: all checkpoints are damaged, or a process cannot load the chosen one.
@@ -197,12 +184,9 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
 
 
 def last_good(folder: Path) -> Path | None:
-    """Return the newest intact checkpoint of a training, to resume from or to evaluate.
+    """Return the newest intact checkpoint of a training, or None if the folder has no checkpoint.
 
     Damaged ones are skipped with a warning.
-
-    Returns:
-        The file; None if the folder has no checkpoint.
 
     Raises:
         TrainingError: all checkpoints are damaged.
@@ -259,14 +243,3 @@ def _iteration(file: Path) -> int:
     except WeightsError:  # refused later, with the reason
         return _number(file)
     return -1 if iteration is None else iteration
-
-
-def checkpoint_bytes(model: nn.Module, cfg: CfgNode) -> int:
-    """Estimate the size of a checkpoint: weights, momentum and the moving average."""
-    weights = list(model.parameters())
-    held: list[Tensor] = list(model.state_dict().values())
-    if cfg.SOLVER.MOMENTUM:
-        held += [each for each in weights if each.requires_grad]
-    if complete(cfg).SOLVER.EMA.ENABLED:
-        held += weights
-    return sum(each.numel() * each.element_size() for each in held)

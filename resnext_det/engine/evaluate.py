@@ -27,9 +27,7 @@ logger = logging.getLogger(__name__)
 def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
     """Evaluate MODEL.WEIGHTS on every data set of DATASETS.TEST.
 
-    Args:
-        cfg: the config.
-        resume: evaluate the last checkpoint of OUTPUT_DIR instead of MODEL.WEIGHTS.
+    With `resume`, the last checkpoint of OUTPUT_DIR instead.
 
     Returns:
         {"bbox": {"AP": ...}} in percent, by data set if there are several; with TEST.AUG.ENABLED

@@ -321,10 +321,6 @@ def validation_losses(model: nn.Module, batches: Iterable[list[Any]]) -> dict[st
 
     Detectors compute losses only in training mode; batch norms stay in evaluation mode, so that
     nothing is learned.
-
-    Args:
-        model: a Detectron2 detector, left in the mode it was in.
-        batches: this process's share of the images.
     """
     modes = {module: module.training for module in model.modules()}
     model.train()

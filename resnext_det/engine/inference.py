@@ -51,8 +51,8 @@ def evaluate_datasets(
     Args:
         cfg: the config.
         model: with its weights.
-        evaluator_of: returns the evaluator of a data set, given its name.
-        loader_of: likewise, its images for this process.
+        evaluator_of: returns the evaluator of a data set by its name.
+        loader_of: likewise, this process's images.
 
     Returns:
         {"bbox": {"AP": ...}}, by data set if there are several; empty except on the main process.

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from threading import Thread
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -178,7 +178,7 @@ def run_everywhere(
 
     Args:
         function: a module-level function.
-        job: the processes and their rendezvous address.
+        job: the processes.
         arguments: must be picklable.
 
     Raises:
@@ -283,7 +283,9 @@ def _work(function: Callable[..., None], arguments: tuple[Any, ...], job: Job) -
         # A process that left early would look like a failure to the others.
         comm.synchronize()
     except Exception as error:
-        _report(error, store, job)
+        code = _report(error, store, job)
+        _leave_destructors(code)
+        sys.exit(code)
     # Destroy the groups, so that their threads end before the interpreter does.
     comm._LOCAL_PROCESS_GROUP = None  # Detectron2's second reference to the group
     comm.create_local_process_group.cache_clear()
@@ -327,13 +329,13 @@ def _join(store: Any, job: Job) -> None:
     comm.synchronize()
 
 
-def _report(error: Exception, store: Any, job: Job) -> NoReturn:
-    """Report an error, unless another process on this machine already has, and exit."""
+def _report(error: Exception, store: Any, job: Job) -> int:
+    """Report an error, unless another process on this machine has, and return the exit code."""
     if says_lost_contact(error):
         if not SIGNALS.received:
             time.sleep(_ECHO)  # if another process failed first, SIGTERM arrives meanwhile
         if SIGNALS.received:
-            _exit(128 + SIGNALS.received)
+            return 128 + SIGNALS.received
     try:
         is_first = store.add(f"failed/{job.machine_rank}", 1) == 1
     except dist.DistError:  # the store's host is gone
@@ -344,12 +346,7 @@ def _report(error: Exception, store: Any, job: Job) -> NoReturn:
             if sentence:
                 raise TrainingError(sentence) from error
             traceback.print_exception(error)
-    _exit(2 if sentence else 1)
-
-
-def _exit(code: int) -> NoReturn:
-    _leave_destructors(code)
-    sys.exit(code)
+    return 2 if sentence else 1
 
 
 def _leave_destructors(code: int) -> None:

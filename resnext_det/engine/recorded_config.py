@@ -128,16 +128,13 @@ def check_same_function(cfg: CfgNode, *, allow: bool = False) -> None:
 
 
 def check_resumable(cfg: CfgNode, file: Path, run: Run | None, class_names: list[str]) -> Changes:
-    """Refuse settings that a resumed training cannot change.
+    """Refuse settings that a resumed training cannot change, and return all that differ.
 
     Args:
         cfg: the config of the resumed training.
         file: the checkpoint.
         run: its record, if it has one.
         class_names: of the resumed training.
-
-    Returns:
-        All settings that differ.
 
     Raises:
         ConfigError: a setting that cannot be changed differs.

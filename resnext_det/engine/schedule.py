@@ -13,7 +13,6 @@ from tabulate import tabulate
 from resnext_det.config import complete
 from resnext_det.config_rules import COSINE, MULTI_STEP, RULES, refuse, value_of, wrong
 from resnext_det.errors import ConfigError
-from resnext_det.files import size_text
 
 # The keys that `DefaultTrainer.auto_scale_workers` changes.
 _SCALED = (
@@ -47,41 +46,8 @@ class Plan:
     scaling: tuple[str, ...]
     warnings: tuple[str, ...] = ()
 
-    @property
-    def checkpoints_kept(self) -> int:
-        """The number of checkpoints at the end: periodic ones, the final one and the best."""
-        solver, test = self.cfg.SOLVER, self.cfg.TEST
-        periodic = solver.MAX_ITER // solver.CHECKPOINT_PERIOD
-        kept = min(periodic, solver.KEEP_LAST or periodic)
-        return int(kept + 1 + bool(self.cfg.DATASETS.TEST and test.BEST.METRIC))
-
-    @property
-    def evaluations(self) -> int:
-        """The number of evaluations, including the one at the end."""
-        if not self.cfg.DATASETS.TEST:
-            return 0
-        period, end = self.cfg.TEST.EVAL_PERIOD, self.cfg.SOLVER.MAX_ITER
-        return 1 + ((end - 1) // period if period else 0)
-
-    def shortage(self, checkpoint_bytes: int, free_bytes: int) -> str | None:
-        """Return a warning if the disk cannot hold the checkpoints, else None."""
-        needed = (
-            self.checkpoints_kept + 1
-        ) * checkpoint_bytes  # one is written before another goes
-        if needed <= free_bytes:
-            return None
-        return (
-            f"the checkpoints need {size_text(needed)} of disk space and {size_text(free_bytes)} "
-            "are free: lower SOLVER.KEEP_LAST (0 keeps all) or set another OUTPUT_DIR."
-        )
-
-    def describe(self, images: int, checkpoint_bytes: int) -> str:
-        """Return the plan as lines to print.
-
-        Args:
-            images: number of training images.
-            checkpoint_bytes: size of one checkpoint.
-        """
+    def describe(self, images: int) -> str:
+        """Return the plan for this number of training images, as lines to print."""
         solver, test, tested = self.cfg.SOLVER, self.cfg.TEST, self.cfg.DATASETS.TEST
 
         def at(iteration: int) -> str:
@@ -99,11 +65,15 @@ class Plan:
         if solver.WARMUP_ITERS:
             start = solver.BASE_LR * solver.WARMUP_FACTOR
             warmup = f"from {start:g}, until {at(solver.WARMUP_ITERS)}"
-        evaluations = f"{self.evaluations:,} on {', '.join(tested)}" if tested else "none"
-        if test.EVAL_PERIOD and tested:
-            evaluations += f", every {test.EVAL_PERIOD:,} iterations and at the end"
-        if test.BEST.PATIENCE and test.BEST.METRIC and tested:
-            evaluations += f"; stops after {test.BEST.PATIENCE:,} without improvement"
+        evaluations = "none"
+        if tested:
+            periodic = f"every {test.EVAL_PERIOD:,} iterations and " if test.EVAL_PERIOD else ""
+            evaluations = f"{periodic}at the end, on {', '.join(tested)}"
+            if test.BEST.PATIENCE and test.BEST.METRIC:
+                evaluations += f"; stops after {test.BEST.PATIENCE:,} without improvement"
+        checkpoints = f"every {solver.CHECKPOINT_PERIOD:,} iterations"
+        if solver.KEEP_LAST:
+            checkpoints += f", of which the last {solver.KEEP_LAST:,} are kept"
         rows = [
             (
                 "Images per update",
@@ -111,17 +81,13 @@ class Plan:
                 f"{self.images_per_micro_batch} (processes x micro-batches x images)",
             ),
             ("Scaling", "\n".join(self.scaling)),
-            ("Images to train on", f"{images:,}"),  # read by the report
+            ("Images to train on", f"{images:,}"),
             ("Learning rate", f"{solver.BASE_LR:g}"),
             ("Warm-up", warmup),
             ("Decay", "\n".join(decay) or "none"),
             ("End", at(solver.MAX_ITER)),
             ("Evaluations", evaluations),
-            (
-                "Checkpoints",
-                f"every {solver.CHECKPOINT_PERIOD:,} iterations; {self.checkpoints_kept:,} kept, "
-                f"of {size_text(checkpoint_bytes)} each",
-            ),
+            ("Checkpoints", checkpoints),
         ]
         text: str = tabulate(rows, tablefmt="plain", disable_numparse=True)
         return text

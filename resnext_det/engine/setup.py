@@ -25,13 +25,13 @@ logger = logging.getLogger(__name__)
 def check_folder(
     cfg: CfgNode, *, resume: bool, overwrite: bool, weights_given: bool = False
 ) -> None:
-    """Refuse to overwrite a training unless asked to.
+    """Refuse to overwrite a training in OUTPUT_DIR, unless it is resumed or `overwrite` is set.
 
     Args:
-        cfg: the run's config; OUTPUT_DIR is read.
-        resume: continue from the folder's last checkpoint.
-        overwrite: a training in the folder may be overwritten.
-        weights_given: the command line itself names MODEL.WEIGHTS.
+        cfg: the run's config.
+        resume: --resume.
+        overwrite: --overwrite.
+        weights_given: whether the command line itself sets MODEL.WEIGHTS, which a resume ignores.
 
     Raises:
         ConfigError: the folder holds a training that would be lost.
@@ -55,15 +55,8 @@ def set_up(cfg: CfgNode, arguments: argparse.Namespace) -> Path:
     Detectron2's information goes to log.txt only, its warnings to the terminal as well. The config
     of an evaluation goes to OUTPUT_DIR/inference, since OUTPUT_DIR/config.yaml is the training's.
 
-    Args:
-        cfg: the run's config; OUTPUT_DIR and SEED are read.
-        arguments: the command line, for the log.
-
     Returns:
         The folder of config.yaml.
-
-    Raises:
-        ConfigError: OUTPUT_DIR cannot be written.
     """
     ignore_others_warnings()  # again, since this may be a child process of the command
     folder = Path(cfg.OUTPUT_DIR)

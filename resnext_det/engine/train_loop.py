@@ -69,7 +69,7 @@ class TrainLoop(SimpleTrainer):
             model: maps a batch to losses by name; wrapped in DistributedDataParallel if there are
                 several processes.
             data: returns the micro-batches of this process.
-            optimizer: optimizer of the model's parameters.
+            optimizer: of the model's parameters.
             share: what this process computes.
             seed: the same on all processes.
             folder: OUTPUT_DIR, where images with non-finite losses are saved.
@@ -117,11 +117,7 @@ class TrainLoop(SimpleTrainer):
             iterator._shutdown_workers()  # as in its __del__; there is no public method
 
     def run_step(self) -> None:
-        """Compute and apply one update.
-
-        Raises:
-            TrainingError: more non-finite losses than allowed.
-        """
+        """Compute and apply one update, or skip it if a loss is not finite."""
         assert self.model.training, "the model was changed to eval mode"
         self.optimizer.zero_grad()
         losses: list[dict[str, Tensor]] = []

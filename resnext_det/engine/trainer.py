@@ -36,7 +36,7 @@ from resnext_det.data.stream import (
     training_records,
     with_lasting_workers,
 )
-from resnext_det.engine.checkpoints import Checkpointer, PeriodicCheckpointer, checkpoint_bytes
+from resnext_det.engine.checkpoints import Checkpointer, PeriodicCheckpointer
 from resnext_det.engine.hooks import (
     SIGNALS,
     STOPPED,
@@ -57,7 +57,6 @@ from resnext_det.engine.writers import Writers, build_writers, writing_period
 from resnext_det.evaluation.coco import Engine
 from resnext_det.evaluation.evaluator import DetectionEvaluator
 from resnext_det.evaluation.results_file import INFERENCE
-from resnext_det.files import free_bytes
 from resnext_det.weights.loading import load_weights
 
 logger = logging.getLogger(__name__)
@@ -76,10 +75,7 @@ class Trainer(DefaultTrainer):
     checkpointer: Checkpointer  # type: ignore[assignment]  # another of fvcore's kind
 
     def __init__(self, cfg: CfgNode) -> None:
-        """Build model, optimizer, data and hooks.
-
-        Args:
-            cfg: the run's config, scaled to the number of processes by SOLVER.SCALING.
+        """Build model, optimizer and hooks from a config, scaled by SOLVER.SCALING.
 
         Raises:
             ConfigError: a setting is impossible.
@@ -134,9 +130,6 @@ class Trainer(DefaultTrainer):
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Resume from the newest intact checkpoint in OUTPUT_DIR, or load MODEL.WEIGHTS.
-
-        Args:
-            resume: resume weights, optimizer, schedule and iteration, if there is a checkpoint.
 
         Raises:
             WeightsError: MODEL.WEIGHTS does not fill the backbone, or the checkpoint is of another
@@ -209,13 +202,11 @@ class Trainer(DefaultTrainer):
     def _log_plan(self, loader: Any) -> None:
         if not comm.is_main_process():
             return
-        size = checkpoint_bytes(unwrap(self._trainer.model), self.cfg)
         data = getattr(loader, "dataset", None)
         if not isinstance(data, SeededDataset):  # of a subclass's own loader
             data = training_records(self.cfg)
-        logger.info("the plan:\n%s", self.plan.describe(len(data), size))
-        shortage = self.plan.shortage(size, free_bytes(Path(self.cfg.OUTPUT_DIR)))
-        for warning in (*self.plan.warnings, idle_warning(self.cfg), shortage):
+        logger.info("the plan:\n%s", self.plan.describe(len(data)))
+        for warning in (*self.plan.warnings, idle_warning(self.cfg)):
             if warning:
                 logger.warning("%s", warning)
 
@@ -300,13 +291,9 @@ class Trainer(DefaultTrainer):
     def build_train_loader(
         cls, cfg: CfgNode, share: Share | None = None, seed: int = 0, start: int = 0
     ) -> Any:
-        """Return an infinite loader of one process's training data.
+        """Return an infinite loader of one process's training data, from update `start` on.
 
-        Args:
-            cfg: the run's config.
-            share: what this process computes; None for SOLVER.IMS_PER_BATCH over all processes.
-            seed: decides order and augmentation.
-            start: number of updates already done.
+        Without a share, a process computes its part of SOLVER.IMS_PER_BATCH at once.
         """
         if share is None:
             images = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
@@ -316,11 +303,6 @@ class Trainer(DefaultTrainer):
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict[str, Any]:
         """Evaluate a model; an evaluation that was killed continues after its last predictions.
-
-        Args:
-            cfg: DATASETS.TEST names the data sets.
-            model: the model with its weights.
-            evaluators: as in Detectron2, one or one per data set; None for this package's.
 
         Raises:
             DatasetError: the data has different classes than the model.
@@ -372,13 +354,7 @@ class Trainer(DefaultTrainer):
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
     ) -> DetectionEvaluator:
-        """Return the evaluator of a data set.
-
-        Args:
-            cfg: the config.
-            dataset_name: one of DATASETS.TEST.
-            output_folder: for metrics.json and the detections; by default OUTPUT_DIR/inference.
-        """
+        """Return the evaluator of a data set; it writes to OUTPUT_DIR/inference by default."""
         folder = Path(cfg.OUTPUT_DIR) / INFERENCE if output_folder is None else Path(output_folder)
         test = complete(cfg).TEST
         return DetectionEvaluator(

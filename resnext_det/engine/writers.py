@@ -30,11 +30,7 @@ def writing_period(iterations: int) -> int:
 
 
 def build_writers(cfg: CfgNode) -> list[EventWriter]:
-    """Return the writers of a training: metrics.jsonl, TensorBoard, and wandb if it is enabled.
-
-    Raises:
-        ConfigError: wandb is enabled but not installed.
-    """
+    """Return the writers of a training, and start wandb if it is enabled."""
     cfg = complete(cfg)
     output = Path(cfg.OUTPUT_DIR)
     output.mkdir(parents=True, exist_ok=True)
@@ -48,11 +44,7 @@ def build_writers(cfg: CfgNode) -> list[EventWriter]:
 
 
 def check_wandb(cfg: CfgNode) -> None:
-    """Refuse WANDB.ENABLED if wandb is not installed.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
+    """Refuse WANDB.ENABLED if wandb is not installed."""
     if cfg.WANDB.ENABLED and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
             "WANDB.ENABLED is True but wandb is not installed: pip install wandb, or set "

@@ -1,11 +1,9 @@
-"""Evaluations: resumed after a kill, shared by processes, of any model that can be evaluated."""
+"""Evaluations: resumed after a kill, of any model that can be evaluated."""
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -172,90 +170,3 @@ def test_refuses_what_cannot_be_evaluated(words: str, message: str) -> None:
         check_expectations(load_config(TOY, words.split()))
     words = words.replace("VALIDATION_LOSS True", "VALIDATION_LOSS False")
     check_expectations(load_config(TOY, [*words.split(), "DATASETS.TEST", "()"]))
-
-
-SHARED = """
-import sys
-from pathlib import Path
-
-import torch
-from detectron2.data.datasets import register_coco_instances
-from detectron2.modeling import build_model
-from detectron2.utils import comm
-from torch import nn
-
-from resnext_det import load_config
-from resnext_det.engine.inference import buffers_of_first_process, model_digest
-from resnext_det.engine.launch import Job, run_everywhere
-from resnext_det.engine.trainer import Trainer
-from resnext_det.errors import EvaluationError
-
-
-def evaluate(folder):
-    # With other numbers of threads, sums are rounded differently.
-    torch.set_num_threads(1)
-    register_coco_instances("five", {}, sys.argv[2], sys.argv[3])
-    words = ["OUTPUT_DIR", folder, "DATASETS.TEST", "('five',)"]
-    cfg = load_config("faster_rcnn_X_26_8x4d_FPN_toy", [*words, "DATALOADER.NUM_WORKERS", "0"])
-    torch.manual_seed(0)
-    Trainer.test(cfg, build_model(cfg))
-    if comm.get_world_size() > 1:
-        check_buffers(cfg)
-
-
-def check_buffers(cfg):
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
-    rank = comm.get_rank()
-    model[0].weight.data.fill_(1)
-    model[0].bias.data.fill_(1)
-    model[1].running_mean += rank
-    model[1].num_batches_tracked += rank
-    try:
-        model_digest(cfg, model)
-        raise AssertionError("did not notice different statistics")
-    except EvaluationError as error:
-        assert "different weights" in str(error)
-    try:
-        with buffers_of_first_process(model):
-            assert model[1].running_mean.tolist() == [0] * 4
-            assert model[1].num_batches_tracked == 0
-            model_digest(cfg, model)
-            raise KeyError
-    except KeyError:
-        assert model[1].running_mean.tolist() == [rank] * 4
-        assert model[1].num_batches_tracked == rank
-
-
-if __name__ == "__main__":
-    for processes in (1, 2):
-        folder = str(Path(sys.argv[1]) / str(processes))
-        run_everywhere(evaluate, Job(processes=processes), (folder,))
-"""
-
-
-def test_two_processes_give_same_bits_as_one(tmp_path: Path, datasets: Path) -> None:
-    """On 5 images, of which the processes get unequal shares."""
-    toy = datasets / "toy_coco"
-    annotations = json.loads((toy / "annotations" / "instances_train2017.json").read_text())
-    annotations["images"] = annotations["images"][:5]
-    kept = {image["id"] for image in annotations["images"]}
-    annotations["annotations"] = [
-        each for each in annotations["annotations"] if each["image_id"] in kept
-    ]
-    (tmp_path / "five.json").write_text(json.dumps(annotations))
-    (tmp_path / "shared.py").write_text(SHARED)
-    words = [tmp_path / "shared.py", tmp_path, tmp_path / "five.json", toy / "train2017"]
-    done = subprocess.run(
-        [sys.executable, *map(str, words)], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    results, entries = [], []
-    for processes in ("1", "2"):
-        entry = document(tmp_path / processes)["datasets"]["five"]
-        for key in ("date", "seconds_per_image"):
-            entry.pop(key, None)
-        entries.append(entry)
-        results.append((tmp_path / processes / "inference" / "detections_five.json").read_bytes())
-    assert entries[0] == entries[1]
-    assert results[0] == results[1]
-    assert len(json.loads(results[0])) > 100
