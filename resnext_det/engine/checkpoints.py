@@ -169,18 +169,22 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
     """Detectron2's hook; its `max_to_keep` includes checkpoints from before a resume."""
 
     def before_train(self) -> None:
-        """Find these checkpoints, and remove files that a kill left half written."""
+        """Find these checkpoints; remove surplus ones and files that a kill left half written."""
         super().before_train()  # type: ignore[no-untyped-call]
         folder = Path(self.checkpointer.save_dir)
-        try:
-            for pattern in ("*.pth", _POINTER):
-                remove_leftovers(folder, pattern)
-        except OSError as error:
-            raise not_written(folder / _POINTER, error) from error
         # Higher numbers are from an earlier training in the same folder.
         start = self.trainer.start_iter
         found = [file for file in _files(folder) if _number(file, start) < start]
-        self.recent_checkpoints = [str(file) for file in sorted(found, key=_number)]
+        found.sort(key=_number)
+        try:
+            for pattern in ("*.pth", _POINTER):
+                remove_leftovers(folder, pattern)
+            # One more after every signal; fvcore removes only one whenever it saves one.
+            while self.max_to_keep is not None and len(found) > self.max_to_keep:
+                found.pop(0).unlink()
+        except OSError as error:
+            raise not_written(folder / _POINTER, error) from error
+        self.recent_checkpoints = [str(file) for file in found]
 
 
 def last_good(folder: Path) -> Path | None:

@@ -99,8 +99,8 @@ class MetricsWriter(JSONWriter):
         if self._last_write == iteration >= 0:
             latest = get_event_storage().latest().items()
             row |= {name: value for name, (value, when) in latest if when == iteration}
-            self._file_handle.write(json.dumps(row, sort_keys=True) + "\n")
-            self._file_handle.flush()
+            with file.open("a") as log:
+                log.write(json.dumps(row, sort_keys=True) + "\n")
 
 
 class TensorBoardWriter(TensorboardXWriter):

@@ -168,10 +168,11 @@ def test_keeps_the_newest_even_after_a_resume(tmp_path: Path) -> None:
     others = {"model_0009999.pth", "model_best.pth", "model_12.pth", "model_final.pth"}
     others.add("last_checkpoint")
     assert names(tmp_path) == others | {"model_0000003.pth", "model_0000005.pth"}
+    saved(tmp_path, 6)  # as after a signal
     second = Training(tmp_path)
     assert second.checkpointer.resume() is not None
     second.run(7, 9, PeriodicCheckpointer(second.checkpointer, 2, max_to_keep=2))
-    assert names(tmp_path) == others | {"model_0000005.pth", "model_0000007.pth"}
+    assert names(tmp_path) == others | {"model_0000006.pth", "model_0000007.pth"}
 
 
 # Which checkpoint to resume from.
