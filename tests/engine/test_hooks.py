@@ -18,6 +18,7 @@ from resnext_det.engine.hooks import (
     EarlyStop,
     Evaluation,
     Interrupted,
+    PreciseBN,
     Progress,
     StopOnSignal,
     Throughput,
@@ -149,6 +150,15 @@ def test_validation_losses_are_means_over_images_and_change_nothing() -> None:
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
     assert not model.training and not model.norm.training
     assert validation_losses(model, []) == {}
+
+
+def test_precise_bn_always_uses_the_same_images() -> None:
+    model = nn.BatchNorm1d(1)
+    hook = PreciseBN(0, model, list(torch.rand(6, 4, 1)), 3)
+    hook.update_stats()
+    mean = model.running_mean.clone()
+    hook.update_stats()
+    assert torch.equal(model.running_mean, mean)
 
 
 # Progress.
