@@ -132,8 +132,12 @@ def test_figures_and_files_match_stock_detectron2(annotations: Path, tmp_path: P
     for key in ("segmentation", "keypoints"):
         assert [each[key] for each in written] == [each[key] for each in expected]
     (evaluation,) = read_metrics(tmp_path).evaluations
-    for kind in KINDS:
-        assert evaluation.kinds[kind].figures["AP"] == pytest.approx(stock[kind]["AP"])
+    for kind, found in evaluation.kinds.items():
+        assert found.figures["AP"] == pytest.approx(stock[kind]["AP"])
+        for name in ("AP", "AP50", "APm", "APl"):  # each is the mean over the classes
+            values = [v for row in found.per_class if (v := getattr(row, name)) is not None]
+            assert found.figures[name] == (pytest.approx(np.mean(values)) if values else None)
+    assert set(evaluation.kinds) == set(KINDS)
     assert evaluation.kinds["keypoints"].per_class[0].APs is None
     details = json.loads((tmp_path / f"details_{NAME}.json").read_text())
     assert {"curves", "confusion", "errors"} <= set(details["segm"]) & set(details["keypoints"])
