@@ -18,8 +18,8 @@ from PIL import Image
 
 from resnext_det.evaluation import coco, compare, detections
 from resnext_det.modeling.blocks import BLOCKS
-from resnext_det.weights import imagenet_images, verifying
-from resnext_det_cli import COMMANDS, convert, eval_imagenet, evaluate, main
+from resnext_det.weights import verifying
+from resnext_det_cli import COMMANDS, convert, evaluate, main
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = sorted(path.name for path in (ROOT / "tools").glob("*.py"))
@@ -76,7 +76,6 @@ def test_choices_match_the_package() -> None:
     assert evaluate.RESAMPLES == compare.RESAMPLES
     assert tuple(sorted(BLOCKS)) == convert.FORMS
     assert typing.get_args(verifying.Program) == convert.PROGRAMS
-    assert imagenet_images.INTERPOLATIONS == eval_imagenet.INTERPOLATIONS
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,7 @@ import contextlib
 import http.client
 import logging
 import os
-import socket
-import sys
+import shutil
 import time
 import urllib.error
 import urllib.request
@@ -15,10 +14,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.hub
 from detectron2.utils.file_io import PathHandler, PathManager
 from detectron2.utils.logger import log_first_n
 from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 from resnext_det.errors import WeightsError, quoted
 from resnext_det.files import file_digest
@@ -202,11 +201,11 @@ def _read(found: Entry, file: Path) -> BackboneWeights:
 
 
 def download(url: str, target: Path) -> None:
-    """Download a file with torch.hub, repeatedly after errors that may pass.
+    """Download a file, repeatedly after errors that may pass.
 
     Args:
         url: http or https.
-        target: it is written beside this file, and then renamed.
+        target: removed if the download fails.
 
     Raises:
         WeightsError: the server is out of reach, or sends an error, a web page or too much.
@@ -214,13 +213,8 @@ def download(url: str, target: Path) -> None:
     """
     for attempt in range(1, _ATTEMPTS + 1):
         try:
-            with _socket_timeout():
-                size = _size(url)
-                torch.hub.download_url_to_file(url, str(target), progress=sys.stderr.isatty())
-            if (arrived := target.stat().st_size) == size:
-                return
-            target.unlink()
-            raise ConnectionError(f"{arrived:,} of {size:,} bytes arrived")
+            _download_once(url, target)
+            return
         except _NETWORK_ERRORS as error:
             code = error.code if isinstance(error, urllib.error.HTTPError) else None
             final = code is not None and code < 500 and code not in _PASSING
@@ -234,29 +228,36 @@ def download(url: str, target: Path) -> None:
         time.sleep(pause)
 
 
-@contextlib.contextmanager
-def _socket_timeout() -> Iterator[None]:
-    # torch.hub has no timeout of its own.
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(_TIMEOUT)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
+def _download_once(url: str, target: Path) -> None:
+    request = urllib.request.Request(url, headers={"User-Agent": "resnext_det"})
+    with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
+        size = _size(url, answer)
+        try:
+            with (
+                target.open("wb") as stream,
+                tqdm.wrapattr(stream, "write", total=size, disable=None) as counted,
+            ):
+                shutil.copyfileobj(answer, counted)
+            if (arrived := target.stat().st_size) != size:
+                raise ConnectionError(f"{arrived:,} of {size:,} bytes arrived")
+        except BaseException:
+            target.unlink(missing_ok=True)
+            raise
 
 
-def _size(url: str) -> int:
-    """Return the size of a file; refuse a web page, a large file, or an insecure redirection."""
-    request = urllib.request.Request(url, headers={"User-Agent": "torch.hub"})
-    with urllib.request.urlopen(request) as answer:
-        if not answer.url.startswith("https:" if url.startswith("https:") else ("http:", "https:")):
-            raise WeightsError(f"{url} redirects to {answer.url}, which is not secure")
-        if answer.headers.get_content_type() == "text/html":
-            raise WeightsError(f"{url} is a web page and no file, perhaps the login of a proxy")
-        length = answer.headers.get("Content-Length", "")
-        if not length.isdecimal() or int(length) > LARGEST:
-            raise WeightsError(
-                f"{url} sends {quoted(length) if length else 'an unknown number of'} bytes, and at "
-                f"most {LARGEST:,} are accepted"
-            )
-        return int(length)
+def _size(url: str, answer: Any) -> int:
+    """Return the size of a file; refuse a web page, a large file, or an insecure redirection.
+
+    http.client reads no more bytes than this, whatever the server sends.
+    """
+    if not answer.url.startswith("https:" if url.startswith("https:") else ("http:", "https:")):
+        raise WeightsError(f"{url} redirects to {quoted(answer.url)}, which is not secure")
+    if answer.headers.get_content_type() == "text/html":
+        raise WeightsError(f"{url} is a web page instead of a file, perhaps the login of a proxy")
+    size: int | None = answer.length  # None for chunks, which could go on forever
+    if size is None or size > LARGEST:
+        raise WeightsError(
+            f"{url} sends {'an unknown number of' if size is None else f'{size:,}'} bytes, and at "
+            f"most {LARGEST:,} are accepted"
+        )
+    return size

@@ -58,6 +58,7 @@ class Web:
         length: int | None = -1,
         kind: str = "application/octet-stream",
         waits_after: int | None = None,
+        chunked: bool = False,
     ) -> Answer:
         """Return an answer.
 
@@ -67,6 +68,7 @@ class Web:
             length: said to be sent; -1 for the truth, None for nothing said.
             kind: the content type.
             waits_after: bytes after which nothing comes before the gate is opened.
+            chunked: announce chunks, of which there may be any number.
         """
 
         def answer(handler: BaseHTTPRequestHandler) -> None:
@@ -74,6 +76,8 @@ class Web:
             handler.send_header("Content-Type", kind)
             if length is not None:
                 handler.send_header("Content-Length", str(len(body) if length < 0 else length))
+            if chunked:
+                handler.send_header("Transfer-Encoding", "chunked")
             handler.end_headers()
             if waits_after is not None:
                 handler.wfile.write(body[:waits_after])

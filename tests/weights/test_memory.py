@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
+import pickletools
 import subprocess
 import sys
 import zipfile
@@ -70,6 +72,16 @@ def legacy_claim(file: Path) -> None:
     file.write_bytes(content.replace(b"K\x06N", b"J\xff\xff\xff\x7fN"))
 
 
+def legacy_without_numbers(file: Path) -> None:
+    """Its storages are not on the list of those that follow."""
+    legacy_claim(file)
+    content = io.BytesIO(file.read_bytes())
+    for _ in range(4):
+        for _ in pickletools.genops(content):
+            pass
+    file.write_bytes(content.getvalue()[: content.tell()] + pickle.dumps([], 2))
+
+
 def many_copies_of_one_list(file: Path) -> None:
     pairs = [(number, number) for number in range(10_000)]
     save_pickle([Call(OrderedDict, pairs) for _ in range(10_000)], file, 2)
@@ -119,6 +131,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "expanded tensor": lambda file: torch.save({"a": torch.ones(1).expand(2**40)}, file),
     "legacy bytearray": lambda file: save_legacy({"a": Call(bytearray, 2**30)}, file),
     "legacy claim": legacy_claim,
+    "legacy without numbers": legacy_without_numbers,
     "pickled bytearray": lambda file: save_pickle({"a": Call(bytearray, 2**30)}, file),
     "pickled ndarray": lambda file: save_pickle({"a": Call(np.ndarray, (2**34,), "u1")}, file),
     "pickled zeros": lambda file: save_pickle({"a": Call(np.zeros, 2**34)}, file),

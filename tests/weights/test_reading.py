@@ -7,6 +7,7 @@ import functools
 import io
 import os
 import pickle
+import pickletools
 import random
 import zipfile
 from collections import OrderedDict
@@ -25,8 +26,7 @@ from resnext_det import ResNeXt
 from resnext_det.errors import WeightsError
 from resnext_det.weights.converting import read_backbone
 from resnext_det.weights.layouts import to_torchvision
-from resnext_det.weights.pickles import ArrayUnpickler
-from resnext_det.weights.reading import read_tensors
+from resnext_det.weights.reading import ArrayUnpickler, read_tensors
 
 TENSORS = {"conv1.weight": torch.arange(6.0).reshape(2, 3), "bn1.bias": torch.ones(2)}
 ARRAYS = {name: tensor.numpy() for name, tensor in TENSORS.items()}
@@ -285,6 +285,28 @@ def test_refuses_ambiguous_archives(tmp_path: Path) -> None:
     with pytest.raises(WeightsError) as caught:
         read_tensors(tmp_path / "weights")
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("listed", [[], ["first"], None])
+def test_refuses_legacy_storages_without_numbers(listed: list[str] | None, tmp_path: Path) -> None:
+    """torch.load leaves those that the file does not list uninitialised."""
+    file = tmp_path / "weights"
+    save_legacy(TENSORS, file)
+    stream = io.BytesIO(file.read_bytes())
+    for _ in range(4):
+        for _ in pickletools.genops(stream):
+            pass
+    before, storages = stream.tell(), pickle.load(stream)
+    numbers = stream.read()
+    sizes = dict(zip(storages, (8 + 4 * 6, 8 + 4 * 2)))
+    assert sum(sizes.values()) == len(numbers)
+    kept = storages if listed is None else storages[: len(listed)]
+    file.write_bytes(stream.getvalue()[:before] + pickle.dumps(kept, 2) + numbers)
+    if listed is None:  # so the rewriting itself is not refused
+        assert same(read_tensors(file))
+        return
+    with pytest.raises(WeightsError, match="lacks the numbers of some of its tensors"):
+        read_tensors(file)
 
 
 def test_refuses_changed_numbers_in_an_archive(tmp_path: Path) -> None:
