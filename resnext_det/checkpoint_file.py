@@ -1,4 +1,4 @@
-"""The checkpoint of a training: written whole, verified when read, with a record of its run."""
+"""Checkpoints of a training: written atomically, verified when read, with a record of the run."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from detectron2.config import CfgNode
 from resnext_det.environment import versions
 from resnext_det.errors import TrainingError, WeightsError, quoted
 from resnext_det.files import free_bytes, open_regular, size_text, written_beside
-from resnext_det.weights.reading import read_content as read_content
-from resnext_det.weights.reading import read_outline as read_outline
-from resnext_det.weights.reading import save_file
+from resnext_det.weights.reading import read_content, read_outline, save_file
 
 # This package's record in a checkpoint, beside "model" and the trainer's own keys.
 RUN = "resnext_det_run"
@@ -41,12 +39,7 @@ class Run:
 
 
 def run_record(config: CfgNode | None, class_names: Sequence[str]) -> dict[str, Any]:
-    """Return a run's record for its checkpoints, in plain containers; `read_run` reads it.
-
-    Args:
-        config: of the run.
-        class_names: in the order of the model's outputs.
-    """
+    """Return the record of a run for its checkpoints, in plain containers; `read_run` reads it."""
     return {
         "config": "" if config is None else config.dump(),
         "class_names": [str(name) for name in class_names],
@@ -55,7 +48,7 @@ def run_record(config: CfgNode | None, class_names: Sequence[str]) -> dict[str, 
 
 
 def read_run(file: Path) -> Run | None:
-    """Read what a checkpoint records about its run; None for a file of another program.
+    """Read the record of its run in a checkpoint; None for a file of another program.
 
     Raises:
         WeightsError: the file is missing or damaged, holds more than data, or has a malformed
@@ -64,7 +57,7 @@ def read_run(file: Path) -> Run | None:
     if file.is_file():
         with open_regular(file) as stream:
             if stream.read(2) not in (b"PK", b""):
-                return None  # such as Detectron2's .pkl: ours are zip archives
+                return None  # such as Detectron2's .pkl; ours are zip archives
     content = read_outline(file, others=True)
     record = content.get(RUN)
     if record is None:
@@ -88,14 +81,14 @@ def read_run(file: Path) -> Run | None:
 
 def _mapping(value: object) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise TypeError(f"a {type(value).__name__} instead of a mapping")
+        raise TypeError(f"it has a {type(value).__name__} instead of a mapping")
     return value
 
 
 def iteration_of(content: Mapping[str, Any]) -> int | None:
     """Return the last finished iteration of a checkpoint, counted from 0; None for weights alone.
 
-    fvcore keeps it at the top, Detectron2's trainers in their own part.
+    fvcore keeps it at the top level, Detectron2's trainers in their own state.
     """
     parts = (content, *(part for part in content.values() if isinstance(part, Mapping)))
     found = (part.get("iteration") for part in parts)
@@ -103,10 +96,7 @@ def iteration_of(content: Mapping[str, Any]) -> int | None:
 
 
 def read_training(file: Path) -> dict[str, Any]:
-    """Read a checkpoint to resume a training from, with every byte verified.
-
-    Returns:
-        Its content, with the tensors on the CPU.
+    """Read a checkpoint to resume from, checksums verified, with the tensors on the CPU.
 
     Raises:
         WeightsError: it is missing or damaged, holds more than data, or is not the checkpoint of a
@@ -130,7 +120,7 @@ def _is_tensor(item: tuple[object, object]) -> bool:
 
 
 def _has_optimizer(content: Mapping[str, Any], depth: int = 2) -> bool:
-    """Search the top, the trainer's part, and the part of a trainer inside that."""
+    """Search the top level, the trainer's state, and that of a trainer inside it."""
     if isinstance(content.get("optimizer"), Mapping):
         return True
     inner = (part for part in content.values() if isinstance(part, Mapping))
@@ -138,11 +128,7 @@ def _has_optimizer(content: Mapping[str, Any], depth: int = 2) -> bool:
 
 
 def write_checkpoint(content: Mapping[str, Any], file: Path) -> None:
-    """Write a checkpoint; a file of the same name stays until the new one is safe on the disk.
-
-    Args:
-        content: tensors in plain containers.
-        file: such as output/model_final.pth.
+    """Write tensors in plain containers; an old file stays until the new one is on the disk.
 
     Raises:
         TrainingError: the disk is full or read-only, or the content could not be read again.
@@ -155,8 +141,8 @@ def write_checkpoint(content: Mapping[str, Any], file: Path) -> None:
         raise not_written(file, error) from error
     except WeightsError as error:
         raise TrainingError(
-            f"{file} is not written, as it could not be read again: {error} Change the "
-            "state_dict() that returns it."
+            f"{file} was not written, as it could not be read again: {error} Change the "
+            "state_dict() that returned such a value."
         ) from error
 
 
@@ -174,10 +160,7 @@ def not_written(file: Path, error: OSError) -> TrainingError:
 
 
 def plain(value: Any) -> Any:
-    """Turn NumPy numbers into Python's and mappings into dicts, which can be read again as data.
-
-    State dicts (OrderedDict) and everything else are returned unchanged.
-    """
+    """Turn NumPy numbers into Python's, and mappings except state dicts into dicts."""
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, Mapping) and not isinstance(value, OrderedDict):

@@ -31,8 +31,6 @@ from torch import nn
 from resnext_det.checkpoint_file import (
     RUN,
     iteration_of,
-    read_content,
-    read_outline,
     read_run,
     read_training,
     write_checkpoint,
@@ -41,6 +39,7 @@ from resnext_det.config import add_resnext_config
 from resnext_det.engine.checkpoints import Checkpointer, last_good
 from resnext_det.errors import TrainingError, WeightsError
 from resnext_det.files import remove_leftovers
+from resnext_det.weights.reading import read_content, read_outline
 
 CONTENT = {
     "model": {"w": torch.arange(64.0), "b": torch.ones(3)},

@@ -19,8 +19,6 @@ from resnext_det.checkpoint_file import (
     RUN,
     iteration_of,
     not_written,
-    read_content,
-    read_outline,
     read_run,
     read_training,
     run_record,
@@ -30,6 +28,7 @@ from resnext_det.engine.recorded_config import Changes, check_resumable
 from resnext_det.errors import ResNeXtError, TrainingError, WeightsError, quoted
 from resnext_det.files import remove_leftovers, written_beside
 from resnext_det.weights.loading import check_same_model
+from resnext_det.weights.reading import read_content, read_outline
 
 logger = logging.getLogger(__name__)
 

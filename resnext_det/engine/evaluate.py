@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from resnext_det.backbones import build_detector
-from resnext_det.checkpoint_file import iteration_of, read_outline
+from resnext_det.checkpoint_file import iteration_of
 from resnext_det.config import complete, idle_warning
 from resnext_det.config_rules import refuse_impossible
 from resnext_det.engine.checkpoints import last_good
@@ -20,6 +20,7 @@ from resnext_det.engine.trainer import Trainer
 from resnext_det.errors import ConfigError, TrainingError, quoted
 from resnext_det.evaluation.coco import COCO_KEYPOINTS
 from resnext_det.weights.loading import load_weights, weights_file
+from resnext_det.weights.reading import read_outline
 
 logger = logging.getLogger(__name__)
 

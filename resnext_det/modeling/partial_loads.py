@@ -1,4 +1,4 @@
-"""Refuse a `load_state_dict` that would fill only part of a backbone, in whatever program it runs.
+"""Refuse a `load_state_dict` that would fill only part of a backbone, in any program.
 
 `load_state_dict(strict=False)`, and with it Detectron2's checkpointer, leaves missing tensors
 random after a warning. FrozenBN fills missing statistics with 0 and 1 without any warning
@@ -21,7 +21,7 @@ from resnext_det.modeling.forms import in_form_of
 logger = logging.getLogger(__name__)
 
 _STATISTICS = (".norm.running_mean", ".norm.running_var")
-# The counter is never read. A classifier is not part of the backbone, and differs in size.
+# Nothing reads the counter. A classifier is not part of the backbone, and differs in size.
 _OPTIONAL = re.compile(r"(.*\.)?num_batches_tracked|linear\..*")
 # One tensor of a bare backbone as torchvision, mmdetection, Detectron2, Caffe2 and Cadene name it.
 _BARE_BACKBONE = re.compile(
@@ -33,12 +33,12 @@ _BARE_BACKBONE = re.compile(
 def refuse_partial_loads(module: nn.Module) -> None:
     """Make a backbone, or one stage of it, refuse a `load_state_dict` that fills only part of it.
 
-    A state dict without any tensor of the module passes, since it may be meant for another part of
-    the model, unless it holds a bare backbone under names that the model does not have.
+    A state dict without any tensor of the module passes, as it may be meant for another part of
+    the model, unless it holds a bare backbone under names that the model lacks.
     `module.allow_partial_loads = True` switches the check off.
 
     Args:
-        module: has tensors named as in a Detectron2 ResNet, in any form.
+        module: with the tensor names of a Detectron2 ResNet, in any form.
     """
     module.register_load_state_dict_pre_hook(_refuse_part)  # type: ignore[no-untyped-call]
     module.register_load_state_dict_post_hook(_refuse_other_names)  # type: ignore[no-untyped-call]

@@ -1,1 +1,1 @@
-"""Where a backbone's first weights come from, and the proof that they arrived."""
+"""Pretrained weights: the catalog, downloads, conversion to Detectron2, and loading."""

@@ -32,7 +32,7 @@ class Accuracy:
 
     Attributes:
         top1: per cent.
-        top5: per cent; None if its source does not give it.
+        top5: per cent; None if unknown.
         source: who published it.
         resize: the shorter side before the crop, in pixels; None if unknown.
         crop: side of the central crop, in pixels.
@@ -59,12 +59,7 @@ class Checksum:
         return f"{self.algorithm} {'' if whole else 'beginning '}{self.digits}"
 
     def check(self, file: Path) -> None:
-        """Compare a file.
-
-        Raises:
-            WeightsError: it is another file.
-            OSError: it cannot be read.
-        """
+        """Raise a WeightsError if a file has another checksum."""
         digest = file_digest(file, self.algorithm)
         if not digest.startswith(self.digits):
             raise WeightsError(
@@ -84,13 +79,13 @@ class Entry:
         licence: of the weights, an SPDX identifier.
         commercial: whether that licence, and those of the file's sources, allow commercial use.
         layout: of the names in the file.
-        pixels: what it expects as an image.
-        batch_norm: "fused" ones have lost their statistics, and can only be FrozenBN.
-        imagenet_1k_only: whether it saw no other images than ImageNet-1K's training images.
-        accuracy: None if none is published for this very file.
-        stride: the convolution with the stride; MODEL.RESNETS.STRIDE_IN_1X1 False is "3x3".
-        notes: what to know before choosing it.
-        unverified: statements of this entry that rest on no reading of the file or its source.
+        pixels: the images that it expects.
+        batch_norm: "fused" means without statistics, so that only FrozenBN fits.
+        imagenet_1k_only: whether it was trained on ImageNet-1K alone.
+        accuracy: None if not published for this file.
+        stride: "3x3" is MODEL.RESNETS.STRIDE_IN_1X1 False.
+        notes: advice for choosing.
+        unverified: facts of this entry that were not read in the file or at its publisher.
     """
 
     name: str
@@ -173,7 +168,7 @@ def entry(name: str, entries: Mapping[str, Entry] = ENTRIES) -> Entry:
     """Look up a checkpoint by its name, with or without resnext://.
 
     Raises:
-        ConfigError: there is none, and the message names the nearest; or it cannot be used, and
+        ConfigError: it is unknown, and the message names the nearest; or it cannot be used, and
             the message says why.
     """
     name = name.removeprefix(SCHEME)
@@ -182,8 +177,8 @@ def entry(name: str, entries: Mapping[str, Entry] = ENTRIES) -> Entry:
     if name in REFUSED:
         raise ConfigError(f"{name} cannot be used: {REFUSED[name]}.")
     name = name[:_LONGEST_NAME]  # comparing long names takes long
-    # Names of the same network if there are any, else those with a similar spelling. timm's former
-    # names (ig_resnext101_32x16d) contain the architecture, and have no tag.
+    # Prefer names of the same network to a similar spelling. timm's former names
+    # (ig_resnext101_32x16d) contain the architecture, and have no tag.
     network = _ARCHITECTURE.search(name)
     same = [known for known in entries if network and known.startswith(f"{network[0]}.")]
     if same and "." not in name:
@@ -197,10 +192,7 @@ def entry(name: str, entries: Mapping[str, Entry] = ENTRIES) -> Entry:
 
 
 def of_file(file: Path, entries: Mapping[str, Entry] = ENTRIES) -> Entry | None:
-    """Return the entry of a published file, whatever its name, by its checksum.
-
-    Returns:
-        None if no checksum matches, as for converted files, and files without one in the catalog.
+    """Return the entry of a published file by its checksum; None if there is no such entry.
 
     Raises:
         WeightsError: the file cannot be read.

@@ -1,4 +1,4 @@
-"""Is a backbone whole, which network is it, and was it trained?"""
+"""Check that a backbone is complete, recognise its network, and doubt untrained values."""
 
 from __future__ import annotations
 
@@ -16,10 +16,7 @@ _FIRST = "res2.0.conv2.weight"
 
 
 def describe(tensors: Mapping[str, torch.Tensor]) -> tuple[int | None, Template]:
-    """Tell depth and template from a whole backbone under Detectron2's names.
-
-    Returns:
-        The depth, None for an unknown number of blocks, and the template.
+    """Return depth and template of a backbone under Detectron2's names; depth None if unknown.
 
     Raises:
         WeightsError: the blocks are not bottlenecks with a grouped 3x3 convolution.
@@ -49,10 +46,10 @@ def _blocks(tensors: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
 
 
 def _convolutions(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of all convolutions of a backbone with these blocks.
+    """Return the shapes that all convolutions of this network must have.
 
-    They follow from the template, the blocks, and the output channels of stem and res2 (paper,
-    Table 1 and section 3.1: channels double with each stage).
+    They follow from the template, the number of blocks, and the output channels of stem and res2
+    (paper, Table 1 and section 3.1: channels double with each stage).
     """
     _, template = describe(tensors)
     for name in ("stem.conv1.weight", "res2.0.conv3.weight"):
@@ -76,13 +73,13 @@ def _convolutions(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, .
 
 
 def check_backbone(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Refuse a backbone with tensors missing, unknown or misshapen, or with impossible values.
+    """Refuse a backbone with missing, unknown or misshapen tensors, or with impossible values.
 
     Args:
         tensors: by Detectron2's names, without classifier and counters.
 
     Raises:
-        WeightsError: the problem, and the first names.
+        WeightsError: names the first tensors that are wrong.
     """
     convolutions = _convolutions(tensors)
     # Detectron2's FrozenBN silently fills missing statistics with 0 and 1
@@ -103,8 +100,8 @@ def check_backbone(tensors: Mapping[str, torch.Tensor]) -> None:
     for name, shape in shapes.items():
         if tensors[name].shape != shape:
             raise WeightsError(
-                f"{name} has the shape {tuple(tensors[name].shape)}, and by the other shapes it "
-                f"must be {shape}: these are not the weights of a ResNeXt"
+                f"{name} has the shape {tuple(tensors[name].shape)}, but the other tensors "
+                f"require {shape}: these are not the weights of a ResNeXt"
             )
         if tensors[name].dtype not in _FLOATS:
             kind = str(tensors[name].dtype).removeprefix("torch.")
@@ -117,13 +114,13 @@ def check_backbone(tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 _INITIAL = {"weight": (0.0, 1.0), "bias": (0.0,), "running_mean": (0.0,), "running_var": (1.0,)}
-"""What norms start with: weight 0 if residual branches start at zero."""
+"""Initial values of norms; a weight is 0 with zero_init_residual."""
 
 
 def doubts(tensors: Mapping[str, torch.Tensor]) -> str | None:
-    """Say why values cannot be those of a trained network; None if they can.
+    """Return why the values cannot be those of a trained network; None if they can.
 
-    Fused norms have an initial mean and variance as well, but not an initial weight and bias.
+    Fused norms also have the initial mean and variance, but not the initial weight and bias.
 
     Args:
         tensors: of a backbone or a whole detector, under Detectron2's names.
@@ -144,7 +141,7 @@ def doubts(tensors: Mapping[str, torch.Tensor]) -> str | None:
         names = named(norm.rstrip(".") for norm in untrained[:3])
         found.append(f"{len(untrained)} of {len(norms)} norms have their initial values: {names}")
     if constant:
-        found.append(f"{len(constant)} convolutions hold one number only: {named(constant, 3)}")
+        found.append(f"{len(constant)} convolutions are constant: {named(constant, 3)}")
     return "; ".join(found) or None
 
 

@@ -1,4 +1,4 @@
-"""Read a backbone in any layout, rename, fold and check it, and write it for Detectron2."""
+"""Convert a backbone of any layout into a file that Detectron2 loads."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ _COUNTER = "num_batches_tracked"
 
 @dataclass(frozen=True)
 class Record:
-    """Where converted weights came from, and what they need.
+    """Where converted weights came from, and what they need; None for what is unknown.
 
     Attributes:
         source: the name of the file that was converted first.
-        sha256: its digest.
-        layout: its layout.
+        sha256: of that file.
+        layout: of that file.
         depth: layers, such as 50.
         template: such as "32x4d".
-        pixels: what the converted weights expect as an image; None if unknown.
-        fused: batch norms have only weight and bias, so that they need FrozenBN.
-        stride_in_1x1: where the source had its stride; None if unknown.
-        name: in the catalog, such as "resnext50_32x4d.tv_in1k"; None for other files.
-        licence: of the weights; None if unknown.
-        top1: published accuracy on ImageNet-1K in per cent; None if there is none.
-        top5: likewise, of the five best.
+        pixels: the images that the converted weights expect.
+        fused: the norms need FrozenBN, as their statistics are folded into weight and bias.
+        stride_in_1x1: as in MODEL.RESNETS.
+        name: in the catalog, such as "resnext50_32x4d.tv_in1k".
+        licence: of the weights.
+        top1: published accuracy on ImageNet-1K in per cent.
+        top5: likewise.
     """
 
     source: str
@@ -60,11 +60,7 @@ class Record:
 
     @classmethod
     def of(cls, content: Any) -> Record | None:
-        """Read the record that a file holds; None if it holds none.
-
-        Raises:
-            WeightsError: it is malformed.
-        """
+        """Read the record in a file; raise a WeightsError if it is malformed."""
         if content is None:
             return None
         try:
@@ -76,8 +72,7 @@ class Record:
             return cls(**read)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise WeightsError(
-                f"its record of where it came from cannot be read ({quoted(error)}); "
-                "convert it again"
+                f"its record of its source cannot be read ({quoted(error)}); convert it again"
             ) from error
 
 
@@ -106,13 +101,13 @@ class BackboneWeights:
         source: the file they came from.
         layout: such as "torchvision" or "Detectron2".
         tensors: by name, such as "res2.0.conv2.weight"; blocks in the grouped form.
-        left_out: names in the source that no detector's backbone has: the classifier.
-        counters: how many num_batches_tracked were dropped; nothing reads them.
+        left_out: names in the source that do not belong to a backbone, such as the classifier's.
+        counters: the number of num_batches_tracked that were dropped, as nothing reads them.
         depth: layers; None if no known depth has these blocks.
         template: cardinality and width.
-        pixels: what they expect as an image, after folding; None if unknown.
-        fused: batch norms are folded into weight and bias, so that they need FrozenBN.
-        stride_in_1x1: where the source had its stride; None if unknown.
+        pixels: the images they expect, after folding; None if unknown.
+        fused: the norms need FrozenBN, as their statistics are folded into weight and bias.
+        stride_in_1x1: as in MODEL.RESNETS; None if unknown.
         record: of a file that was converted before; else None.
     """
 
@@ -142,7 +137,7 @@ def naming(source: Path) -> Iterator[None]:
 
 
 def holds_backbone(source: Path) -> bool:
-    """Tell whether a file holds a bare backbone in a known layout, and not a detector."""
+    """Return whether a file holds a bare backbone and not a detector."""
     return is_backbone(read_tensors(source))
 
 
@@ -151,7 +146,7 @@ def read_backbone(source: Path, pixels: Pixels | None = None) -> BackboneWeights
 
     Args:
         source: a checkpoint in one of the layouts of `layouts.py`.
-        pixels: what the source expects as an image, if not what its layout usually does.
+        pixels: the images that the source expects, if unusual for its layout.
 
     Raises:
         WeightsError: another layout, tensors missing or unknown, or impossible values.
@@ -162,7 +157,7 @@ def read_backbone(source: Path, pixels: Pixels | None = None) -> BackboneWeights
 def backbone_of(
     source: Path, checkpoint: Checkpoint, pixels: Pixels | None = None
 ) -> BackboneWeights:
-    """Do as `read_backbone`, with the content of the file already read."""
+    """Return the backbone in a file that was already read; see `read_backbone`."""
     with naming(source):
         found = recognise(checkpoint.tensors)
         record = Record.of(checkpoint.record)
@@ -218,8 +213,8 @@ def write_detectron2(
 
     Raises:
         ConfigError: there is no such form.
-        WeightsError: no statistics or an unknown depth, an output that is the source, does not end
-            in .pth, or cannot be written.
+        WeightsError: the weights have no statistics or an unknown depth, or the output is the
+            source, does not end in .pth, or cannot be written.
     """
     if not any(name.endswith("running_mean") for name in weights.tensors):
         raise WeightsError(
@@ -253,19 +248,14 @@ def write_detectron2(
 
 
 def convert_detector(source: Path, output: Path, form: str) -> int:
-    """Write the weights of a whole detector with its blocks in another form.
-
-    Args:
-        source: a checkpoint of a detector under Detectron2's names; only its weights are written.
-        output: the .pth to write.
-        form: "grouped", "concatenated" or "aggregated".
+    """Write the weights of a detector, and nothing else, with its blocks in another form.
 
     Returns:
-        How many tensors were written.
+        The number of tensors.
 
     Raises:
         ConfigError: there is no such form.
-        WeightsError: a file that cannot be read, has no ResNeXt blocks, or cannot be written.
+        WeightsError: a file cannot be read, has no ResNeXt blocks, or cannot be written.
     """
     return _write(source, read_tensors(source), form, output, f"resnext_det, from {source.name}")
 

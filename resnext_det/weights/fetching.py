@@ -27,8 +27,8 @@ from resnext_det.weights.converting import BackboneWeights, read_backbone, write
 logger = logging.getLogger(__name__)
 
 FORMAT = 3
-"""Part of a converted file's name. Raise it when a conversion gives other tensors or another record
-than before, so that no older file is used."""
+"""Part of a converted file's name. Increase it when a conversion gives other tensors or another
+record than before, so that cached files are not used."""
 
 LARGEST = 4 << 30
 """Bytes; a larger file is not downloaded."""
@@ -90,8 +90,8 @@ def cache_folder() -> Path:
 def local_weights(found: Entry, cache: Path, *, force: bool = False) -> Path:
     """Return a checkpoint of the catalog as a .pth for Detectron2, downloaded if necessary.
 
-    Its folder in the cache holds the file as published (also one put there by hand, after a check)
-    and the .pth. Of several processes one does the work, and the others wait.
+    Its folder in the cache holds the published file, downloaded or put there by hand, and the
+    .pth. One process works at a time, and the others wait for its result.
 
     Args:
         found: the checkpoint.
@@ -99,7 +99,7 @@ def local_weights(found: Entry, cache: Path, *, force: bool = False) -> Path:
         force: download and convert again.
 
     Raises:
-        WeightsError: the file cannot be had, is not what the catalog says, or cannot be written.
+        WeightsError: the file cannot be downloaded or written, or is not what the catalog says.
     """
     ready = _converted(found, cache)
     if not force and ready is not None and ready.is_file():
@@ -117,14 +117,14 @@ def published_file(found: Entry, cache: Path) -> Path:
     """Return a checkpoint of the catalog as it was published, downloaded if necessary.
 
     Raises:
-        WeightsError: the file cannot be had, is not what the catalog says, or cannot be written.
+        WeightsError: the file cannot be downloaded or written, or is not what the catalog says.
     """
     with _alone(found, cache / found.name):
         return _published(found, cache, force=False)
 
 
 def _converted(found: Entry, cache: Path) -> Path | None:
-    """Return the name of the .pth; None if it depends on a file that is missing."""
+    """Return the path of the .pth; None if that needs the digest of a missing file."""
     source = cache / found.name / found.file_name
     if found.checksum is not None:
         digits = found.checksum.digits[:16]
@@ -137,7 +137,7 @@ def _converted(found: Entry, cache: Path) -> Path | None:
 
 @contextlib.contextmanager
 def _alone(found: Entry, folder: Path) -> Iterator[None]:
-    """Make the folder, let one process at a time work in it, and remove what killed ones left."""
+    """Make the folder, lock it, and remove the partial files of killed processes."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock")
@@ -154,8 +154,8 @@ def _alone(found: Entry, folder: Path) -> Iterator[None]:
             lock.release()
     except OSError as error:
         raise WeightsError(
-            f"{found.name} cannot be kept in {folder}: {error.strerror or error}. Make room there, "
-            "or set RESNEXT_DET_CACHE to another folder."
+            f"{found.name} cannot be stored in {folder}: {error.strerror or error}. Make room, or "
+            "set RESNEXT_DET_CACHE to another folder."
         ) from error
 
 
@@ -163,7 +163,7 @@ def _published(found: Entry, cache: Path, force: bool) -> Path:
     """Return the file as published, downloaded if necessary, and checked."""
     source = cache / found.name / found.file_name
     downloaded = force or not source.is_file()
-    # Beside the target until it is checked, so that a bad file never replaces a good one.
+    # Under another name until it is checked, so that a bad file never replaces a good one.
     file = source.with_name(f"{source.name}.partial") if downloaded else source
     try:
         if downloaded:
@@ -172,7 +172,7 @@ def _published(found: Entry, cache: Path, force: bool) -> Path:
         if found.checksum is not None:
             found.checksum.check(file)
         elif downloaded:
-            _read(found, file)  # nothing else tells whether it is the right file
+            _read(found, file)  # without a checksum, only the content shows if it is the right file
         file.replace(source)
     except WeightsError as error:
         advice = (

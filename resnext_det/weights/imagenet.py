@@ -1,6 +1,6 @@
-"""Top-1 and top-5 of a checkpoint with its classifier, on a folder like ImageNet's validation set.
+"""Measure top-1 and top-5 of a checkpoint with its classifier, on ImageNet's validation images.
 
-This shows whether a file is worth its published figures before a long training starts from it.
+Compared with the published figures, this finds a wrong file before a long training starts from it.
 """
 
 from __future__ import annotations
@@ -32,13 +32,7 @@ _CLASSIFIERS = ("linear.", "stem.fc.", "head.fc.")
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What is done to an image; the defaults are the paper's (section 4).
-
-    Attributes:
-        resize: the shorter side, in pixels.
-        crop: side of the central crop, in pixels.
-        interpolation: of the resizing, "bilinear" or "bicubic".
-    """
+    """Resizing of the shorter side and a central crop; the defaults are the paper's (section 4)."""
 
     resize: int = 256
     crop: int = 224
@@ -53,11 +47,11 @@ class Preprocessing:
 
 
 def locate(weights: str) -> tuple[Path, Entry | None]:
-    """Return a file as published, and its catalog entry; a name is downloaded if necessary.
+    """Return a published file and its catalog entry; download it if necessary.
 
     Raises:
         ConfigError: there is neither such a file nor such a name.
-        WeightsError: the file cannot be had.
+        WeightsError: it cannot be read or downloaded.
     """
     if not weights.startswith(SCHEME) and (Path(weights).is_file() or "/" in weights):
         return Path(weights), of_file(Path(weights))
@@ -85,7 +79,7 @@ def load_classifier(source: Path, known: Entry | None = None) -> tuple[BackboneW
     for prefix in _CLASSIFIERS:
         weight, bias = tensors.get(f"{prefix}weight"), tensors.get(f"{prefix}bias")
         if weight is not None and bias is not None:
-            # Caffe2 may have a convolution, (classes, channels, 1, 1).
+            # In Caffe2 it may be a convolution, (classes, channels, 1, 1).
             linear = {"linear.weight": weight.flatten(1), "linear.bias": bias}
             classes = len(bias)
             network = network_of(weights, {**weights.tensors, **linear}, classes=classes)
@@ -103,16 +97,16 @@ def _open(file: str) -> Image.Image:
 def validation_images(
     folder: Path, classes: int, preprocessing: Preprocessing, limit: int | None = None
 ) -> Dataset[Any]:
-    """Return the images of a folder with one folder for each class, in the order of the classes.
+    """Return the images of a folder with one folder for each class, in order of their names.
 
     Args:
-        folder: such as one with n01440764 to n15075141. Folders named 0, 1, 2 are these classes.
-        classes: of the classifier.
+        folder: such as one with n01440764 to n15075141. Folders 0, 1, 2, ... are sorted by number.
+        classes: the number of classes.
         preprocessing: of each image.
-        limit: at most so many images, evenly spread.
+        limit: take only this many images, evenly spread.
 
     Returns:
-        (3, crop, crop) in uint8, RGB, and the number of the class, for each image.
+        For each image, (3, crop, crop) in uint8 and RGB, and the class.
 
     Raises:
         DatasetError: there is no such folder, or its folders are not the classes.
@@ -169,7 +163,7 @@ def evaluate(
     Images are cut as for the published figures of the file, unless the arguments say otherwise.
 
     Returns:
-        Figures in per cent, the published ones, and how they were measured, for JSON.
+        For JSON: the figures in per cent, the published ones, and the settings.
 
     Raises:
         ConfigError: an argument out of range.

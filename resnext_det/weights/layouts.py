@@ -1,6 +1,6 @@
-"""Every known layout of a ResNeXt checkpoint: its names, its pixels, its renaming to Detectron2's.
+"""The layouts of ResNeXt checkpoints: how each names its tensors, and which pixels it expects.
 
-A layout is recognised by the names in the file, never by the name of the file.
+A layout is recognised by the names of the tensors, never by the name of the file.
 
 Tested on real files: torchvision, timm, Detectron2. Written from their published names, without a
 real file: mmpretrain, mmdetection, Cadene, Caffe2.
@@ -19,16 +19,15 @@ from torch import Tensor
 
 from resnext_det.errors import WeightsError, named, plain
 from resnext_det.modeling.forms import in_form_of
-from resnext_det.weights.other_networks import OPENMMLAB, reason
 from resnext_det.weights.pixels import CAFFE2, IMAGENET, OURS, Pixels
 
 Value = TypeVar("Value")
 Tensors = Mapping[str, Tensor]
 
 CLASSIFIER = ("linear.", "stem.fc.")
-"""What the names of a classifier start with, among Detectron2's."""
+"""Prefixes of a classifier under Detectron2's names."""
 GROUPED = ("res2.0.conv3.weight",)
-"""A name that only the grouped form has."""
+"""A name that only the grouped form of the blocks has."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ _CADENE = _Names(
 
 
 def _renamed(name: str, source: _Names, target: _Names) -> str | None:
-    """Return the name of a tensor in another layout; None for a name that no ResNet has."""
+    """Return the name of a tensor in another layout; None if no ResNet has such a tensor."""
     stages = f"{source.first}-{source.first + 3}"
     block = re.fullmatch(
         rf"{re.escape(source.stage)}([{stages}])\.(0|[1-9][0-9]*)\.(.+)\.([^.]+)", name
@@ -118,15 +117,15 @@ def to_torchvision(tensors: Mapping[str, Value]) -> dict[str, Value]:
 
 @dataclass(frozen=True)
 class Source:
-    """The content of a checkpoint under Detectron2's names, nothing folded or checked yet.
+    """The content of a checkpoint under Detectron2's names, not yet folded or checked.
 
     Attributes:
         layout: such as "torchvision".
         tensors: by Detectron2's names, the classifier as "linear.*", blocks in the grouped form.
-        left_out: names in the file that no backbone has.
-        pixels: what the network expects as an image; None if the layout does not tell.
-        fused: batch norms have only weight and bias, with their statistics folded in.
-        stride_in_1x1: where the network has its stride; None if the layout does not tell.
+        left_out: names in the file that do not belong to a backbone.
+        pixels: the images that the network expects; None if unknown.
+        fused: the statistics of the batch norms are folded into weight and bias.
+        stride_in_1x1: None if unknown.
     """
 
     layout: str
@@ -138,11 +137,10 @@ class Source:
 
 
 def recognise(raw: Tensors) -> Source:
-    """Tell the layout of a checkpoint, and rename its tensors to Detectron2's names.
+    """Recognise the layout of a checkpoint, and rename its tensors to Detectron2's names.
 
     Raises:
-        WeightsError: another network than a ResNeXt, no known layout, or names that no plain
-            ResNeXt of that layout has.
+        WeightsError: not a plain ResNeXt in a known layout.
     """
     if (refused := reason(raw)) is not None:
         raise WeightsError(f"{refused}.")
@@ -156,7 +154,7 @@ def recognise(raw: Tensors) -> Source:
 
 
 def is_backbone(raw: Tensors) -> bool:
-    """Tell whether a checkpoint is a bare backbone: of a known layout, or of another network."""
+    """Return whether a checkpoint is a bare backbone, even one that `recognise` refuses."""
     return any(matches(raw) for matches, _ in _LAYOUTS) or reason(raw) is not None
 
 
@@ -173,10 +171,10 @@ def _is_torchvision(raw: Tensors) -> bool:
 
 
 def is_head(name: str) -> bool:
-    """Tell whether a tensor beside a torchvision network belongs to a head on top of it.
+    """Return whether a tensor in torchvision's layout belongs to a head on top of the network.
 
-    Heads are modules that no ResNet has: fc.1, projection_head, predictor. Modules named like a
-    part of a network, such as conv2, bn_data or layer5, are not heads.
+    A head has a name that no part of a network has: fc.1, projection_head or predictor, and not
+    conv2, bn_data or layer5.
     """
     module, _, rest = name.partition(".")
     if module == "fc":
@@ -193,6 +191,9 @@ def _torchvision(raw: Tensors, layout: str = "torchvision", left: Iterable[str] 
 
 # --- mmpretrain (backbone.*, head.fc.*) and detectors of mmdetection (backbone.*, neck.*, ...) ---
 
+# What OpenMMLab's files hold beside the backbone. Detectron2 has "roi_heads." and others.
+_OPENMMLAB = ("head.", "neck.", "rpn_head.", "roi_head.", "bbox_head.", "mask_head.")
+
 
 def _is_openmmlab(raw: Tensors) -> bool:
     return "backbone.conv1.weight" in raw and "backbone.layer1.0.conv2.weight" in raw
@@ -204,7 +205,7 @@ def _openmmlab(raw: Tensors) -> Source:
     others = [name for name in raw if not name.startswith(prefix)]
     if all(name.startswith("head.") for name in others):
         return _torchvision(inner, "mmpretrain", others)
-    detector = all(name.startswith(OPENMMLAB) for name in others)
+    detector = all(name.startswith(_OPENMMLAB) for name in others)
     return _torchvision(inner, "mmdetection" if detector else "torchvision", others)
 
 
@@ -232,7 +233,7 @@ def _caffe2(raw: Tensors) -> Source:
     """Rename by Detectron2's own table.
 
     Fused batch norms have only s and b: y = s x + b. Detectron2's FrozenBN computes that with a
-    mean of 0 and a variance of 1 - eps. Biases of convolutions are dropped if they are zero.
+    mean of 0 and a variance of 1 - eps. Convolutions' biases are dropped if they are zero.
     """
     left = [name for name in raw if name.endswith("_momentum") or name == "lr"]
     old = [name for name in raw if name not in left]
@@ -281,3 +282,76 @@ _LAYOUTS: tuple[tuple[Callable[[Tensors], bool], Callable[[Tensors], Source]], .
     (_is_caffe2, _caffe2),
     (_is_detectron2, _detectron2),
 )
+
+
+# --- networks that are near a ResNeXt but compute something else ---
+
+# Their tensors cannot be mapped: dropping what a ResNeXt lacks would give a worse network. Variants
+# with exactly the tensors of a plain network cannot be recognised: those that differ only in
+# pooling, activation or blur (timm's resnetaa50, resnetblur50), or that standardise the weights of
+# their convolutions.
+
+_BLOCK = r"(?:layer[1-4]\.[0-9]+|stages\.[0-9]+\.(?:blocks\.)?[0-9]+|res[2-5]\.[0-9]+)\."
+
+# What the network has, names that show it (without "backbone."), and the dimensions of such a
+# tensor, None for any.
+_TRAITS: tuple[tuple[str, str, int | None], ...] = (
+    (
+        "another stem than one 7x7 convolution",
+        r"conv1\.0\.weight|stem\.0\.(?:conv\.)?weight|(?:stem|layer0)\.conv2\.(?:conv\.)?weight",
+        4,
+    ),
+    ("average pooling in its shortcuts", rf"{_BLOCK}downsample\.1\.weight", 4),
+    (
+        "attention in its blocks (such as SE, ECA, GC or CBAM)",
+        rf"{_BLOCK}(?:se|se_module|se_layer|eca|attn|self_attn|cbam|context_block[0-9]?)\..+",
+        None,
+    ),
+    (
+        "another 3x3 convolution (such as SK, ResNeSt or Res2Net)",
+        rf"{_BLOCK}(?:conv[12]\.(?:paths|attn|fc1)\..+|convs\.[0-9]+\.weight)",
+        None,
+    ),
+    ("deformable convolutions", rf"{_BLOCK}conv2(?:_offset|\.conv_offset)\.weight", None),
+    (
+        "norms before its convolutions (pre-activation)",
+        r"stages\.[0-9]+\.blocks\.[0-9]+\.conv1\.weight",
+        4,
+    ),
+    (
+        "a batch norm of its input, as MXNet's and cypw's networks have",
+        r"(?:arg:|aux:)?(?:scale_)?bn_data(?:[._].*)?",
+        None,
+    ),
+    # Under these names weight and bias would be taken for those of fused batch norms.
+    ("group norms under Caffe2's names", r"(?:conv1|res[2-5]_.+)_gn_[sb]", None),
+)
+
+# A basic block has the second of these convolutions and no third.
+_SECOND = re.compile(r"layer1\.0\.conv2\.weight|res2\.0\.conv2\.weight|res2_0_branch2b_w")
+_THIRD = re.compile(r".*(conv3|branch2c|convs\.).*|.*\.paths\..*")
+
+
+def reason(raw: Tensors) -> str | None:
+    """Return why a backbone is a network other than a ResNeXt; None if nothing shows it.
+
+    In an OpenMMLab detector the backbone is examined, in other detectors nothing.
+    """
+    tensors = {n.removeprefix("backbone."): t for n, t in raw.items() if n.startswith("backbone.")}
+    if not tensors:
+        tensors = dict(raw)
+    elif not all(name.startswith(("backbone.", *_OPENMMLAB)) for name in raw):
+        return None
+    found = []
+    for what, pattern, dimensions in _TRAITS:
+        for name, tensor in tensors.items():
+            if re.fullmatch(pattern, name) and dimensions in (None, tensor.dim()):
+                found.append(f"{what} ({name})")
+                break
+    second = next((name for name in tensors if _SECOND.fullmatch(name)), None)
+    if second and not any(_THIRD.fullmatch(name) for name in tensors):
+        found.append(f"blocks of two convolutions, as ResNet-18 and 34 ({second}, and no third)")
+    if not found:
+        return None
+    has = " and ".join(found)
+    return f"it is another network than a ResNeXt and cannot be converted: it has {has}"

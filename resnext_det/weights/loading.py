@@ -1,4 +1,4 @@
-"""Load weights into a model: they must fit its config, and all of them must arrive."""
+"""Load weights into a model; refuse those that do not fit its config or fill only part of it."""
 
 from __future__ import annotations
 
@@ -37,11 +37,8 @@ _BLOCK = re.compile(r"(?:^|\.)res([2-5])\.([0-9]{1,4})\.")
 def check_named_weights(cfg: CfgNode) -> None:
     """Refuse a config that does not fit the catalog entry its MODEL.WEIGHTS names.
 
-    Detectron2 itself would load whatever has the right shape, and train on with the rest random or
-    with other pixels. Nothing is downloaded.
-
-    Args:
-        cfg: any Detectron2 config.
+    Detectron2 would load whatever has the right shape, and train with the rest random or with
+    wrong pixels. Nothing is downloaded.
 
     Raises:
         WeightsError: names both values, and the override to use.
@@ -70,14 +67,14 @@ def check_config(
     fused: bool,
     stride_in_1x1: bool | None,
 ) -> None:
-    """Refuse a config for another network than the weights belong to, or with other pixels.
+    """Refuse a config that describes another network than the weights', or other pixels.
 
     Args:
         cfg: any Detectron2 config.
         source: of the weights, for messages.
-        depth: of the weights; None if it is unknown, which no config can describe.
-        template: likewise.
-        pixels: what the weights expect as an image; None if unknown.
+        depth: of the weights; None, for an unknown one, fits no config.
+        template: of the weights.
+        pixels: the images that the weights expect; None if unknown.
         fused: whether their norms need FrozenBN.
         stride_in_1x1: where they were trained with the stride; None if unknown.
 
@@ -93,7 +90,7 @@ def check_config(
             f"MODEL.RESNETS.DEPTH {depth} MODEL.RESNETS.NUM_GROUPS {template.cardinality} "
             f"MODEL.RESNETS.WIDTH_PER_GROUP {template.width}."
         )
-    # Such weights would load without a word, and detect worse.
+    # Such weights would load without a warning, and detect worse.
     if stride_in_1x1 not in (None, resnets.STRIDE_IN_1X1):
         raise WeightsError(
             f"{source} was trained with its stride in the {'1x1' if stride_in_1x1 else '3x3'} "
@@ -126,7 +123,7 @@ def weights_file(cfg: CfgNode) -> Path:
     """
     try:
         return Path(PathManager.get_local_path(cfg.MODEL.WEIGHTS))
-    except Exception as error:  # each kind of address has errors of its own
+    except Exception as error:  # each path handler raises its own
         raise WeightsError(
             f"MODEL.WEIGHTS {quoted(cfg.MODEL.WEIGHTS)} cannot be fetched: {quoted(error)}"
         ) from error
@@ -141,8 +138,8 @@ def load_weights(model: nn.Module, cfg: CfgNode, *, whole_detector: bool = False
         whole_detector: refuse weights of a bare backbone, as an evaluation must.
 
     Returns:
-        One line on what was loaded and what was not, such as "265/265 backbone tensors loaded from
-        resnext50.pth (torchvision layout); 2 left out: fc.weight, fc.bias".
+        A line for the log, such as "265/265 backbone tensors loaded from resnext50.pth (torchvision
+        layout); 2 left out: fc.weight, fc.bias".
 
     Raises:
         WeightsError: the file cannot be read, does not fit the config, or leaves a tensor of the
@@ -187,11 +184,10 @@ def load_backbone(model: nn.Module, weights: BackboneWeights, cfg: CfgNode) -> s
         cfg: the detector's config.
 
     Returns:
-        One line on what was loaded and what was left out.
+        A line for the log, as from `load_weights`.
 
     Raises:
-        WeightsError: another depth, template or norm, or tensors that are missing. Nothing was
-            loaded.
+        WeightsError: the weights do not fit the config or the model. Nothing was loaded.
     """
     source = weights.source
     check_config(
@@ -237,9 +233,9 @@ def load_backbone(model: nn.Module, weights: BackboneWeights, cfg: CfgNode) -> s
 
 
 def _backbone_tensors(model: nn.Module) -> dict[str, list[Tensor]]:
-    """Return the tensors of a model's ResNets by the names they have in a bare ResNet.
+    """Return the tensors of all ResNets in a model by their names in a bare ResNet.
 
-    One name may have several, such as a teacher's and a student's.
+    There are several ResNets in a model with a teacher and a student.
     """
     prefixes = {
         f"{name}." if name else "": ""
@@ -338,10 +334,6 @@ def check_same_model(model: nn.Module, checkpoint: Path) -> None:
     """Refuse to resume from the checkpoint of another model.
 
     Detectron2's checkpointer warns of tensors that do not fit, and continues with random ones.
-
-    Args:
-        model: the model to resume.
-        checkpoint: the file to resume from.
 
     Raises:
         WeightsError: tensors that are missing, left over, or of another shape.

@@ -1,11 +1,11 @@
-"""Pixel conventions: what a network expects as an image, and how to fold one into another.
+"""Pixel conventions: the images that a network expects, and how to fold one into another.
 
 A network trained on (v / range - mean) / std accepts this package's (v - m) / s instead, with v
 from 0 to 255, if its first convolution is multiplied channel by channel by s / (range * std) and
 its input channels are reordered. This is exact if the means are equal.
 
-With another mean a constant is left over. Inside the image it is a bias, but not at the border,
-where both networks pad with zeros, their own means. So the source's mean is kept and recorded.
+With another mean a constant remains. Inside the image it is a bias, but not at the border, where
+each network pads with its own mean. So the source's mean is kept and recorded.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import Tensor
 from resnext_det.errors import WeightsError, quoted
 
 Triple = tuple[float, float, float]
-_SAME = 1e-4  # two spellings of ImageNet's statistics differ in their last digits; a pixel is 1
+_SAME = 1e-4  # grey levels; ImageNet's statistics are written with different numbers of digits
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """What a network expects as an image.
+    """The images that a network expects.
 
     Attributes:
         order: "RGB" or "BGR", the order of the channels, also in `mean` and `std`.
@@ -76,7 +76,7 @@ class Pixels:
 
 
 OURS = Pixels("BGR", 255, (103.530, 116.280, 123.675), (57.375, 57.120, 58.395))
-"""This package's one convention (ImageNet's statistics)."""
+"""This package's convention (ImageNet's statistics)."""
 
 IMAGENET = Pixels("RGB", 1, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """That of torchvision, timm, mmpretrain and Cadene."""
@@ -93,7 +93,7 @@ def fold(stem: Tensor, source: Pixels) -> tuple[Tensor, Pixels]:
         source: that convention.
 
     Returns:
-        The weight for `folded(source)`, and that convention.
+        The weight for `folded(source)`, and `folded(source)`.
 
     Raises:
         WeightsError: the convolution does not have three input channels.

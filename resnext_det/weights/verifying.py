@@ -1,8 +1,8 @@
-"""Prove a conversion: run one image through the source's own network and through ours.
+"""Verify a conversion: run one image through the source's own network and through ours.
 
-The source's side uses nothing of the conversion: the tensors of the file, under their own names, in
-a network of torchvision or timm. Our side is what a detector will load: the converted file, read
-from the disk, and the image as that file's record says.
+The source's tensors are loaded under their own names into a network of torchvision or timm, without
+any code of the conversion. Ours come from the converted file, as for a detector, and the image is
+normalised as that file's record says.
 """
 
 from __future__ import annotations
@@ -33,18 +33,17 @@ PROGRAMS: tuple[Program, ...] = get_args(Program)
 Image = NDArray[np.uint8]
 
 TOLERANCE = 1e-4
-"""Of the largest value of a stage. In float32 the rounding of two programs amounts to 1e-6 at most
-(50 to 200 layers, all three forms). Above 1e-4 are weights rounded to half precision (3e-4), a mean
-half a grey level off (4e-3), and swapped tensors, RGB for BGR or a stride in the 1x1 (1e-2 and
-more). All measured, on random weights."""
+"""Relative to the largest value of a stage. Measured on random weights: float32 rounding is at most
+1e-6 (50 to 200 layers, all three forms). Weights rounded to half precision give 3e-4, a mean half a
+grey level off 4e-3, swapped tensors, RGB for BGR or a stride in the 1x1 at least 1e-2."""
 
-_LONGEST = 1024  # pixels of an image's longer side: more takes gigabytes and proves nothing more
+_LONGEST = 1024  # pixels of the longer side; larger images take gigabytes
 _LAYOUTS = ("torchvision", "mmpretrain", "mmdetection")  # torchvision's names, after "backbone."
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What one image showed.
+    """The result of a comparison.
 
     Attributes:
         network: of the source, such as "torchvision 0.29.1".
@@ -59,7 +58,7 @@ class Verification:
 
     @property
     def wrong(self) -> str | None:
-        """The first stage that differs, or has nothing but zeros or NaN; None if all agree."""
+        """The first stage that differs, or that holds only zeros or any NaN; None if all agree."""
         for stage, (difference, largest) in self.stages.items():
             if not (largest > 0 and difference <= TOLERANCE * largest):
                 return stage
@@ -80,7 +79,7 @@ def network_of(
         tensors: to load instead of `weights.tensors`: in another form, or with a classifier's
             "linear.weight" (classes, channels) and "linear.bias" (classes,).
         classes: of the classifier; None for a network without one.
-        out_features: what the network returns; by default its last layer.
+        out_features: stages to return; by default the last layer.
 
     Returns:
         The network in evaluation mode and float32, with FrozenBN, which equals BN there.
@@ -106,7 +105,7 @@ def network_of(
         weights.template,
         stem_out_channels=weights.tensors["stem.conv1.weight"].shape[0],
         res2_out_channels=weights.tensors["res2.0.shortcut.weight"].shape[0],
-        # If a ResNeXt's file does not say: all published ones have it in the 3x3.
+        # All published ResNeXts have it in the 3x3.
         stride_in_1x1=bool(weights.stride_in_1x1),
         num_classes=classes,
         out_features=out_features,
@@ -135,11 +134,11 @@ def verify(
         converted: what `write_detectron2` made of it, in any form.
         image: RGB from 0 to 255, (H, W, 3); by default `default_image()`.
         program: whose network to run the source in.
-        pixels: what the source expects as an image, if not what its layout usually does.
+        pixels: the images that the source expects, if unusual for its layout.
 
     Raises:
-        WeightsError: the source has a layout without such a network or does not fit it, a file
-            cannot be read, or timm is not installed.
+        WeightsError: the program has no network for the source or is not installed, or a file
+            cannot be read.
         ConfigError: there is no such program.
     """
     if program not in PROGRAMS:
@@ -174,7 +173,7 @@ def verify(
         theirs.load_state_dict(state, strict=True, assign=True)
     except (RuntimeError, ValueError) as error:
         raise WeightsError(
-            f"{source} is not a network that {program} has, so there is none to compare with: "
+            f"{source} is not a network that {program} has, and cannot be compared: "
             f"{quoted(error, 500)}"
         ) from error
     theirs.float().eval()
@@ -218,7 +217,7 @@ def _network(program: Program, state: Mapping[str, Tensor], depth: int) -> tuple
 
 
 def default_image(height: int = 224, width: int = 256, seed: int = 0) -> Image:
-    """Return noise on gradients, a different one for each colour; RGB from 0 to 255, (H, W, 3)."""
+    """Return noise on a different gradient for each colour, RGB from 0 to 255, (H, W, 3)."""
     down, right = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
     gradients = 255 * np.stack([down, right, 1 - (down + right) / 2], axis=-1)
     noise = np.random.default_rng(seed).uniform(-64, 64, gradients.shape)

@@ -138,7 +138,7 @@ def test_doubts_untrained_networks(norm: str) -> None:
     assert doubts(trained(norm)) is None
     tensors = trained(norm)
     tensors["res4.1.conv2.weight"].fill_(0.01)
-    assert "1 convolutions hold one number only: res4.1.conv2" in (doubts(tensors) or "")
+    assert "1 convolutions are constant: res4.1.conv2" in (doubts(tensors) or "")
     sizes = {"stem_out_channels": 32, "res2_out_channels": 64}
     network = ResNeXt(26, "32x1d", norm=norm, zero_init_residual=norm != "FrozenBN", **sizes)
     found = re.search(r"(\d+) of (\d+) norms", doubts(network.state_dict()) or "")

@@ -212,7 +212,7 @@ def test_full_disk(handler: Handler, processes: Any, tmp_path: Path) -> None:
     (tmp_path / "cache" / NAME / ".lock").unlink()
     (tmp_path / "cache" / NAME).rmdir()
     (tmp_path / "cache" / NAME).write_text("a file")
-    with pytest.raises(WeightsError, match=rf"{NAME} cannot be kept in .*RESNEXT_DET_CACHE"):
+    with pytest.raises(WeightsError, match=rf"{NAME} cannot be stored in .*RESNEXT_DET_CACHE"):
         ask(handler())
 
 

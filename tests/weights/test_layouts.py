@@ -28,8 +28,13 @@ from resnext_det.modeling.template import BLOCKS_PER_STAGE, Template
 from resnext_det.weights.catalog import ENTRIES
 from resnext_det.weights.checks import describe
 from resnext_det.weights.converting import BackboneWeights, read_backbone
-from resnext_det.weights.layouts import is_backbone, recognise, to_detectron2, to_torchvision
-from resnext_det.weights.other_networks import reason
+from resnext_det.weights.layouts import (
+    is_backbone,
+    reason,
+    recognise,
+    to_detectron2,
+    to_torchvision,
+)
 from resnext_det.weights.pixels import CAFFE2, IMAGENET, OURS, Pixels
 from tests.helpers.written_sources import (
     WRITERS,
