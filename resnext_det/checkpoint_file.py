@@ -63,13 +63,13 @@ def read_run(file: Path) -> Run | None:
     if record is None:
         return None
     try:
-        names = record["class_names"]
-        if not isinstance(names, list):
-            raise TypeError("class_names is not a list")
+        names, written_by = record["class_names"], record["versions"]
+        if not isinstance(names, list) or not isinstance(written_by, Mapping):
+            raise TypeError("class_names is not a list, or versions is not a mapping")
         return Run(
             config=str(record["config"]),
             class_names=tuple(str(name) for name in names),
-            versions={str(name): str(one) for name, one in _mapping(record["versions"]).items()},
+            versions={str(name): str(one) for name, one in written_by.items()},
             iteration=iteration_of(content),
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -77,12 +77,6 @@ def read_run(file: Path) -> Run | None:
             f"{file}: its record of the run cannot be read ({type(error).__name__}: "
             f"{quoted(error)})."
         ) from error
-
-
-def _mapping(value: object) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise TypeError(f"it has a {type(value).__name__} instead of a mapping")
-    return value
 
 
 def iteration_of(content: Mapping[str, Any]) -> int | None:

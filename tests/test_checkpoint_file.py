@@ -1,4 +1,4 @@
-"""Checkpoints of a training: verified when read, written whole, with a record of their run."""
+"""Checkpoints of a training: verified when read, written atomically, with a record of the run."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class Hostile:
 
 
 def hide(file: Path, mark: Path) -> None:
-    """Put in a pickle that calls os.mkdir by an opcode that names no global."""
+    """Insert a pickle that calls os.mkdir through the opcode INST instead of GLOBAL."""
     with zipfile.ZipFile(file) as source:
         parts = {name: source.read(name) for name in source.namelist()}
     with zipfile.ZipFile(file, "w") as target:
@@ -297,7 +297,7 @@ def test_full_disk_keeps_the_name_of_the_last_checkpoint(tmp_path: Path) -> None
     assert listing(tmp_path) == {"last_checkpoint": b"model_0000009.pth"}
 
 
-def test_names_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+def test_names_a_folder_that_cannot_be_created(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(TrainingError, match=r"model_final\.pth cannot be written into .*file"):
         write_checkpoint(content(9), tmp_path / "file" / "model_final.pth")
@@ -314,7 +314,7 @@ class Anything:
     [np.zeros(2), Path("x"), {"a": [Anything()]}, 2**3000],
     ids=["array", "path", "object", "int"],
 )
-def test_writes_nothing_that_could_not_be_read_again(tmp_path: Path, value: Any) -> None:
+def test_refuses_to_write_unreadable_content(tmp_path: Path, value: Any) -> None:
     write_checkpoint(content(9), tmp_path / "model_final.pth")
     before = listing(tmp_path)
     with pytest.raises(TrainingError, match="could not be read again"):
@@ -329,7 +329,7 @@ def test_content_error_is_not_a_full_disk(tmp_path: Path) -> None:
     assert listing(tmp_path) == {}
 
 
-def test_numpy_numbers_become_pythons(tmp_path: Path) -> None:
+def test_converts_numpy_numbers(tmp_path: Path) -> None:
     state = {"best": np.float64(0.25), "of": [np.int64(3), (np.bool_(True), None)], 5: {"x": 1.5}}
     write_checkpoint({**content(9), "hooks": state}, tmp_path / "a.pth")
     found = read_content(tmp_path / "a.pth")["hooks"]
@@ -337,7 +337,7 @@ def test_numpy_numbers_become_pythons(tmp_path: Path) -> None:
     assert type(found["best"]) is float and type(found["of"][0]) is int
 
 
-# --- kills: a forked process saves, and is killed ---
+# --- a forked process is killed while it saves ---
 
 
 def start(work: Callable[..., None], *arguments: Any) -> multiprocessing.process.BaseProcess:

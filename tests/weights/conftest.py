@@ -1,4 +1,4 @@
-"""A real web server on this machine, for what fetches files."""
+"""A local web server for tests of downloads."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Answer = Callable[[BaseHTTPRequestHandler], None]
 
 
 class Web:
-    """A server whose answers a test decides.
+    """A server whose answers the test chooses.
 
     Attributes:
         address: of the server, without a slash at its end.
-        requests: the paths that were asked for, in order.
-        answers: those of a path, used up one by one; the last one stays.
-        gate: answers that wait do so until it is set.
+        requests: the requested paths, in order.
+        answers: by path, used up one by one; the last one stays.
+        gate: set it to release the answers that wait.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class Web:
                 answers = web.answers[self.path]
                 answer = answers.pop(0) if len(answers) > 1 else answers[0]
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                    answer(self)  # some clients shall hang up
+                    answer(self)  # some clients hang up
 
             def log_message(self, format: str, *args: object) -> None:
                 pass
@@ -63,11 +63,11 @@ class Web:
         """Return an answer.
 
         Args:
-            body: what is sent.
+            body: the content.
             status: of the answer.
-            length: said to be sent; -1 for the truth, None for nothing said.
+            length: the announced size; -1 for the true one, None for none.
             kind: the content type.
-            waits_after: bytes after which nothing comes before the gate is opened.
+            waits_after: bytes to send before waiting for the gate.
             chunked: announce chunks, of which there may be any number.
         """
 
@@ -101,7 +101,7 @@ class Web:
 
 @pytest.fixture
 def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
-    """A server of the test's own, closed after it."""
+    """A server that is closed after the test."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     running = Web()
     yield running

@@ -1,4 +1,4 @@
-"""Backbones that are whole or not, and converted files: exact, recorded, in any form."""
+"""Complete and incomplete backbones, and converted files in every form."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_describes_every_network(depth: int) -> None:
 
 
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN", "GN", "LN", ""])
-def test_accepts_whole_networks(norm: str) -> None:
+def test_accepts_complete_networks(norm: str) -> None:
     for stem, res2 in ((64, 256), (32, 32)):
         sizes = {"stem_out_channels": stem, "res2_out_channels": res2}
         tensors = ResNeXt(26, "32x1d", norm=norm, **sizes).state_dict()
@@ -113,7 +113,7 @@ WRONG: dict[str, tuple[Callable[[Tensors], object], str]] = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_refuses_backbones_that_are_not_whole(case: str, backbone: Tensors, tmp_path: Path) -> None:
+def test_refuses_incomplete_backbones(case: str, backbone: Tensors, tmp_path: Path) -> None:
     change, message = WRONG[case]
     change(backbone)
     torch.save(backbone, tmp_path / "weights.pth")
@@ -121,7 +121,7 @@ def test_refuses_backbones_that_are_not_whole(case: str, backbone: Tensors, tmp_
         read_backbone(tmp_path / "weights.pth")
 
 
-# --- values that no trained network has ---
+# --- untrained values ---
 
 
 def trained(norm: str = "BN") -> Tensors:
@@ -166,7 +166,7 @@ def test_reading_warns_of_zeros_but_not_of_fused_norms(
 
 @pytest.mark.parametrize("form", FORMS)
 def test_converting_twice_changes_nothing(form: str, tmp_path: Path) -> None:
-    """Neither a bit nor the record, and stock Detectron2 loads the grouped form."""
+    """Neither a bit nor the record."""
     source = save(tmp_path / "torchvision.pth", small_network().state_dict())
     weights = read_backbone(source)
     once, twice = tmp_path / "once.pth", tmp_path / "twice.pth"
@@ -210,8 +210,8 @@ def test_refuses_malformed_records(record: Any, tmp_path: Path) -> None:
         read_backbone(file)
 
 
-def test_writes_nothing_in_vain(tmp_path: Path) -> None:
-    """Not over the source, not under another suffix, not into a file, not without statistics."""
+def test_refuses_outputs_before_writing(tmp_path: Path) -> None:
+    """The source itself, another suffix, a file as the folder, and weights without statistics."""
     file = save(tmp_path / "weights.pth", small_network().state_dict())
     before = file.read_bytes()
     weights = read_backbone(file)
@@ -232,8 +232,8 @@ def test_writes_nothing_in_vain(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gn.pth", "link.pth", "weights.pth"]
 
 
-def test_detector_there_and_back(tmp_path: Path) -> None:
-    """Bits, names and types; the optimizer's state is left out."""
+def test_detector_round_trip(tmp_path: Path) -> None:
+    """Same bits, names and types, without the optimizer's state."""
     words = ["MODEL.RESNETS.DEPTH", "26", "MODEL.RESNETS.NUM_GROUPS", "4", "MODEL.DEVICE", "cpu"]
     words += ["MODEL.FPN.OUT_CHANNELS", "8", "MODEL.ROI_BOX_HEAD.FC_DIM", "8"]
     cfg = load_config("faster_rcnn_X_50_32x4d_FPN_paper", words)
@@ -254,7 +254,7 @@ def test_detector_there_and_back(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, state[name]) for name, tensor in fresh.state_dict().items())
 
 
-def test_refuses_blocks_that_are_not_whole(backbone: Tensors, tmp_path: Path) -> None:
+def test_refuses_incomplete_blocks(backbone: Tensors, tmp_path: Path) -> None:
     state = convert_form(backbone, "aggregated")
     lacking = {name: t for name, t in state.items() if name != "res3.1.paths.0.conv1.weight"}
     twice = {**state, "res3.1.conv2.weight": backbone["res3.1.conv2.weight"]}

@@ -1,4 +1,4 @@
-"""resnext://NAME from a real server to a detector, and everything that may go wrong on the way."""
+"""resnext://NAME from a local server to a detector, with all that can go wrong."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def ask(handler: ResNeXtHandler, name: str = NAME, **options: Any) -> Path:
 
 
 def placed(tmp_path: Path) -> Path:
-    """Return where the published file is kept, and can be put by hand."""
+    """Return the published file's path in the cache."""
     return tmp_path / "cache" / NAME / FILE[1:]
 
 
@@ -95,11 +95,11 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    while not condition():  # pytest's timeout ends what never comes
+    while not condition():  # pytest has a timeout
         time.sleep(0.01)
 
 
-def test_name_gives_what_a_direct_conversion_gives(
+def test_same_as_a_direct_conversion(
     handler: Handler, web: Web, checkpoint: bytes, tmp_path: Path
 ) -> None:
     asked = handler()
@@ -160,19 +160,19 @@ def test_stock_detectron2_loads_every_tensor(
 
 @pytest.fixture(scope="module")
 def processes() -> multiprocessing.context.ForkServerContext:
-    """Processes that start with the package imported, and share nothing else with this one."""
+    """Processes that start with the package imported."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["resnext_det.weights.fetching"])
     return context
 
 
-def test_eight_processes_download_once(
+def test_four_processes_download_once(
     handler: Handler, web: Web, checkpoint: bytes, processes: Any
 ) -> None:
     web.serve(FILE, web.sends(checkpoint, waits_after=1000))
-    with ProcessPoolExecutor(8, mp_context=processes) as pool:
-        list(pool.map(time.sleep, [0.3] * 8))  # all of them have started
-        asked = [pool.submit(handler()._get_local_path, f"{PREFIX}{NAME}") for _ in range(8)]
+    with ProcessPoolExecutor(4, mp_context=processes) as pool:
+        list(pool.map(time.sleep, [0.3] * 4))  # all of them have started
+        asked = [pool.submit(handler()._get_local_path, f"{PREFIX}{NAME}") for _ in range(4)]
         wait_for(lambda: bool(web.requests))
         time.sleep(1.2)  # the others come to the lock, and log that they wait
         web.gate.set()
@@ -200,7 +200,7 @@ def test_killed_process_leaves_a_working_cache(
 
 
 def test_full_disk(handler: Handler, processes: Any, tmp_path: Path) -> None:
-    """A limit on the size of files stands in for it: the same call fails with another number."""
+    """Simulated by a limit on the size of files: the same call fails with another errno."""
     limit = (resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
     with ProcessPoolExecutor(
         1, mp_context=processes, initializer=resource.setrlimit, initargs=limit
@@ -230,7 +230,7 @@ class Attack:
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["checksum", "no-checksum"])
-def test_wrong_downloads_are_thrown_away(
+def test_discards_wrong_downloads(
     known: bool, handler: Handler, web: Web, checkpoint: bytes, tmp_path: Path
 ) -> None:
     content = checkpoint if known else None
@@ -272,7 +272,7 @@ def test_file_must_be_what_the_catalog_says(
             ask(known, name)
 
 
-def test_file_put_there_by_hand(
+def test_uses_a_file_put_there_by_hand(
     handler: Handler, web: Web, checkpoint: bytes, tmp_path: Path
 ) -> None:
     placed(tmp_path).parent.mkdir(parents=True)
@@ -294,7 +294,7 @@ def test_file_put_there_by_hand(
     assert not web.requests
 
 
-def test_catalog_knows_pixels_and_format(
+def test_converts_with_the_pixels_of_the_catalog(
     handler: Handler, web: Web, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """OpenMMLab's copy of Detectron2's file has torchvision's names and expects BGR."""

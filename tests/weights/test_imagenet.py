@@ -66,7 +66,7 @@ def batch(folder: Path) -> Tensor:
 
 @pytest.fixture(scope="module")
 def network(folder: Path) -> ResNet:
-    """A torchvision ResNeXt whose answers differ from image to image."""
+    """A torchvision ResNeXt whose scores differ from image to image."""
     torch.manual_seed(3)
     source = ResNet(Bottleneck, [2, 2, 2, 2], CLASSES, groups=8, width_per_group=4)
     for module in source.modules():
@@ -107,7 +107,7 @@ def percent(scores: Tensor, folder: Path) -> tuple[float, float]:
     return 100 * first / len(labels), 100 * five / len(labels)
 
 
-def test_figures_are_torchvisions(checkpoint: Path, folder: Path, truth: Tensor) -> None:
+def test_same_figures_as_torchvision(checkpoint: Path, folder: Path, truth: Tensor) -> None:
     top1, top5 = percent(truth, folder)
     assert 0 < top1 < top5 < 100
     for batch_size, workers in ((7, 0), (64, 1)):
@@ -122,7 +122,7 @@ def test_figures_are_torchvisions(checkpoint: Path, folder: Path, truth: Tensor)
 
 
 @torch.inference_mode()
-def test_scores_are_torchvisions_in_every_layout(
+def test_same_scores_as_torchvision_in_every_layout(
     network: ResNet, folder: Path, truth: Tensor, tmp_path: Path
 ) -> None:
     images: Any = validation_images(folder, CLASSES, Preprocessing(**SMALL))

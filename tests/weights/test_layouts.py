@@ -1,4 +1,4 @@
-"""Each layout, written from a network of its own program, read, and compared with that network."""
+"""Files of every layout, written from a network of its own program, and read."""
 
 from __future__ import annotations
 
@@ -104,11 +104,10 @@ def test_renaming_refuses_unknown_names(name: str) -> None:
 
 # --- features and bits of every layout ---
 
-# What each source publishes: facebookresearch/ResNeXt, Detectron, Detectron2, torchvision, timm,
-# mmpretrain's and Cadene's lists.
+# Templates that each source publishes.
 TEMPLATES = {
-    "torchvision": ["1x64d", "32x4d", "64x4d"],
-    "timm": ["32x8d"],
+    "torchvision": ["1x64d", "64x4d"],
+    "timm": ["32x4d"],
     "mmpretrain": ["32x4d"],
     "cadene": ["32x4d"],
     "caffe2": ["32x8d"],
@@ -140,7 +139,7 @@ def test_features_are_those_of_the_source(source: str, template: str, tmp_path: 
 
 @pytest.fixture(scope="module")
 def rgb(tmp_path_factory: pytest.TempPathFactory) -> BackboneWeights:
-    """A network in torchvision's own layout, as it is read."""
+    """The weights read from a file in torchvision's layout."""
     file = tmp_path_factory.mktemp("rgb") / "torchvision.pth"
     return read_backbone(save(file, small_network().state_dict()))
 
@@ -171,7 +170,7 @@ def truth(depth: int, template: str) -> dict[str, torch.Size]:
 
 
 def published(layout: str, depth: int, template: str, fused: bool) -> dict[str, Tensor]:
-    """Return what the source's own network has, if it can be built, without values."""
+    """Return the tensors of the source's own network, without values."""
     groups, width = Template(template).cardinality, Template(template).width
     name = f"resnet{depth}" if template == "1x64d" else f"resnext{depth}_{template}"
     if layout == "torchvision" and name in timm.list_models():
@@ -331,7 +330,7 @@ PUBLISHED_NAMES: dict[str, tuple[tuple[int, ...], str]] = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED_NAMES)
-def test_published_names_of_networks_that_cannot_be_built_here(name: str) -> None:
+def test_refuses_published_names_of_near_networks(name: str) -> None:
     shape, words = PUBLISHED_NAMES[name]
     found = reason({name: torch.zeros(shape)})
     assert found is not None and words in found
@@ -339,7 +338,7 @@ def test_published_names_of_networks_that_cannot_be_built_here(name: str) -> Non
 
 
 @pytest.mark.parametrize("config", ["faster_rcnn_X_101_32x8d_FPN_3x", "faster_rcnn_R_50_C4_1x"])
-def test_detectors_of_detectron2_are_not_backbones(config: str) -> None:
+def test_detectron2_detectors_are_not_backbones(config: str) -> None:
     cfg = stock_zoo.get_config(f"COCO-Detection/{config}.yaml")
     cfg.MODEL.DEVICE = "meta"
     with torch.device("meta"):
@@ -365,7 +364,7 @@ def test_detectors_may_have_any_backbone(prefix: str, beside: str) -> None:
     assert not is_backbone(raw)
 
 
-def test_detectors_of_mmdetection_are_read_as_backbones() -> None:
+def test_reads_the_backbone_of_mmdetection_detectors() -> None:
     state = dict(small_network().state_dict())
     assert reason(mmdetection(state)["state_dict"]) is None
     state["layer1.0.se_layer.conv1.conv.weight"] = torch.zeros(4, 8, 1, 1)

@@ -52,7 +52,7 @@ def small_config(weights: Path | str, *more: str) -> CfgNode:
 
 
 def source_features(network: ResNet, picture: torch.Tensor) -> list[torch.Tensor]:
-    """What torchvision computes from RGB of 0 to 255, after its own preprocessing."""
+    """Return torchvision's features of an RGB picture from 0 to 255."""
     mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
     std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     x = ((picture / 255 - mean) / std)[None]
@@ -66,7 +66,7 @@ def source_features(network: ResNet, picture: torch.Tensor) -> list[torch.Tensor
 
 @torch.no_grad()
 def test_detector_sees_what_torchvision_sees(weights_file: Path) -> None:
-    """A picture in each one's own convention: RGB 0 to 1 there, BGR 0 to 255 here."""
+    """RGB from 0 to 1 for torchvision, BGR from 0 to 255 for the detector."""
     cfg = small_config(weights_file)
     detector = build_model(cfg).eval()
     line = load_weights(detector, cfg)
@@ -205,9 +205,7 @@ def test_norms_without_statistics_load_into_the_same_norms(norm: str, tmp_path: 
     assert all(torch.equal(state[name], tensor) for name, tensor in raw.items())
 
 
-@pytest.mark.parametrize(
-    ("source", "target"), [("BN", "GN"), ("BN", ""), ("GN", ""), ("GN", "FrozenBN")]
-)
+@pytest.mark.parametrize(("source", "target"), [("BN", "GN"), ("BN", ""), ("GN", "FrozenBN")])
 def test_refuses_other_norms(source: str, target: str, tmp_path: Path) -> None:
     file = backbone_file(tmp_path / "backbone.pth", source)
     cfg = small_config(file, *GN, target)
@@ -221,7 +219,7 @@ def test_refuses_other_norms(source: str, target: str, tmp_path: Path) -> None:
 
 
 def test_warns_of_unknown_pixels(tmp_path: Path) -> None:
-    """Such a file may take RGB, as those of Detectron2's own converter do."""
+    """Such a file may expect RGB, as those of Detectron2's own converter do."""
     file = backbone_file(tmp_path / "backbone.pth", "BN")
     cfg = small_config(file, *GN, "BN", "INPUT.FORMAT", "RGB")
     assert "does not say which pixels it expects" in load_weights(build_model(cfg), cfg)
@@ -270,7 +268,7 @@ CATALOG = "resnext://resnext50_32x4d.tv_in1k"
 
 
 def stock_config(weights: str, template: tuple[int, int] = (32, 4), depth: int = 50) -> CfgNode:
-    """Return a config of a program that only imports the package, right for torchvision's file."""
+    """Return a config that fits torchvision's file, of a program that only imports the package."""
     cfg = stock_zoo.get_config("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
     cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", weights
     cfg.MODEL.BACKBONE.NAME = "build_resnext_fpn_backbone"
@@ -294,7 +292,7 @@ def stock_config(weights: str, template: tuple[int, int] = (32, 4), depth: int =
     ],
 )
 def test_stock_program_is_refused_before_it_downloads(key: str, value: object, said: str) -> None:
-    """The model is not even built, and no server is there to answer."""
+    """Nor is the model built."""
     check_named_weights(stock_config(CATALOG))
     cfg = stock_config(CATALOG)
     cfg.merge_from_list([key, value])

@@ -1,4 +1,4 @@
-"""Small files that ask for much memory: refused in little more memory than the file has."""
+"""Small files that ask for much memory are refused without allocating it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def rewrite_archive(file: Path, method: int, **parts: bytes) -> None:
 
 
 def compressed(file: Path) -> None:
-    torch.save({"a": torch.zeros(40_000_000)}, file)
+    torch.save({"a": torch.zeros(30_000_000)}, file)
     rewrite_archive(file, zipfile.ZIP_DEFLATED)
 
 
@@ -187,7 +187,7 @@ for file in sorted(Path(sys.argv[2]).iterdir()):
 
 
 def test_memory_is_limited_by_the_file(tmp_path: Path) -> None:
-    """In a process of its own, as any of the files might kill it."""
+    """In a separate process, as any of the files might kill it."""
     folder, good = tmp_path / "bombs", tmp_path / "good.pth"
     folder.mkdir()
     torch.save(TENSORS, good)

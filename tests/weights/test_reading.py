@@ -1,4 +1,4 @@
-"""Checkpoint files of every format: the same tensors from good ones, an error from bad ones."""
+"""Checkpoint files of every format, good, hostile and damaged."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_every_format_gives_the_same_tensors(kind: str, tmp_path: Path) -> None:
     assert same(read_tensors(tmp_path / "weights.xyz"))
 
 
-def test_ignores_what_training_programs_save_beside_the_weights(tmp_path: Path) -> None:
+def test_ignores_objects_beside_the_weights(tmp_path: Path) -> None:
     """torchvision and timm save their arguments; others a path, a NumPy number or anything."""
     arguments = argparse.Namespace(lr=0.1, output=tmp_path, best=np.float64(77.6))
     beside = {"args": arguments, "acc": np.float32(3), 7: "seven", None: (1, [{"b": None}])}
@@ -120,7 +120,7 @@ ODD_ARRAYS: dict[str, np.ndarray[Any, Any]] = {
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4, 5])
-def test_arrays_are_what_numpy_reads(protocol: int) -> None:
+def test_arrays_are_the_same_as_in_numpy(protocol: int) -> None:
     for kind, array in ODD_ARRAYS.items():
         content = pickle.dumps(OrderedDict(a=array, b=[array, "words"]), protocol)
         found = ArrayUnpickler(io.BytesIO(content)).load()
@@ -142,10 +142,10 @@ def test_arrays_written_by_python_2() -> None:
     assert ArrayUnpickler(io.BytesIO(content)).load()["w"].tensor.tolist() == [1.0, -3.0]
 
 
-# --- what is not a checkpoint ---
+# --- files that are not checkpoints ---
 
 
-def test_refuses_what_is_not_a_regular_file(tmp_path: Path) -> None:
+def test_refuses_other_than_regular_files(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "device").symlink_to("/dev/zero")
@@ -251,7 +251,7 @@ def test_refuses_programs_and_other_classes(tmp_path: Path) -> None:
     assert "pickle_protocol" in refusal(TENSORS, tmp_path, save_protocol_4)
 
 
-# --- archives that can be read in two ways, and damage ---
+# --- ambiguous and damaged files ---
 
 
 def rewritten(file: Path, method: int = zipfile.ZIP_STORED, **parts: bytes) -> None:

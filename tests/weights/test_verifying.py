@@ -1,6 +1,6 @@
-"""The verification of a conversion: right ones pass it, and no wrong one does.
+"""Verification passes correct conversions and fails wrong ones.
 
-The truth is torchvision's network before it was saved, taken apart by torchvision itself.
+The truth is torchvision's network before it was saved, with torchvision's own feature extractor.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from tests.helpers.written_sources import mmdetection, mmpretrain, network, pref
 
 STAGES = ("res2", "res3", "res4", "res5")
 TOOL = Path(__file__).parents[2] / "tools" / "convert_weights.py"
-IMAGE = default_image(96, 128)  # a small one, where the values are not looked at
+IMAGE = default_image(96, 128)  # small, for tests that do not compare values
 Convert = Callable[..., tuple[Path, Path]]
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
-    """The network's file, and what it is converted to."""
+    """The network's file, and the content of the converted file."""
     folder = tmp_path_factory.mktemp("original")
     source, output = folder / "source.pth", folder / "converted.pth"
     torch.save(network().state_dict(), source)
@@ -98,7 +98,7 @@ def test_right_conversions_pass(layout: str, converted: Convert) -> None:
 
 @pytest.mark.parametrize("program", ["torchvision", "timm"])
 def test_values_are_those_of_the_saved_network(program: Any, converted: Convert) -> None:
-    """Not zeros compared with zeros, nor an image that another program would see differently."""
+    """Otherwise zeros might be compared with zeros."""
     found = verify(*converted(), program=program)
     nodes = {f"layer{number}": stage for number, stage in enumerate(STAGES, start=1)}
     image = normalize(to_tensor(default_image()), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -157,7 +157,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
         swap("res5.1.conv3.norm.running_mean", "res5.1.conv3.norm.bias"),
         "res5",
     ),
-    "a bias that is lower": (set_tensor("res5.1.conv3.norm.bias", lambda t: t - 1), "res5"),
+    "lower bias": (set_tensor("res5.1.conv3.norm.bias", lambda t: t - 1), "res5"),
     "RGB not flipped": (set_tensor("stem.conv1.weight", lambda t: t.flip(1)), "res2"),
     "groups in another order": (
         set_tensor("res4.0.conv2.weight", lambda t: t.roll(4, 0)),
@@ -199,19 +199,21 @@ def test_another_network_fails(original: tuple[Path, bytes], tmp_path: Path) -> 
     ],
 )
 def test_tolerance_is_relative(difference: float, largest: float, agrees: bool) -> None:
-    """Nothing but zeros, or NaN in both networks, proves nothing."""
+    """Only zeros, or NaN in both networks, is no proof."""
     stages = {"res2": (0.0, 1.0), "res3": (difference, largest)}
     assert (Verification("torchvision", (1, 1), stages).wrong is None) == agrees
 
 
-def test_pixels_that_the_layout_does_not_tell(converted: Convert) -> None:
-    """torchvision's names, but BGR: the catalog has such a file."""
+def test_pixels_unusual_for_the_layout(converted: Convert) -> None:
+    """BGR under torchvision's names, as in one file of the catalog."""
     assert verify(*converted(pixels=OURS), IMAGE, pixels=OURS).wrong is None
     assert verify(*converted(pixels=OURS), IMAGE).wrong
     assert verify(*converted(), IMAGE, pixels=OURS).wrong
 
 
-def test_refuses_what_has_no_network(converted: Convert, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refuses_files_that_cannot_be_compared(
+    converted: Convert, monkeypatch: pytest.MonkeyPatch
+) -> None:
     files = converted()
     source, output = files[1].with_name("source.pth"), files[1]
     narrow = ResNeXt(26, "2x2d", norm="BN", stem_out_channels=8, res2_out_channels=16)
@@ -300,7 +302,7 @@ def test_command_removes_a_wrong_conversion(
     assert not output.exists()
 
 
-def test_command_keeps_what_it_cannot_compare(
+def test_command_keeps_unverified_files(
     converted: Convert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     first, second = converted()[1], tmp_path / "second.pth"
@@ -316,7 +318,7 @@ def test_command_keeps_what_it_cannot_compare(
 def test_command_reads_a_file_as_the_catalog_says(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    """Its names are torchvision's, and it takes BGR."""
+    """Its names are torchvision's, and it expects BGR."""
     known = entry("resnext101_32x8d.open_mmlab_d2_in1k")
     monkeypatch.setattr("resnext_det.weights.catalog.of_file", lambda file: known)
     output = tmp_path / "out.pth"
