@@ -9,7 +9,7 @@ import torch
 from resnext_det.errors import ConfigError, WeightsError, named
 from resnext_det.modeling.template import BLOCKS_PER_STAGE, Template
 
-NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
+_NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 _STAGES = (2, 3, 4, 5)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FIRST = "res2.0.conv2.weight"
@@ -87,7 +87,7 @@ def check_backbone(tensors: Mapping[str, torch.Tensor]) -> None:
     kinds: tuple[str, ...] = ()
     if any(".norm." in name for name in tensors):
         statistics = any(".norm.running_" in name for name in tensors)
-        kinds = NORM_TENSORS if statistics else NORM_TENSORS[:2]
+        kinds = _NORM_TENSORS if statistics else _NORM_TENSORS[:2]
     shapes = {f"{name}.weight": shape for name, shape in convolutions.items()}
     for name, shape in convolutions.items():
         shapes.update({f"{name}.norm.{kind}": shape[:1] for kind in kinds})
