@@ -22,7 +22,7 @@ from resnext_det.data.registered import (
     PARTS,
     TRAIN_2014,
     VALMINUSMINIVAL,
-    Part,
+    SplitFiles,
     image_name,
     is_image,
     locate,
@@ -218,7 +218,7 @@ def _missing_part(
     ids: Ids | None,
     releases: Mapping[str, Ids],
     present: Mapping[str, frozenset[str]],
-) -> Part | None:
+) -> SplitFiles | None:
     """Return the part to write for a data set, None if it is there or cannot be written.
 
     It is the part with all its images, else with any, else one of a release at hand.
@@ -226,7 +226,7 @@ def _missing_part(
     if ids is None:
         return None
 
-    def usable(part: Part) -> tuple[bool, bool, bool]:
+    def usable(part: SplitFiles) -> tuple[bool, bool, bool]:
         complete = not _missing(ids, part.images, present)
         return complete, bool(present[part.images]), part.images in releases
 
@@ -241,7 +241,7 @@ def _missing_part(
     return best
 
 
-def _selected(file: Path, part: Part, members: str, ids: Ids, size: Size) -> Record:
+def _selected(file: Path, part: SplitFiles, members: str, ids: Ids, size: Size) -> Record:
     """Return the images of a set and their annotations, from a file of COCO's.
 
     Raises:

@@ -21,7 +21,7 @@ TRAIN_2014 = "coco_2014_train"
 
 
 @dataclass(frozen=True)
-class Part:
+class SplitFiles:
     """An annotation file and the image folder that goes with it.
 
     Attributes:
@@ -35,18 +35,20 @@ class Part:
     sources: tuple[str, ...] = ()
 
 
-PARTS: dict[str, tuple[Part, ...]] = {
+PARTS: dict[str, tuple[SplitFiles, ...]] = {
     MINIVAL: (
-        Part("instances_minival2014.json", "val2014", ("val2014", "val2017")),
-        Part("instances_val2017.json", "val2017"),
+        SplitFiles("instances_minival2014.json", "val2014", ("val2014", "val2017")),
+        SplitFiles("instances_val2017.json", "val2017"),
     ),
     VALMINUSMINIVAL: (
-        Part("instances_valminusminival2014.json", "val2014", ("val2014", "train2017")),
-        Part("instances_valminusminival2014_from2017.json", "train2017", ("train2017", "val2014")),
+        SplitFiles("instances_valminusminival2014.json", "val2014", ("val2014", "train2017")),
+        SplitFiles(
+            "instances_valminusminival2014_from2017.json", "train2017", ("train2017", "val2014")
+        ),
     ),
     TRAIN_2014: (
-        Part("instances_train2014.json", "train2014"),
-        Part("instances_train2014_from2017.json", "train2017", ("train2017", "train2014")),
+        SplitFiles("instances_train2014.json", "train2014"),
+        SplitFiles("instances_train2014_from2017.json", "train2017", ("train2017", "train2014")),
     ),
 }
 """The files that each name can be read from, best first. minival is val2017."""

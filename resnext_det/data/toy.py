@@ -51,7 +51,7 @@ class ToySpec:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class ToyObject:
     """One object of an image."""
 
     name: str
@@ -128,13 +128,13 @@ def _write_split(root: Path, split: str, first_id: int, count: int, spec: ToySpe
     (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(document))
 
 
-def draw_image(generator: Generator, spec: ToySpec) -> tuple[Image.Image, list[Drawn]]:
+def draw_image(generator: Generator, spec: ToySpec) -> tuple[Image.Image, list[ToyObject]]:
     """Draw one image, and return it with its objects; 5 in 100 images have none."""
     width, height = (
         int(side) for side in generator.integers(spec.shortest_side, spec.longest_side + 1, size=2)
     )
     canvas = background(width, height, generator)
-    objects: list[Drawn] = []
+    objects: list[ToyObject] = []
     wanted = 0 if generator.random() < 0.05 else int(generator.integers(1, 6))
     sizes = []
     for _ in range(wanted):
@@ -148,7 +148,7 @@ def draw_image(generator: Generator, spec: ToySpec) -> tuple[Image.Image, list[D
     return Image.fromarray(pixels.astype(np.uint8)), objects
 
 
-def _place(canvas: Floats, objects: list[Drawn], size: float, generator: Generator) -> None:
+def _place(canvas: Floats, objects: list[ToyObject], size: float, generator: Generator) -> None:
     """Draw a shape that hides little of the others; give up after some tries."""
     name = CLASSES[int(generator.integers(len(CLASSES)))]
     height, width = canvas.shape[:2]
@@ -165,11 +165,11 @@ def _place(canvas: Floats, objects: list[Drawn], size: float, generator: Generat
         if mask.any() and not _hides_too_much(mask, objects):
             _paint(canvas, mask, generator)
             _cover(objects, mask)
-            objects.append(Drawn(name, mask, crowd=False))
+            objects.append(ToyObject(name, mask, crowd=False))
             return
 
 
-def _place_crowd(canvas: Floats, objects: list[Drawn], generator: Generator) -> None:
+def _place_crowd(canvas: Floats, objects: list[ToyObject], generator: Generator) -> None:
     """Draw many tiny shapes of one class side by side, annotated as one crowd."""
     name = CLASSES[int(generator.integers(len(CLASSES)))]
     height, width = canvas.shape[:2]
@@ -188,7 +188,7 @@ def _place_crowd(canvas: Floats, objects: list[Drawn], generator: Generator) -> 
         if mask.any():
             _paint(canvas, mask, generator)
     _cover(objects, crowd)
-    objects.append(Drawn(name, crowd, crowd=True))
+    objects.append(ToyObject(name, crowd, crowd=True))
 
 
 def _rasterise(points: Floats, width: int, height: int) -> Mask:
@@ -197,7 +197,7 @@ def _rasterise(points: Floats, width: int, height: int) -> Mask:
     return np.array(image, dtype=np.bool_)
 
 
-def _hides_too_much(mask: Mask, objects: list[Drawn]) -> bool:
+def _hides_too_much(mask: Mask, objects: list[ToyObject]) -> bool:
     for drawn in objects:
         covered = (mask & drawn.visible).sum()
         if drawn.crowd and covered:
@@ -218,17 +218,17 @@ def _grown(mask: Mask) -> Mask:
     return grown
 
 
-def _cover(objects: list[Drawn], mask: Mask) -> None:
+def _cover(objects: list[ToyObject], mask: Mask) -> None:
     """Take the pixels of a new object from those below it."""
     for index, drawn in enumerate(objects):
-        objects[index] = Drawn(drawn.name, drawn.visible & ~mask, drawn.crowd)
+        objects[index] = ToyObject(drawn.name, drawn.visible & ~mask, drawn.crowd)
 
 
 def _paint(canvas: Floats, mask: Mask, generator: Generator) -> None:
     canvas[mask] = fill(int(mask.sum()), canvas[mask].mean(axis=0), generator)
 
 
-def _annotate(objects: list[Drawn]) -> Iterator[dict[str, Any]]:
+def _annotate(objects: list[ToyObject]) -> Iterator[dict[str, Any]]:
     """Yield COCO annotations, all but their ids."""
     for drawn in objects:
         encoded = rle.encode(np.asfortranarray(drawn.visible, dtype=np.uint8))

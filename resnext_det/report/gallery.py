@@ -38,7 +38,7 @@ _SIDE, _LABEL = 480, 18  # pixels; a page shows an image at about half its size
 
 
 @dataclass(frozen=True)
-class Entry:
+class GalleryImage:
     """An image of the gallery.
 
     Attributes:
@@ -72,7 +72,7 @@ class Gallery:
         outdated: whether annotations or detections have changed since the evaluation.
     """
 
-    groups: dict[str, list[Entry]]
+    groups: dict[str, list[GalleryImage]]
     missing: int
     outdated: bool
 
@@ -108,7 +108,7 @@ def make_gallery(evaluation: DatasetMetrics, limit: int) -> Gallery:
         for image_id, each in diagnostics["img_summary"].items()
         if files[image_id] in present
     }
-    groups: dict[str, list[Entry]] = {}
+    groups: dict[str, list[GalleryImage]] = {}
     unreadable = 0
     for heading, ids in _chosen(summary, confused, limit).items():
         groups[heading] = []
@@ -120,7 +120,7 @@ def make_gallery(evaluation: DatasetMetrics, limit: int) -> Gallery:
                 unreadable += 1
                 continue
             counts = summary[image_id]
-            entry = Entry(
+            entry = GalleryImage(
                 file_name=files[image_id],
                 truth=_with_truth(picture, truth, image_id, diagnostics),
                 predictions=_with_predictions(picture, truth, shown, image_id, diagnostics),

@@ -50,7 +50,7 @@ _MOST_TIMINGS = 10_000  # a camera may run for days
 
 
 @dataclass(frozen=True)
-class Source:
+class MediaFile:
     """An image or video to read.
 
     Attributes:
@@ -64,7 +64,7 @@ class Source:
     drawn: str
 
 
-def find_sources(inputs: Sequence[str], output: Path) -> list[Source]:
+def find_sources(inputs: Sequence[str], output: Path) -> list[MediaFile]:
     """Return the images and videos that files, folders and patterns name, each once.
 
     Subfolders and hidden files of a folder are skipped, and so is the output folder, so a second
@@ -96,7 +96,7 @@ def find_sources(inputs: Sequence[str], output: Path) -> list[Source]:
         # Some file systems treat A.jpg and a.jpg as the same file.
         drawn = next(f"{name}{suffix}" for name in names if f"{name}{suffix}".lower() not in taken)
         taken.add(drawn.lower())
-        sources.append(Source(file, is_video, drawn))
+        sources.append(MediaFile(file, is_video, drawn))
     return sources
 
 
@@ -157,7 +157,7 @@ class Demo:
         self.seconds: deque[float] = deque(maxlen=_MOST_TIMINGS)
         self._is_warm = False
 
-    def run(self, sources: Sequence[Source]) -> None:
+    def run(self, sources: Sequence[MediaFile]) -> None:
         """Draw images and videos, listing those that cannot be read in `problems`.
 
         Ctrl-C keeps what is finished, and nothing half-written.
@@ -191,7 +191,7 @@ class Demo:
             DatasetError: the camera gives no frame.
             ResNeXtError: something cannot be written.
         """
-        source = Source(Path(camera.name), True, drawn)
+        source = MediaFile(Path(camera.name), True, drawn)
         with _interruptible() as interrupted, self._results() as results:
             frames = itertools.takewhile(lambda _: not interrupted(), camera)
             self._draw_video(camera, frames, source, results)
@@ -213,7 +213,7 @@ class Demo:
         if raised is not None:
             raise raised
 
-    def _draw_images(self, sources: Sequence[Source], results: BinaryIO) -> None:
+    def _draw_images(self, sources: Sequence[MediaFile], results: BinaryIO) -> None:
         bar = progress_bar(sources, desc="drawing", unit="image")
         for batch in _batches(self._readable(bar, results), self._batch):
             found = self._detect([record for _, _, record in batch])
@@ -223,8 +223,8 @@ class Demo:
                 self.images += 1
 
     def _readable(
-        self, sources: Iterable[Source], results: BinaryIO
-    ) -> Iterator[tuple[Source, Image.Image, Record]]:
+        self, sources: Iterable[MediaFile], results: BinaryIO
+    ) -> Iterator[tuple[MediaFile, Image.Image, Record]]:
         for source in sources:
             try:
                 picture = read_picture(source.file)
@@ -240,7 +240,7 @@ class Demo:
             yield source, picture, record
 
     def _draw_video(
-        self, reader: VideoReader, frames: Iterable[Any], source: Source, results: BinaryIO
+        self, reader: VideoReader, frames: Iterable[Any], source: MediaFile, results: BinaryIO
     ) -> None:
         name = quoted(Path(source.file.name), 40)
         bar = progress_bar(frames, desc=name, total=reader.frame_count, unit="frame")
@@ -261,7 +261,7 @@ class Demo:
         self.videos += 1
         self.frames += count
 
-    def _add_problem(self, source: Source, message: str, results: BinaryIO) -> None:
+    def _add_problem(self, source: MediaFile, message: str, results: BinaryIO) -> None:
         name = quoted(source.file)
         message = message if name in message else f"{name}: {message}"
         self.problems.append(message)
@@ -292,7 +292,7 @@ class Demo:
 
 def _write(
     results: BinaryIO,
-    source: Source,
+    source: MediaFile,
     picture: Image.Image,
     detections: Sequence[Detection],
     **when: float,
