@@ -271,7 +271,7 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.9, 0.9999])
+@pytest.mark.parametrize("share", [0.0, 0.9999])
 @pytest.mark.parametrize("name", ["model_final.pth", "model_0000019.pth"])
 def test_full_disk_changes_nothing(tmp_path: Path, name: str, share: float) -> None:
     write_checkpoint(content(9, 20_000), tmp_path / "model_final.pth")

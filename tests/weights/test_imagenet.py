@@ -159,9 +159,8 @@ def test_refuses_broken_images_and_scores(checkpoint: Path, folder: Path, tmp_pa
         (tmp_path / file.parent.name / file.name).write_bytes(file.read_bytes())
     broken = files(tmp_path)[12][0]
     broken.write_bytes(broken.read_bytes()[:-600])
-    for workers in (0, 1):
-        with pytest.raises(DatasetError, match=r"12\.JPEG cannot be read"):
-            evaluate(str(checkpoint), tmp_path, **SMALL, workers=workers, device="cpu")
+    with pytest.raises(DatasetError, match=r"12\.JPEG cannot be read"):
+        evaluate(str(checkpoint), tmp_path, **SMALL, workers=1, device="cpu")
     state = torch.load(checkpoint, weights_only=True)
     state["fc.weight"] = torch.full_like(state["fc.weight"], 3e38)
     torch.save(state, tmp_path / "infinite.pth")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import pickle
-import pickletools
 import subprocess
 import sys
 import zipfile
@@ -17,7 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-TENSORS = {"conv1.weight": torch.arange(6.0).reshape(2, 3), "bn1.bias": torch.ones(2)}
+from tests.weights.test_reading import (
+    TENSORS,
+    legacy_parts,
+    rewrite_archive,
+    save_legacy,
+    save_pickle,
+)
 
 
 class Call:
@@ -28,22 +32,6 @@ class Call:
 
     def __reduce__(self) -> Any:
         return self.call
-
-
-def save_legacy(content: Any, file: Path) -> None:
-    torch.save(content, file, _use_new_zipfile_serialization=False)
-
-
-def save_pickle(content: Any, file: Path, protocol: int = 4) -> None:
-    file.write_bytes(pickle.dumps(content, protocol))
-
-
-def rewrite_archive(file: Path, method: int, **parts: bytes) -> None:
-    with zipfile.ZipFile(file) as source:
-        held = {name: source.read(name) for name in source.namelist()}
-    with zipfile.ZipFile(file, "w", method) as target:
-        for name, content in held.items():
-            target.writestr(name, parts.get(Path(name).stem, content))
 
 
 def compressed(file: Path) -> None:
@@ -75,11 +63,8 @@ def legacy_claim(file: Path) -> None:
 def legacy_without_numbers(file: Path) -> None:
     """Its storages are not on the list of those that follow."""
     legacy_claim(file)
-    content = io.BytesIO(file.read_bytes())
-    for _ in range(4):
-        for _ in pickletools.genops(content):
-            pass
-    file.write_bytes(content.getvalue()[: content.tell()] + pickle.dumps([], 2))
+    program, _, _ = legacy_parts(file)
+    file.write_bytes(program + pickle.dumps([], 2))
 
 
 def many_copies_of_one_list(file: Path) -> None:

@@ -149,10 +149,6 @@ def halve(content: dict[str, Any]) -> None:
 
 WRONG: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "two convolutions swapped": (swap("res3.0.conv3.weight", "res3.1.conv3.weight"), "res3"),
-    "two means swapped": (
-        swap("res5.0.conv1.norm.running_mean", "res5.1.conv1.norm.running_mean"),
-        "res5",
-    ),
     "mean and bias swapped": (
         swap("res5.1.conv3.norm.running_mean", "res5.1.conv3.norm.bias"),
         "res5",
@@ -165,8 +161,6 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     ),
     "stride on the wrong side": (set_record(stride_in_1x1=True), "res3"),
     "another mean": (set_pixels(mean=(102.9801, 115.9465, 122.7717)), "res2"),
-    "another std": (set_pixels(std=(1.0, 1.0, 1.0)), "res2"),
-    "another order": (set_pixels(order="RGB"), "res2"),
     "half precision": (halve, "res2"),
 }
 
