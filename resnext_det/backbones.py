@@ -105,12 +105,12 @@ def build_retinanet_resnext_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -
 def _pyramid(cfg: CfgNode, bottom_up: ResNeXt, top_block: nn.Module) -> FPN:
     settings = cfg.MODEL.FPN
     features = list(settings.IN_FEATURES)
-    # Detectron2 checks all but the last: the levels above it are made of res5 whatever it is.
+    # Detectron2 does not check that res5 is the last, and computes the upper levels from it anyway.
     if features[-1:] != ["res5"] or not set(features) <= set(bottom_up.output_shape()):  # type: ignore[no-untyped-call]
         raise ConfigError(
             f"MODEL.FPN.IN_FEATURES is {features}, and MODEL.RESNETS.OUT_FEATURES is "
-            f"{list(cfg.MODEL.RESNETS.OUT_FEATURES)}: the first must end with res5, as its upper "
-            "levels are made of it, and the second must contain the first."
+            f"{list(cfg.MODEL.RESNETS.OUT_FEATURES)}: the first must end with res5, from which the "
+            "upper levels are computed, and the second must contain the first."
         )
     check_norm(settings.NORM, (settings.OUT_CHANNELS,), key="MODEL.FPN.NORM")
     return FPN(

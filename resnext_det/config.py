@@ -1,4 +1,4 @@
-"""The config keys of this package, and configs read from yaml: as data, without running code."""
+"""The config keys of this package, and a reader of yaml configs that never runs code."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from resnext_det.files import open_regular
 Tree = dict[str, Any]
 
 _MOST_BYTES = 2**20
-_MOST_BASES = 32  # above each other
+_MOST_FILES = 32  # a config and its bases, each as often as it is named
 _MOST_VALUES = 100_000
 
 
@@ -48,8 +48,8 @@ def add_resnext_config(cfg: CfgNode) -> None:
     cfg.MODEL.RESNEXT.CHECKPOINT_STAGES = []
     # Start the last norm of every block at 0, for training from scratch (1706.02677, section 5.1).
     cfg.MODEL.RESNEXT.ZERO_INIT_RESIDUAL = False
-    # Compute faster, in "fp32", "bf16" or "fp16"; "" computes as Detectron2 does, bit for bit. Read
-    # by this package's programs; in others, call `resnext_det.modeling.fast.accelerate(model)`.
+    # Compute faster, in "fp32", "bf16" or "fp16"; "" computes as Detectron2 does, bit for bit. Only
+    # this package's commands read it; other programs call `modeling.fast.accelerate(model)`.
     cfg.MODEL.RESNEXT.PRECISION = ""
     # Every published ResNeXt has its stride in the 3x3 convolution, so the backbone refuses
     # MODEL.RESNETS.STRIDE_IN_1X1 True (Detectron2's default) above cardinality 1
@@ -65,7 +65,7 @@ def add_resnext_config(cfg: CfgNode) -> None:
     cfg.SOLVER.SCALING = "accumulate"
     # Images per micro-batch and process, to save memory; 0 leaves it to SCALING.
     cfg.SOLVER.IMS_PER_MICRO_BATCH = 0
-    # The linear rule: learning rate per image of a batch. Twice this and more is warned about.
+    # The linear rule: learning rate per image of a batch. Twice this or more causes a warning.
     cfg.SOLVER.LR_PER_IMAGE = 0.02 / 16
     # With SOLVER.AMP.ENABLED: "float16" (GPU only) or "bfloat16".
     cfg.SOLVER.AMP.PRECISION = "float16"
@@ -93,7 +93,7 @@ def add_resnext_config(cfg: CfgNode) -> None:
 def complete(cfg: CfgNode) -> CfgNode:
     """Return a config with the default of every key that it lacks.
 
-    Configs of Detectron2's model zoo lack the keys of this package, those of an older version some.
+    Configs of Detectron2's model zoo lack all keys of this package, older configs some.
 
     Returns:
         The config itself if it is complete, else a copy, frozen if `cfg` is.
@@ -111,7 +111,7 @@ def complete(cfg: CfgNode) -> CfgNode:
 
 
 def _parent(cfg: CfgNode, key: str) -> tuple[CfgNode, str]:
-    """Return the group that holds a key, made if it is missing, and the key's name in it."""
+    """Return the group of a key, created if missing, and the key's name in it."""
     *path, name = key.split(".")
     for part in path:
         cfg = cfg.setdefault(part, CfgNode())
@@ -138,8 +138,8 @@ def load_config(file: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
         overrides: KEY, VALUE, KEY, VALUE, ... as on the command line.
 
     Raises:
-        ConfigError: the file is missing or no config, or keys or values are refused; the error
-            names all of them.
+        ConfigError: the file is missing or not a config, or keys or values are refused; the
+            error names all of them.
     """
     if len(overrides) % 2:
         raise ConfigError(
@@ -192,12 +192,9 @@ def _fitted(value: Any, default: Any) -> Any:
 def idle_settings(cfg: CfgNode) -> dict[str, str]:
     """Return the changed settings that nothing reads.
 
-    Args:
-        cfg: any Detectron2 config. Of an architecture that is not Detectron2's nothing is known,
-            and nothing returned.
-
     Returns:
-        By key, the key that would have to be set differently for it to be read.
+        By key, the key that would have to be set differently for it to be read. Empty for an
+        architecture that is not Detectron2's.
     """
     cfg = complete(cfg)
     if cfg.MODEL.META_ARCHITECTURE not in KNOWN_ARCHITECTURES:
@@ -273,13 +270,13 @@ def _size(node: Any, known: dict[int, float]) -> float:
     if not isinstance(node, yaml.CollectionNode):
         return 1
     if id(node) not in known:
-        known[id(node)] = math.inf  # until it is counted: whoever comes here meanwhile is inside it
+        known[id(node)] = math.inf  # while it is counted: to meet it now is to be inside it
         parts = [part for each in node.value for part in (each if type(each) is tuple else [each])]
         known[id(node)] = 1 + sum(_size(part, known) for part in parts)
     return known[id(node)]
 
 
-def read_config(file: Path, _depth: int = 0) -> Tree:
+def read_config(file: Path, _opened: list[Path] | None = None) -> Tree:
     """Read a yaml config and its bases.
 
     Args:
@@ -290,10 +287,12 @@ def read_config(file: Path, _depth: int = 0) -> Tree:
         The values, nested as in the files; a file's values replace those of its bases.
 
     Raises:
-        ConfigError: a file is missing, too large or no config, or `_BASE_` is an address.
+        ConfigError: a file is missing, too large or not a config, or `_BASE_` is an address.
     """
-    if _depth > _MOST_BASES:
-        raise ConfigError(f"{quoted(file)}: more than {_MOST_BASES} bases; does one name itself?")
+    opened = [] if _opened is None else _opened
+    opened.append(file)
+    if len(opened) > _MOST_FILES:
+        raise ConfigError(f"{quoted(file)}: more than {_MOST_FILES} bases; does one name itself?")
     try:
         with open_regular(file) as stream:
             content = stream.read(_MOST_BYTES + 1)
@@ -301,12 +300,12 @@ def read_config(file: Path, _depth: int = 0) -> Tree:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{quoted(file)} cannot be read as a config: {quoted(error)}") from error
     if len(content) > _MOST_BYTES:
-        raise ConfigError(f"{quoted(file)} is larger than {_MOST_BYTES:,} bytes; no config is.")
+        raise ConfigError(f"{quoted(file)} is not a config: over {_MOST_BYTES:,} bytes.")
     values = parse_config(text, quoted(file))
     bases = values.pop("_BASE_", [])
     merged: Tree = {}
     for base in bases if isinstance(bases, list) else [bases]:
-        _overlay(read_config(_locate_base(base, file), _depth + 1), merged)
+        _overlay(read_config(_locate_base(base, file), opened), merged)
     _overlay(values, merged)
     return merged
 
@@ -315,7 +314,7 @@ def _locate_base(base: object, file: Path) -> Path:
     problem = "there is no such file, neither beside it nor among Detectron2's configs."
     with contextlib.suppress(RuntimeError, OSError, ValueError):  # a name that no file can have
         if not isinstance(base, str) or not base:
-            problem = "it must be the path of a yaml file, or a list of such."
+            problem = "it must be the path of a yaml file, or a list of paths."
         elif "://" in base:
             problem = "configs are not fetched: download the file and name its path."
         elif (beside := file.parent / Path(base).expanduser()).is_file():
@@ -335,10 +334,10 @@ def _overlay(values: Mapping[str, Any], under: Tree) -> None:
 
 
 def locate_config(file: str | Path) -> Path:
-    """Return the path of a config, given that or the name of a shipped one.
+    """Return the path of a config, given its path or the name of a shipped one.
 
     Raises:
-        ConfigError: there is neither.
+        ConfigError: it is neither.
     """
     with contextlib.suppress(ValueError, OSError):  # a name that no file can have
         if Path(file).is_file():

@@ -1,4 +1,4 @@
-"""Values that a config key may hold, settings that exclude each other, and keys that go unread."""
+"""Which values config keys may have, which settings exclude each other, which keys go unread."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from resnext_det.errors import ConfigError, quoted
 
 @dataclass(frozen=True)
 class Rule:
-    """What a key may hold.
+    """The values that a key may have.
 
     Attributes:
         allowed: completes "it must be".
-        holds: whether a value is allowed.
+        holds: tells whether a value is allowed.
     """
 
     allowed: str
@@ -97,8 +97,8 @@ MULTI_STEP, COSINE, FIXED_GAMMA = (
     "WarmupStepWithFixedGammaLR",
 )
 
-# Rules of this package's keys, and of Detectron2's keys for which the type of the default (see
-# `_of_default`) says too little; the first pattern that matches counts.
+# Rules of this package's keys, and of those keys of Detectron2 for which the type of the default
+# (see `_of_default`) says too little; the first pattern that matches wins.
 _PATTERNS: tuple[tuple[str, Rule], ...] = (
     ("VERSION", _word(2)),
     ("SEED MODEL.BACKBONE.FREEZE_AT MODEL.SEM_SEG_HEAD.IGNORE_VALUE", _ANY_WHOLE),
@@ -190,8 +190,8 @@ _PATTERNS: tuple[tuple[str, Rule], ...] = (
 )
 
 _OWN_KEYS = (
-    *(f"MODEL.RESNEXT.{key}" for key in ("FORM", "CHECKPOINT_STAGES", "ZERO_INIT_RESIDUAL")),
-    "MODEL.RESNEXT.PRECISION",
+    *(f"MODEL.RESNEXT.{key}" for key in ("FORM", "CHECKPOINT_STAGES", "PRECISION")),
+    "MODEL.RESNEXT.ZERO_INIT_RESIDUAL",
     *(f"MODEL.RESNEXT.ALLOW_{key}" for key in ("STRIDE_IN_1X1", "OTHER_FUNCTION")),
     *(f"SOLVER.{key}" for key in ("SCALING", "IMS_PER_MICRO_BATCH", "LR_PER_IMAGE", "KEEP_LAST")),
     *("SOLVER.AMP.PRECISION", "SOLVER.SKIP_BAD_UPDATES", "SOLVER.EMA.ENABLED", "SOLVER.EMA.DECAY"),
@@ -201,7 +201,7 @@ _OWN_KEYS = (
 
 
 def _of_default(value: Any) -> Rule:
-    """Return the rule that a default suggests: its type; no number below both the default and 1."""
+    """Return the rule that a default suggests: its type, and a lower bound for numbers."""
     if isinstance(value, bool):
         return _FLAG
     if isinstance(value, int):
@@ -262,14 +262,7 @@ def value_of(cfg: CfgNode, key: str) -> Any:
 
 
 def refuse(*found: str | None) -> None:
-    """Raise one error about all problems found, if any.
-
-    Args:
-        found: sentences; None where there is no problem.
-
-    Raises:
-        ConfigError: there is a sentence.
-    """
+    """Raise one ConfigError about all problems found, if any; None stands for no problem."""
     problems = [problem for problem in found if problem]
     if len(problems) == 1:
         raise ConfigError(problems[0])
@@ -280,11 +273,6 @@ def refuse(*found: str | None) -> None:
 
 def refuse_impossible(cfg: CfgNode, processes: int = 1, *, training: bool = True) -> None:
     """Refuse settings that would end a run later, most of them in a library's error.
-
-    Args:
-        cfg: any Detectron2 config.
-        processes: in the run.
-        training: whether it trains; otherwise it only evaluates.
 
     Raises:
         ConfigError: names every such setting and what to do.
@@ -354,7 +342,7 @@ _ARCHITECTURE, _SCHEDULER = "MODEL.META_ARCHITECTURE", "SOLVER.LR_SCHEDULER_NAME
 _IN_BOX_HEAD = ("NAME", "NUM_FC", "FC_DIM", "NUM_CONV", "CONV_DIM", "NORM", "TRAIN_ON_PRED*")
 _SWITCHED = ("TEST.AUG", "TEST.PRECISE_BN", "SOLVER.CLIP_GRADIENTS", "SOLVER.AMP", "SOLVER.EMA")
 
-# Patterns of keys, the keys that decide whether those are read, and for which of their values
+# Patterns of keys; the keys that decide whether these are read; the values for which they are
 # (patterns too; "!" negates one).
 _NEEDS: tuple[tuple[str, str, str], ...] = (
     ("MODEL.RETINANET.*", _ARCHITECTURE, "RetinaNet"),
@@ -372,7 +360,7 @@ _NEEDS: tuple[tuple[str, str, str], ...] = (
     ),
     ("MODEL.ROI_BOX_HEAD.FED_LOSS_*", "MODEL.ROI_BOX_HEAD.USE_FED_LOSS", "True"),
     ("MODEL.FPN.*", "MODEL.BACKBONE.NAME", "*fpn* *FPN*"),
-    # PRECISION is of any detector.
+    # PRECISION, unlike the others, applies to any detector.
     ("MODEL.RESNEXT.[!P]*", "MODEL.BACKBONE.NAME MODEL.ROI_HEADS.NAME", "*resnext* *ResNeXt*"),
     ("MODEL.RESNEXT.ALLOW_STRIDE_IN_1X1", "MODEL.RESNETS.STRIDE_IN_1X1", "True"),
     ("MODEL.ANCHOR_GENERATOR.ANGLES", "MODEL.ANCHOR_GENERATOR.NAME", "*Rotated*"),
@@ -389,7 +377,7 @@ _NEEDS: tuple[tuple[str, str, str], ...] = (
 
 
 def unread_because(cfg: CfgNode, key: str) -> str | None:
-    """Return the keys whose settings keep another from being read, or None if that is read.
+    """Return the keys whose values keep a key from being read, or None if it is read.
 
     Args:
         cfg: with the keys of this package.

@@ -1,4 +1,4 @@
-"""What a command shows while it works: bars on a terminal, lines in logs."""
+"""Standard output and error of commands: progress bars, log lines, JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tqdm import tqdm
 logger = logging.getLogger(__name__)
 
 SECONDS = 30.0
-"""The longest time between two signs of progress."""
+"""Between two lines of progress in a log."""
 
 _LINE = "{desc}: {n_fmt} of {total_fmt} {unit}s, {elapsed} elapsed, {remaining} left"
 
@@ -28,7 +28,7 @@ def progress_bar(*arguments: Any, **settings: Any) -> tqdm[Any]:
     """
     if not sys.stderr.isatty():
         settings |= {"file": _LogLines(), "bar_format": _LINE}
-        settings |= {"delay": SECONDS, "mininterval": SECONDS, "maxinterval": SECONDS}
+        settings |= {"delay": SECONDS, "mininterval": SECONDS, "miniters": 1}
     return tqdm(*arguments, **{"leave": False, "dynamic_ncols": True, **settings})
 
 

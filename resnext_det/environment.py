@@ -1,4 +1,4 @@
-"""What figures were measured with: versions, hardware and the commit of the source tree."""
+"""Versions, hardware and commit, recorded with every figure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PACKAGES = ("torch", "torchvision", "numpy", "hotcoco", "pycocotools")
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python, this package and those whose code a figure depends on."""
+    """Return the versions of Python and of all packages that figures depend on."""
     import detectron2
 
     import resnext_det

@@ -41,7 +41,7 @@ class TrainingError(ResNeXtError):
 
 
 def quoted(value: object, limit: int = 200) -> str:
-    """Return an untrusted value as it may appear in a message: short, on one line, inert.
+    """Return an untrusted value made safe for a message: short, on one line, inert.
 
     Control characters, line separators, invisible marks and lone surrogates are escaped. Paths and
     exceptions give their text; everything else gives its `repr`, so a string comes in quotes.
@@ -68,7 +68,7 @@ def quoted(value: object, limit: int = 200) -> str:
 
 
 def plain(text: str, limit: int = 100) -> str:
-    """Return untrusted text, such as a name in a table, as `quoted` does but without quotes."""
+    """Return untrusted text, such as a name in a table, like `quoted` but without quotes."""
     text = _escaped(text[: limit + 1])
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 

@@ -1,9 +1,8 @@
 """The command line `resnext-det COMMAND`, one module per command.
 
-The parsers live outside `resnext_det` and import only the standard library: importing `resnext_det`
-takes seconds (torch, Detectron2), and `--help` or a mistyped flag should not. A command's module
-holds its help text (the docstring), `add_arguments`, optionally `check` for flags that exclude each
-other, and `run`, which imports what it needs.
+A module holds the help text (its docstring), `add_arguments`, optionally `check` for flags that
+exclude each other, and `run`. Importing `resnext_det` takes seconds (torch, Detectron2), so only
+`run` does it: `--help` and a mistyped flag answer at once.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 COMMANDS = {
     "train": "train",
@@ -37,19 +37,13 @@ COMMANDS = {
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run `resnext-det`.
-
-    Args:
-        words: the command line, sys.argv[1:] by default.
-
-    Returns:
-        The exit code.
-    """
+    """Run `resnext-det` with a command line (default: sys.argv[1:]); return the exit code."""
     words = sys.argv[1:] if words is None else list(words)
+    summaries = [f"  {name:22}{_module(name).__doc__.splitlines()[0]}" for name in COMMANDS]
     parser = argparse.ArgumentParser(
         prog="resnext-det",
         description="Train, evaluate and use ResNeXt detectors. Each command has its own --help.",
-        epilog="commands:\n" + "\n".join(f"  {name:22}{_summary(name)}" for name in COMMANDS),
+        epilog="commands:\n" + "\n".join(summaries),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=_version())
@@ -59,23 +53,14 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def run_tool(command: str) -> None:
-    """Run a command as a script of tools/, and exit with its code unless that is 0."""
+    """Run a command as a script of tools/; exit with its code unless that is 0."""
     if code := run(command, f"python tools/{Path(sys.argv[0]).name}", sys.argv[1:]):
         sys.exit(code)
 
 
 def run(command: str, program: str, words: Sequence[str]) -> int:
-    """Parse a command line and run the command.
-
-    Args:
-        command: a key of `COMMANDS`.
-        program: what the user typed before `words`, for the help text.
-        words: flags and values.
-
-    Returns:
-        The exit code.
-    """
-    module = importlib.import_module(f"{__name__}.{COMMANDS[command]}")
+    """Parse `words` and run the command; return the exit code. The help text names `program`."""
+    module = _module(command)
     parser = argparse.ArgumentParser(
         prog=program,
         description=module.__doc__,
@@ -93,9 +78,8 @@ def run(command: str, program: str, words: Sequence[str]) -> int:
         return int(module.run(arguments) or 0)
 
 
-def _summary(command: str) -> str:
-    module = importlib.import_module(f"{__name__}.{COMMANDS[command]}")
-    return (module.__doc__ or "").splitlines()[0]
+def _module(command: str) -> Any:
+    return importlib.import_module(f"{__name__}.{COMMANDS[command]}")
 
 
 def _version() -> str:

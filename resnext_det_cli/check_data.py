@@ -39,9 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise DatasetError(f"--images: {quoted(images)} is not a folder.")
     health = examine(read_annotations(file), images)
     if arguments.json:
-        found = {"annotations_file": str(file), **asdict(health)}
-        found["categories"] = dict(health.categories)
-        print(json.dumps(found, indent=2))
+        named = {"annotations_file": str(file), "categories": dict(health.categories)}
+        print(json.dumps(asdict(health) | named, indent=2))
     else:
         print(f"{quoted(file)}: {health.text()}")
     return 1 if health.errors else 0

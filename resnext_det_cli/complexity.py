@@ -87,24 +87,20 @@ def _print_published() -> list[dict[str, Any]]:
     from resnext_det.modeling.template import Template
 
     rows, documents = [], []
-    for table, depth, notation, parameters, multiply_adds in PUBLISHED:
-        found = network_complexity(depth, notation).total if depth else Template(notation).block()
-        off = round(found.multiply_adds / multiply_adds - 1, 3) + 0.0  # turns -0.0 into 0.0
-        name = f"{depth} layers {notation}" if depth else f"block of res2, {notation}"
-        rows.append(
-            {
-                "table": table,
-                "template": name,
-                "parameters": f"{found.parameters:,}",
-                "paper": f"{parameters:,.0f}" if parameters else "",
-                "multiply-adds": f"{found.multiply_adds / 1e9:.3f} G",
-                "paper ": f"{multiply_adds / 1e9:g} G",
-                "off": f"{off:+.1%}",
-            }
-        )
-        published = {"table": table, "parameters": parameters, "multiply_adds": multiply_adds}
-        documents.append({**asdict(found), "name": name, "published": published})
-    _print_table(rows)
+    for paper in PUBLISHED:
+        if paper.depth:
+            cost: Any = network_complexity(paper.depth, paper.template).total
+            name = f"{paper.depth} layers {paper.template}"
+        else:
+            cost = Template(paper.template).block()
+            name = f"block of res2, {paper.template}"
+        off = round(cost.multiply_adds / paper.multiply_adds - 1, 3) + 0.0  # turns -0.0 into 0.0
+        figures = (f"{cost.multiply_adds / 1e9:.3f} G", f"{paper.multiply_adds / 1e9:g} G")
+        printed = f"{paper.parameters:,.0f}" if paper.parameters else ""
+        rows.append((paper.table, name, f"{cost.parameters:,}", printed, *figures, f"{off:+.1%}"))
+        documents.append({**asdict(cost), "name": name, "published": paper._asdict()})
+    columns = ("table", "template", "parameters", "paper", "multiply-adds", "paper", "off")
+    _print_table(rows, columns)
     print(f"\nAt 224 x 224; networks were built and counted.\n{DIFFERENCES}", end="")
     return documents
 
@@ -114,26 +110,20 @@ def _print_parts(complexity: Any) -> dict[str, Any]:
     from dataclasses import asdict
 
     total = complexity.total
-    _print_table(
-        [
-            {
-                "part": part.name,
-                "parameters": f"{part.parameters:,}",
-                "multiply-adds": f"{part.multiply_adds:,}",
-                "share": f"{part.multiply_adds / total.multiply_adds:.1%}",
-                "activations": f"{part.activations:,}",
-            }
-            for part in (*complexity.parts, total)
-        ]
-    )
+    rows = []
+    for part in (*complexity.parts, total):
+        share = f"{part.multiply_adds / total.multiply_adds:.1%}"
+        counts = (f"{part.parameters:,}", f"{part.multiply_adds:,}", share, f"{part.activations:,}")
+        rows.append((part.name, *counts))
+    _print_table(rows, ("part", "parameters", "multiply-adds", "share", "activations"))
     heads = f", heads for {complexity.regions:,} regions" if complexity.regions else ""
     print(f"\nOne image of {complexity.height} x {complexity.width}{heads}.")
     return {**asdict(complexity), "total": asdict(total)}
 
 
-def _print_table(rows: list[dict[str, Any]]) -> None:
+def _print_table(rows: list[tuple[Any, ...]], headers: tuple[str, ...]) -> None:
     from tabulate import tabulate
 
+    sides = ["left" if name in ("template", "part") else "right" for name in headers]
     # Cells are formatted already: tabulate would read "25,557,032" as a number.
-    sides = ["left" if name in ("template", "part") else "right" for name in rows[0]]
-    print(tabulate(rows, headers="keys", disable_numparse=True, colalign=sides))
+    print(tabulate(rows, headers, disable_numparse=True, colalign=sides))

@@ -7,9 +7,9 @@
 SOURCE is a backbone in any layout that docs/weights.md lists. With --form it may also be a whole
 detector: its blocks are rewritten in that form, everything else is kept.
 
---verify then compares OUTPUT with the source's own network, of torchvision or timm, on one image,
-stage by stage. If they differ, OUTPUT is removed; if there is no such network, it is kept. Both are
-errors.
+--verify then runs one image through OUTPUT and through the source's own network, of torchvision or
+timm, and compares all stages. If they differ, it removes OUTPUT and fails. It also fails if the
+library has no such network.
 """
 
 from __future__ import annotations
@@ -51,10 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
         count = converting.convert_detector(source, output, form)
         print(f"{count} tensors, blocks in the form {form}: {output}", flush=True)
         if arguments.verify:
-            raise WeightsError(
-                f"{output} was written but not verified: {source} is a whole detector, not a "
-                "backbone."
-            )
+            raise WeightsError(f"{output} was written but not verified: {source} is a detector.")
         return
     known = catalog.of_file(source)
     weights = converting.read_backbone(source, known.pixels if known else None)
@@ -82,10 +79,10 @@ def _verify(arguments: argparse.Namespace, known: Any) -> None:
 
     source, output = arguments.source, arguments.output
     pixels = known.pixels if known else None
+    program: Any = arguments.program or PROGRAMS[0]
     try:
         image = None if arguments.image is None else image_of(arguments.image)
-        arguments.program = arguments.program or "torchvision"
-        found = verify(source, output, image, program=arguments.program, pixels=pixels)
+        found = verify(source, output, image, program=program, pixels=pixels)
     except ResNeXtError as error:
         raise WeightsError(f"{output} was written but not verified: {error}") from error
     rows = [

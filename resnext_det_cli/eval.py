@@ -19,10 +19,8 @@ from resnext_det_cli.train import run as run
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     flags.add_config(parser, run=True)
-    parser.add_argument(
-        "--cross-check", action="store_true", help="figures by both hotcoco and pycocotools"
-    )
-    parser.add_argument("--json", action="store_true", help="print only metrics.json")
+    flags.add_cross_check(parser)
+    flags.add_json(parser)
     parser.set_defaults(eval_only=True, resume=False, overwrite=False)
     flags.add_own_data(parser, training=False)
     flags.add_processes(parser)

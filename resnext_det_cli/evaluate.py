@@ -33,23 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--oks-sigmas", nargs="+", type=float, default=[], help="of keypoints other than COCO's 17"
     )
     parser.add_argument("--engine", choices=ENGINES, default="hotcoco")
-    parser.add_argument(
-        "--cross-check", action="store_true", help="by both engines; fail if they differ"
-    )
-    parser.add_argument(
-        "--baseline", type=Path, metavar="RUN", help="another run, or its metrics.json"
-    )
-    parser.add_argument(
-        "--resamples", type=int, default=RESAMPLES, help="for --baseline's intervals"
-    )
+    flags.add_cross_check(parser)
+    parser.add_argument("--baseline", type=Path, metavar="RUN", help="a run or its metrics.json")
+    parser.add_argument("--resamples", type=int, default=RESAMPLES, help="draws for --baseline")
     parser.add_argument("--seed", type=int, default=0, help="of the resamples")
     parser.add_argument("--proposals", action="store_true", help="class-agnostic recall only")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        help="write inference/metrics.json and report.html there",
-    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="for the figures and a report")
     parser.add_argument("--images", type=Path, metavar="DIR", help="pictures for the report")
     flags.add_json(parser)
 
@@ -66,9 +55,8 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
     with_boxes = not arguments.iou_type or "bbox" in arguments.iou_type
     if not with_boxes and (arguments.baseline or arguments.output):
         parser.error("--baseline and --output need boxes: --iou-type bbox ...")
-    for name in ("resamples", "seed"):
-        if getattr(arguments, name) < 0:
-            parser.error(f"--{name} must be 0 or more")
+    if min(arguments.resamples, arguments.seed) < 0:
+        parser.error("--resamples and --seed must be 0 or more")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -90,14 +78,9 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     import logging
 
     from resnext_det.errors import quoted
+    from resnext_det.evaluation import compare
     from resnext_det.evaluation.annotations import read_ground_truth
     from resnext_det.evaluation.coco import Engine, Protocol, proposal_figures, proposal_table
-    from resnext_det.evaluation.compare import (
-        compare,
-        comparison_document,
-        difference_table,
-        read_baseline,
-    )
     from resnext_det.evaluation.detections import read_detections, suspicions
     from resnext_det.evaluation.error_analysis import error_table
     from resnext_det.evaluation.evaluator import evaluate_detections, write_evaluated
@@ -131,10 +114,12 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         print("\nhotcoco and pycocotools agree.")
     document = {kind: each.figures.document() for kind, each in evaluated.items()}
     if arguments.baseline:
-        before = read_baseline(arguments.baseline, truth)
-        differences = compare(truth, before, detections, arguments.resamples, arguments.seed)
-        print(f"\nbbox, against {arguments.baseline}\n{difference_table(differences)}")
-        document["baseline"] = comparison_document(arguments.baseline, differences)
+        before = compare.read_baseline(arguments.baseline, truth)
+        draws = arguments.resamples, arguments.seed
+        differences = compare.compare(truth, before, detections, *draws)
+        print(f"\nbbox, against {quoted(arguments.baseline)}")
+        print(compare.difference_table(differences))
+        document["baseline"] = compare.comparison_document(arguments.baseline, differences)
     if arguments.output:
         images = (arguments.images or arguments.annotations.parent).resolve()
         more: dict[str, Any] = {"images": str(images), "engine": vars(engine)}
@@ -182,11 +167,10 @@ def _kinds(arguments: argparse.Namespace, truth: Any, detections: Any) -> tuple[
             f"{quoted(arguments.results)} has no boxes, which --baseline and --output need: add "
             "bbox to the detections, or leave these out."
         )
-    missing = [kind for kind in arguments.iou_type or () if kind not in held]
-    if missing or not held:
+    if not held or not set(arguments.iou_type or ()) <= set(held):
         raise DatasetError(
-            f"--iou-type {' '.join(missing)}: the detections hold {' '.join(detections.kinds)}, "
-            f"and both files hold {' '.join(held) or 'nothing in common'}: name one of these, or "
-            "files that hold more."
+            f"--iou-type is {' '.join(arguments.iou_type or ['not set'])}; the detections hold "
+            f"{' '.join(detections.kinds)}, and of these the annotations hold "
+            f"{' '.join(held) or 'none'}. Name one of the latter, or other files."
         )
     return tuple(arguments.iou_type or held)

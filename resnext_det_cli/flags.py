@@ -36,6 +36,15 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print only JSON, for programs")
 
 
+def add_cross_check(parser: argparse.ArgumentParser) -> None:
+    """Add --cross-check."""
+    parser.add_argument(
+        "--cross-check",
+        action="store_true",
+        help="compute the figures with hotcoco and pycocotools; fail if they differ",
+    )
+
+
 def add_own_data(parser: argparse.ArgumentParser, *, training: bool = True) -> None:
     """Add the flags that name data sets, read by `resnext_det.data.custom`, and --ignore-health."""
     group = parser.add_argument_group("your own data, in COCO's format")
@@ -53,27 +62,17 @@ def add_own_data(parser: argparse.ArgumentParser, *, training: bool = True) -> N
 
 def add_processes(parser: argparse.ArgumentParser) -> None:
     """Add the flags that `resnext_det.engine.launch.Job.of` reads."""
-    group = parser.add_argument_group("processes")
-    group.add_argument(
-        "--num-gpus",
-        type=int,
-        metavar="N",
-        help="processes on this machine, one per GPU, or on the CPU if there is no GPU "
-        "(default: 1)",
-    )
-    group.add_argument(
-        "--num-machines", type=int, metavar="N", help="run the command on each (default: 1)"
-    )
-    group.add_argument(
-        "--machine-rank", type=int, metavar="R", help="rank of this machine (default: 0)"
-    )
-    group.add_argument(
+    add = parser.add_argument_group("processes").add_argument
+    add("--num-gpus", type=int, metavar="N", help="processes here, on GPUs or CPU (default: 1)")
+    add("--num-machines", type=int, metavar="N", help="run the command on each (default: 1)")
+    add("--machine-rank", type=int, metavar="R", help="rank of this machine (default: 0)")
+    add(
         "--dist-url",
         metavar="URL",
         help="rendezvous: tcp://HOST:PORT of machine 0, env:// for $MASTER_ADDR and $MASTER_PORT, "
         "or auto on one machine (default: auto)",
     )
-    group.add_argument(
+    add(
         "--dist-timeout",
         type=float,
         metavar="SECONDS",

@@ -5,8 +5,8 @@
     %(prog)s --config-file F --input a.jpg --output DIR --opts MODEL.WEIGHTS model_final.pth
 
 Writes images as .jpg, videos as .mp4 without sound, and detections.jsonl, one JSON object per image
-or frame, with masks and keypoints if the detector has them. A camera (never tested with a real one)
-is recorded until Ctrl-C. If an input cannot be read completely, it is named and the exit code is 1.
+or frame, with masks and keypoints if the detector has them. A camera (never tried with a real one)
+is recorded until Ctrl-C. Exit code 1: an input, which is named, could not be read to its end.
 """
 
 from __future__ import annotations
@@ -39,15 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="batch size (default: 1); in a larger batch smaller images are padded, which can "
-        "change their detections slightly",
+        help="(default: 1); padding to the largest image can change detections slightly",
     )
-    parser.add_argument(
-        "--opts", nargs="*", default=[], metavar="KEY VALUE", help="config overrides"
-    )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="KEY VALUE", help="like --opts; not right after --input"
-    )
+    overrides: dict[str, Any] = {"nargs": "*", "metavar": "KEY VALUE"}
+    parser.add_argument("--opts", default=[], help="config overrides", **overrides)
+    parser.add_argument("overrides", help="like --opts; not right after --input", **overrides)
 
 
 def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
@@ -109,9 +105,7 @@ def _summarize(demo: Any, output: Path) -> None:
     )
     seconds = demo.median_seconds
     if seconds is not None:
-        print(
-            f"network: {1000 * seconds:.0f} ms per image (median, first batch excluded), "
-            f"{1 / seconds:.1f} images/s"
-        )
+        rate = f"{1000 * seconds:.0f} ms per image, {1 / seconds:.1f} images/s"
+        print(f"network: {rate} (median, without the first batch)")
     for problem in demo.problems:
         print(f"error: {plain(problem, 1000)}", file=sys.stderr)

@@ -76,4 +76,4 @@ def run(arguments: argparse.Namespace) -> None:
         for position, image in enumerate(drawing.write_images(bar, folder))
     ]
     print(tabulate(rows, HEADERS, disable_numparse=True))
-    print(f"\n{len(rows)} images drawn to {folder}, all of them in {folder / drawing.SHEET}")
+    print(f"\n{len(rows)} images drawn to {quoted(folder)}, all of them in {drawing.SHEET}")

@@ -20,19 +20,15 @@ from resnext_det_cli import flags
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     flags.add_config(parser, run=True)
-    parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS")
-    parser.add_argument(
-        "--resume", action="store_true", help="continue from OUTPUT_DIR's checkpoint"
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace the training in OUTPUT_DIR"
-    )
-    parser.add_argument(
-        "--cross-check", action="store_true", help="figures by both hotcoco and pycocotools"
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="with --eval-only: print only metrics.json"
-    )
+    switches = {
+        "--eval-only": "evaluate MODEL.WEIGHTS",
+        "--resume": "continue from OUTPUT_DIR's checkpoint",
+        "--overwrite": "replace the training in OUTPUT_DIR",
+        "--json": "with --eval-only: print only metrics.json",
+    }
+    for name, meaning in switches.items():
+        parser.add_argument(name, action="store_true", help=meaning)
+    flags.add_cross_check(parser)
     flags.add_own_data(parser)
     flags.add_processes(parser)
     flags.add_overrides(parser)

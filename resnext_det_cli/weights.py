@@ -38,7 +38,6 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
 def run(arguments: argparse.Namespace) -> None:
     """Print the table, or all about one entry."""
     import json
-    from dataclasses import asdict
 
     from tabulate import tabulate
 
@@ -54,25 +53,18 @@ def run(arguments: argparse.Namespace) -> None:
             and (known.imagenet_1k_only or not arguments.imagenet_1k_only)
         ]
     if arguments.json:
-        documents = [
-            {
-                **asdict(known),
-                "weights": f"resnext://{known.name}",
-                "depth": known.depth,
-                "template": str(known.template),
-                "note": UNTRIED,
-            }
-            for known in shown
-        ]
+        documents = list(map(_document, shown))
         print(json.dumps(documents[0] if arguments.name else documents, indent=2))
         return
     if arguments.name:
+        facts = [(name.replace("_", " "), _text(v)) for name, v in _document(shown[0]).items()]
+        # Long words are addresses to copy.
         layout: dict[str, Any] = {"tablefmt": "plain", "maxcolwidths": [None, 80]}
-        layout |= {"break_long_words": False, "break_on_hyphens": False}  # of addresses to copy
-        print(tabulate(_facts(shown[0]).items(), disable_numparse=True, **layout))
+        layout |= {"break_long_words": False, "break_on_hyphens": False}
+        print(tabulate(facts, disable_numparse=True, **layout))
     else:
         print(tabulate(map(_row, shown), headers=HEADERS, disable_numparse=True))
-    print(f"\n{UNTRIED}")
+        print(f"\n{UNTRIED}")
 
 
 def _row(known: Any) -> tuple[str, ...]:
@@ -86,20 +78,18 @@ def _row(known: Any) -> tuple[str, ...]:
     )
 
 
-def _facts(known: Any) -> dict[str, str]:
-    """Return all that is known about a checkpoint, as text."""
-    facts = {"weights": f"resnext://{known.name}", "network": f"{known.depth} {known.template}"}
-    for name, value in vars(known).items():
-        if name == "name":
-            continue
-        if name == "accuracy" and value is not None:
-            value = (
-                f"top-1 {value.top1:g} %, top-5 {value.top5 or '-'} %, {value.source} (resize "
-                f"{value.resize or '-'}, crop {value.crop}, {value.interpolation or '-'})"
-            )
-        elif isinstance(value, tuple):
-            value = "\n".join(value)
-        elif isinstance(value, bool):
-            value = "yes" if value else "no"
-        facts[name.replace("_", " ")] = str(value or "-")
-    return facts
+def _document(known: Any) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    computed = {"depth": known.depth, "template": str(known.template), "note": UNTRIED}
+    return {"weights": f"resnext://{known.name}", **asdict(known), **computed}
+
+
+def _text(value: object) -> str:
+    if isinstance(value, dict):
+        return "\n".join(f"{name}: {_text(each)}" for name, each in value.items())
+    if isinstance(value, list | tuple):
+        return "; ".join(map(_text, value)) or "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "-" if value is None or value == "" else str(value)

@@ -155,6 +155,13 @@ def test_refuses_hostile_yaml(text: str, tmp_path: Path, monkeypatch: pytest.Mon
     assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
 
 
+def test_refuses_bases_that_multiply(tmp_path: Path) -> None:
+    for number in range(30):
+        written(tmp_path, f"_BASE_: [{number + 1}.yaml, {number + 1}.yaml]", f"{number}.yaml")
+    written(tmp_path, "", "30.yaml")
+    assert "more than 32 bases" in refusal(tmp_path / "0.yaml")
+
+
 def test_refuses_what_is_not_a_regular_file(tmp_path: Path) -> None:
     assert PAPER in refusal(tmp_path) and PAPER in refusal("/dev/zero")
     written(tmp_path, "", "utf16.yaml").write_bytes("SOLVER: {}".encode("utf-16"))

@@ -202,16 +202,10 @@ def test_twins_are_equal(name: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("backbone.bottom_up.template", "64x4d"),
         ("backbone.bottom_up.freeze_at", 1),
-        ("backbone.fuse_type", "avg"),
         ("proposal_generator.anchor_generator.sizes", [[32], [64], [128], [256], [500]]),
-        ("proposal_generator.nms_thresh", 0.6),
         ("roi_heads.proposal_matcher.thresholds", [0.6]),
-        ("roi_heads.box_pooler.sampling_ratio", 2),
-        ("roi_heads.box_predictor.loss_weight", 2.0),
         ("pixel_std", [1.0, 1.0, 1.0]),
-        ("input_format", "RGB"),
     ],
 )
 def test_the_comparison_sees_a_wrong_value(key: str, value: object) -> None:

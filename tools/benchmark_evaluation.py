@@ -124,8 +124,9 @@ def main() -> None:
             if not np.allclose(ours, theirs, rtol=0, atol=1e-9):
                 raise EvaluationError(f"hotcoco gives {ours}, and pycocotools {theirs}.")
         if arguments.output:
-            told = {"seconds": seconds, "versions": versions(), "hardware": hardware()}
-            write_json(arguments.output, {**told, "figures": ours})
+            measured = {"seconds": seconds, "figures": ours}
+            where = {"versions": versions(), "hardware": hardware()}
+            write_json(arguments.output, measured | where)
     first = statistics.median(seconds["hotcoco"])
     medians = {name: statistics.median(each) for name, each in seconds.items()}
     rows = [(name, f"{middle:.2f}", f"{middle / first:.1f}") for name, middle in medians.items()]

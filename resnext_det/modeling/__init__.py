@@ -1,1 +1,1 @@
-"""What the network is: the template, the backbone, its pyramids."""
+"""The network: template, blocks, backbone, and its cost."""

@@ -27,7 +27,7 @@ _OPENED = ("", "backbone", "backbone.bottom_up", "proposal_generator", "roi_head
 
 @dataclass(frozen=True)
 class Part:
-    """What a part of a network costs for one image.
+    """The cost of a part of a network for one image.
 
     Attributes:
         name: such as "res2" or "box head".
@@ -46,13 +46,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Complexity:
-    """What a network costs, part by part.
+    """The cost of a network, part by part.
 
     Attributes:
         parts: in the order of computation.
         height: of the image, in pixels, with padding.
         width: of the image, in pixels, with padding.
-        regions: how many regions the heads of a detector were counted for.
+        regions: for how many regions the heads of a detector were counted.
     """
 
     parts: tuple[Part, ...]
@@ -102,7 +102,7 @@ def detector_complexity(
         detector: a GeneralizedRCNN, ProposalNetwork, RetinaNet or FCOS; it is not changed.
         height: of the resized image, in pixels.
         width: of the resized image, in pixels.
-        regions: how many regions the heads look at.
+        regions: how many regions the heads classify.
         detections: how many detections get a mask or keypoints.
 
     Raises:
@@ -125,7 +125,7 @@ def detector_complexity(
     height, width = (math.ceil(side / divisor) * divisor for side in (height, width))
     image = torch.zeros(1, len(once.pixel_mean), height, width, device="meta")
 
-    def look_once() -> None:
+    def forward() -> None:
         features = once.backbone(image)
         if hasattr(once, "head_in_features"):
             once.head([features[name] for name in once.head_in_features])
@@ -135,7 +135,7 @@ def detector_complexity(
         if hasattr(once, "sem_seg_head"):
             once.sem_seg_head(features)
 
-    counts += _count(once, look_once)
+    counts += _count(once, forward)
     return Complexity(_parts(once, counts), height, width, regions)
 
 
@@ -162,7 +162,7 @@ def _count_heads(detector: Any, regions: int, detections: int) -> Counts:
 
 
 def _count(network: nn.Module, run: Callable[[], Any], times: int = 1) -> Counts:
-    """Count what the modules of a network do in a run, so many times."""
+    """Count the operations of one run by module, `times` over."""
     flops = FlopCounterMode(display=False)
     outputs = FlopCounterMode(
         display=False, custom_mapping=dict.fromkeys(flop_registry, _output_size)
@@ -192,7 +192,7 @@ def _output_size(*_: Any, out_shape: torch.Size, **__: Any) -> int:
 
 
 def _parts(network: nn.Module, counts: Counts) -> tuple[Part, ...]:
-    """Return all parts that cost anything; "other" is what belongs to none of them."""
+    """Return the parts that cost anything; "other" has the rest."""
     names = [
         name
         for name, _ in network.named_modules()
@@ -234,7 +234,7 @@ def _label(name: str) -> str:
 
 
 class Published(NamedTuple):
-    """What the paper prints for the cost of a block or a network (arXiv 1611.05431v2).
+    """The printed cost of a block or a network in the paper (arXiv 1611.05431v2).
 
     Attributes:
         table: the table's number.

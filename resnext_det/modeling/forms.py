@@ -87,7 +87,7 @@ def convert_form(tensors: Mapping[str, Tensor], form: str) -> dict[str, Tensor]:
         try:
             changed = convert_block(block, form)
         except WeightsError as error:
-            raise WeightsError(f"{prefix.removesuffix('.')}: {error}") from error
+            raise WeightsError(f"{plain(prefix.removesuffix('.'))}: {error}") from error
         converted.update({prefix + name: tensor for name, tensor in changed.items()})
     return converted
 
@@ -138,7 +138,9 @@ def _to_grouped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     cardinality = max((len(parts) for parts in paths.values()), default=0)
     for name, parts in paths.items():
         if name in grouped or sorted(parts) != list(range(cardinality)):
-            raise WeightsError(f"{name} does not have one tensor for each of {cardinality} paths.")
+            raise WeightsError(
+                f"{plain(name)} does not have one tensor for each of {cardinality} paths."
+            )
         grouped[name] = _join(name, [parts[number] for number in range(cardinality)])
     return grouped
 
@@ -146,12 +148,14 @@ def _to_grouped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _join(name: str, parts: list[Tensor]) -> Tensor:
     if name.endswith(_COUNTER):
         if any(not torch.equal(part, parts[0]) for part in parts):
-            raise WeightsError(f"{name} differs between the paths; a grouped block has only one.")
+            raise WeightsError(
+                f"{plain(name)} differs between the paths; a grouped block has only one."
+            )
         return parts[0].clone()
     try:
         return torch.cat(parts, dim=_axis(name))
     except RuntimeError as error:
-        raise WeightsError(f"{name} has different shapes in different paths: {error}") from error
+        raise WeightsError(f"{plain(name)} has different shapes in its paths: {error}") from error
 
 
 def _to_paths(grouped: Mapping[str, Tensor], form: str) -> dict[str, Tensor]:
@@ -178,10 +182,10 @@ def _cut(name: str, tensor: Tensor, cardinality: int) -> list[Tensor]:
     axis = _axis(name)
     if tensor.dim() <= axis or tensor.shape[axis] % cardinality:
         raise WeightsError(
-            f"{name} has shape {tuple(tensor.shape)}, which does not divide into {cardinality} "
+            f"{plain(name)} has shape {tuple(tensor.shape)}, not divisible into {cardinality} "
             "paths."
         )
-    # Copies: a slice would be saved to a file with the whole of the tensor that it is part of.
+    # Copies: torch.save writes the whole tensor that a slice is part of.
     return [
         part.clone(memory_format=torch.contiguous_format)
         for part in tensor.chunk(cardinality, dim=axis)
@@ -200,7 +204,7 @@ def _cardinality(grouped: Mapping[str, Tensor]) -> int:
     groups, rest = divmod(weight.shape[0], weight.shape[1])
     if rest:
         raise WeightsError(
-            f"conv2.weight has shape {tuple(weight.shape)}, which is no grouped 3x3 convolution: "
+            f"conv2.weight has shape {tuple(weight.shape)}, not that of a grouped convolution: "
             f"{weight.shape[0]} is not a multiple of {weight.shape[1]}."
         )
     return int(groups)

@@ -1,4 +1,4 @@
-"""The paper's template, a cardinality and a width written 32x4d, and what it costs."""
+"""The paper's template, cardinality and width written as 32x4d, and its cost."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LARGEST = 9999
 
 @dataclass(frozen=True)
 class Cost:
-    """What a block or a network costs.
+    """The cost of a block or a network.
 
     Attributes:
         parameters: learnable numbers.
@@ -204,6 +204,6 @@ def _halved(side: int) -> int:
 
 
 def _convolution(inputs: int, outputs: int, kernel: int, places: int, groups: int = 1) -> Cost:
-    """Return the cost of a convolution and its norm, applied at so many places of a map."""
+    """Return the cost of a convolution and its norm on a map of `places` pixels."""
     weights = kernel * kernel * (inputs // groups) * outputs
     return Cost(weights + 2 * outputs, weights * places)

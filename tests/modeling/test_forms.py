@@ -53,9 +53,11 @@ def step(network: nn.Module, image: Tensor, target: Tensor) -> tuple[Tensor, dic
 
 def assert_close(got: Mapping[str, Tensor], truth: Mapping[str, Tensor], limit: float) -> None:
     assert got.keys() == truth.keys()
+    # A gradient that a batch norm cancels is only as exact as the terms it is the sum of.
+    largest = max(float(expected.detach().abs().max()) for expected in truth.values())
     for name, expected in truth.items():
         assert torch.isfinite(expected).all(), name
-        scale = expected.detach().abs().max().clamp(min=1e-30)
+        scale = expected.detach().abs().max().clamp(min=max(1e-4 * largest, 1e-30))
         assert float((got[name] - expected).detach().abs().max() / scale) <= limit, name
 
 
