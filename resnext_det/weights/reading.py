@@ -193,8 +193,8 @@ def _read_archive(file: Path, device: str, beside: Iterable[str]) -> Any:
         compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
         if compressed or sum(entry.file_size for entry in entries) > stream.seek(0, io.SEEK_END):
             raise WeightsError(
-                "it is compressed and may unpack to any size, as torch.save never writes: save it "
-                "with torch.save"
+                "its entries are compressed or overlap, and may unpack to any size: save it with "
+                "torch.save"
             )
         # torch.load does not compare checksums. All are 0 if torch.save left them out.
         checked = any(entry.CRC for entry in entries)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 import subprocess
@@ -46,6 +47,23 @@ def stored_with_false_size(file: Path) -> None:
     assert archive[place : place + 4] == b"PK\x01\x02"
     archive[place + 20 : place + 28] = 2 * (2**31).to_bytes(4, "little")
     file.write_bytes(archive)
+
+
+def overlapping_archive(file: Path) -> None:
+    """60 entries with the same 4 MB; without checksums, as torch.save may leave them out."""
+    torch.save({str(number): torch.full((1_000_000,), float(number)) for number in range(60)}, file)
+    with zipfile.ZipFile(file) as source:
+        held = {name: source.read(name) for name in source.namelist()}
+    with zipfile.ZipFile(file, "w") as target:
+        for name, content in held.items():
+            if "/data/" not in name or name.endswith("/data/0"):
+                target.writestr(name, content)
+        (first,) = (entry for entry in target.filelist if entry.filename.endswith("/data/0"))
+        for name in held.keys() - set(target.namelist()):
+            target.filelist.append(same := copy.copy(first))
+            same.filename = name
+        for entry in target.filelist:
+            entry.CRC = 0
 
 
 def far_memo_archive(file: Path) -> None:
@@ -109,6 +127,7 @@ def entry(shape: list[int], begin: int, end: int) -> dict[str, Any]:
 WRITERS: dict[str, Callable[[Path], object]] = {
     "compressed archive": compressed,
     "archive with a false size": stored_with_false_size,
+    "archive with overlapping entries": overlapping_archive,
     "archive with a far memo": far_memo_archive,
     "archive of a bytearray": lambda file: torch.save({"a": Call(bytearray, 2**30)}, file),
     "archive of a tensor": lambda file: torch.save({"a": Call(torch.FloatTensor, 2**32)}, file),
