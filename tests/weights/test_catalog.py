@@ -322,7 +322,9 @@ def test_list_and_filters(flags: list[str], monkeypatch: pytest.MonkeyPatch, cap
 def test_one_entry_is_shown_whole(name: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     known = entry(name)
     words = " ".join(listed(monkeypatch, capsys, f"resnext://{name}").split())
-    for fact in (known.url, known.licence, str(known.pixels), known.notes, *known.unverified):
+    mean = "mean: " + "; ".join(map(str, known.pixels.mean))
+    order = f"order: {known.pixels.order}"
+    for fact in (known.url, known.licence, order, mean, known.notes, *known.unverified):
         assert fact in words
     assert known.checksum is not None and known.checksum.digits in words
     if known.accuracy:
