@@ -95,7 +95,7 @@ def pretrain(
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
-        progress.set_postfix(loss=f"{loss.item():.3f}")
+        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     accuracy = _accuracy(network, *cut_crops(root, "val2017", crop, seed))
     with written_beside(output) as beside:
         torch.save(to_torchvision(network.state_dict()), beside)

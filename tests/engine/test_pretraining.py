@@ -14,12 +14,15 @@ from resnext_det.errors import ConfigError, DatasetError
 TINY: dict[str, Any] = {"updates": 2, "crop": 32, "stem_channels": 64, "res2_channels": 256}
 
 
-def test_writes_a_reproducible_torchvision_checkpoint(datasets: Path, tmp_path: Path) -> None:
+def test_writes_a_reproducible_torchvision_checkpoint(
+    datasets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     states = []
     for name in ("a.pth", "b.pth"):
         pretrain(datasets / "toy_coco", tmp_path / name, **TINY)
         states.append(torch.load(tmp_path / name, weights_only=True))
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+    assert "pretraining" not in capsys.readouterr().err  # a line every 30 seconds
     network = ResNet(Bottleneck, [2, 2, 2, 2], num_classes=7, groups=8, width_per_group=4)
     network.load_state_dict(states[0])  # of torchvision's widths
 
