@@ -82,10 +82,7 @@ def accelerate(model: nn.Module, precision: Precision = "fp32") -> nn.Module:
         if isinstance(module, _Computed):
             module.compute_dtype = dtype
             is_output = name.rpartition(".")[2] in OUTPUT_LAYERS
-            weight = cast(Any, module).weight
-            module.output_dtype = weight.dtype if is_output else None
-            if weight.ndim == 4:
-                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+            module.output_dtype = cast(Any, module).weight.dtype if is_output else None
     return model
 
 
