@@ -203,7 +203,7 @@ def idle_settings(cfg: CfgNode) -> dict[str, str]:
         key for key, default in _DEFAULTS.items() if _listed(value_of(cfg, key)) != _listed(default)
     ]
     decides = {key: unread_because(cfg, key) for key in changed}
-    return {key: reason for key, reason in decides.items() if reason}
+    return {key: reason for key, reason in decides.items() if reason is not None}
 
 
 def _listed(value: Any) -> Any:
@@ -216,7 +216,9 @@ def idle_warning(cfg: CfgNode) -> str | None:
     idle = idle_settings(cfg)
     if not idle:
         return None
-    shown = ", ".join(f"{key} (see {decides})" for key, decides in list(idle.items())[:5])
+    shown = ", ".join(
+        f"{key} (see {decides})" if decides else key for key, decides in list(idle.items())[:5]
+    )
     more = f" and {len(idle) - 5} more" if len(idle) > 5 else ""
     return f"these settings have no effect in this config: {shown}{more}"
 

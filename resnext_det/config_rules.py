@@ -186,6 +186,7 @@ _PATTERNS: tuple[tuple[str, Rule], ...] = (
     ("DATALOADER.NUM_WORKERS", _whole(0, " (loads in the training process)", most=4096)),
     ("DATALOADER.SAMPLER_TRAIN", _word("TrainingSampler", "RepeatFactorTrainingSampler")),
     ("DATALOADER.BAD_IMAGES", _word("stop", "skip")),
+    # Detectron2's own key for experiments in a user's code; this package never reads it.
     ("GLOBAL.HACK", Rule("anything", lambda value: True)),
 )
 
@@ -372,12 +373,14 @@ _NEEDS: tuple[tuple[str, str, str], ...] = (
     ("SOLVER.GAMMA", _SCHEDULER, f"{MULTI_STEP} {FIXED_GAMMA}"),
     ("DATALOADER.REPEAT_*", "DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"),
     ("TEST.BEST.PATIENCE", "TEST.BEST.METRIC", "?*"),
-    ("GLOBAL.HACK", "nothing", ""),
+    ("GLOBAL.HACK", "", ""),
 )
 
 
 def unread_because(cfg: CfgNode, key: str) -> str | None:
-    """Return the keys whose values keep a key from being read, or None if it is read.
+    """Return the keys whose values keep a key from being read ("" if nothing ever reads it).
+
+    None if it is read.
 
     Args:
         cfg: with the keys of this package.

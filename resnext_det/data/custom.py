@@ -206,7 +206,7 @@ def _locate(split: str, json: str | Path | None, images: str | Path | None) -> l
         return []
     file = Path(json).expanduser()
     if not _is_file(file):
-        raise ConfigError(f"--{split}-json: there is no file {quoted(Path(json))}.")
+        raise ConfigError(f"--{split}-json: {quoted(Path(json))} does not exist or is not a file.")
     if images:
         folder = Path(images).expanduser()
     else:
@@ -216,7 +216,7 @@ def _locate(split: str, json: str | Path | None, images: str | Path | None) -> l
         if "_" not in file.stem or not folder.is_dir():
             folder = beside
     if not folder.is_dir():
-        raise ConfigError(f"--{split}-images: there is no folder {quoted(folder)}.")
+        raise ConfigError(f"--{split}-images: {quoted(folder)} does not exist or is not a folder.")
     return [CustomData(file.resolve(), folder.resolve(), split)]
 
 

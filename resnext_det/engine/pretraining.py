@@ -1,7 +1,7 @@
 """Pretraining in miniature: a small ResNeXt learns to classify crops of the toy shapes.
 
-It stands in for ImageNet-1K in the demonstration. The checkpoint has torchvision's layout and pixel
-convention, so it is loaded into a detector like published ImageNet weights.
+In the demonstration this replaces ImageNet-1K pretraining. The checkpoint has torchvision's layout
+and pixel convention, so it is loaded into a detector like published ImageNet weights.
 """
 
 from __future__ import annotations

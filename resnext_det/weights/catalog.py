@@ -186,7 +186,7 @@ def entry(name: str, entries: Mapping[str, Entry] = ENTRIES) -> Entry:
     else:
         nearest = difflib.get_close_matches(name, same or list(entries), n=3, cutoff=0)
     raise ConfigError(
-        f"there is no checkpoint {quoted(name)} in the catalog (nearest: {', '.join(nearest)}). "
+        f"{quoted(name)} is not in the catalog (nearest: {', '.join(nearest)}). "
         "`resnext-det weights` lists all of them."
     )
 

@@ -142,7 +142,7 @@ def _refused(file: Path) -> Iterator[None]:
     except WeightsError as error:
         raise WeightsError(f"{quoted(file)} is refused: {error}.") from error
     except FileNotFoundError as error:
-        raise WeightsError(f"there is no checkpoint {quoted(file)}.") from error
+        raise WeightsError(f"{quoted(file)} does not exist.") from error
     except pickle.UnpicklingError as error:  # torch's own message advises to trust the file
         raise WeightsError(
             f"{quoted(file)} is refused: it is damaged, or holds more than arrays in plain "

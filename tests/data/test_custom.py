@@ -223,7 +223,7 @@ def test_finds_the_image_folder(train: Path, tmp_path: Path) -> None:
     assert folder_of(train, tmp_path) == tmp_path
     with pytest.raises(ConfigError, match=r"'train\.png', is in .*--train-images"):
         use(load_config(TOY), train)
-    with pytest.raises(ConfigError, match="--train-images: there is no folder nowhere"):
+    with pytest.raises(ConfigError, match="--train-images: nowhere does not exist"):
         use(load_config(TOY), train, "nowhere")
     coco = tmp_path / "coco"
     for name in ("annotations", "train2017"):
@@ -239,7 +239,7 @@ def test_finds_the_image_folder(train: Path, tmp_path: Path) -> None:
         (["--test-json", "{test}"], "--test-json without --train-json"),
         (["--train-json", "{train}", "--eval-only"], "--eval-only needs --test-json"),
         (["--train-images", "{train}"], "--train-images needs --train-json"),
-        (["--train-json", "nowhere.json"], "--train-json: there is no file nowhere.json"),
+        (["--train-json", "nowhere.json"], "--train-json: nowhere.json does not exist"),
         (
             ["--train-json", "{train}", "DATASETS.TEST", "('toy_coco_minival',)"],
             "DATASETS.TEST and --train-json",

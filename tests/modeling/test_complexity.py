@@ -130,7 +130,7 @@ def test_a_large_network_and_a_large_image_cost_no_memory() -> None:
 
 
 def test_agrees_with_the_paper() -> None:
-    """To the printed digits, but for 1x64d's parameters, and within the rough figure of Table 3."""
+    """Counts equal the printed digits, except 1x64d's parameters; Table 3 is only approximate."""
     for table, depth, notation, parameters, multiply_adds in PUBLISHED:
         cost = Template(notation).network(depth) if depth else Template(notation).block()
         assert cost.multiply_adds == pytest.approx(multiply_adds, rel=0.042)

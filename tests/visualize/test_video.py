@@ -161,7 +161,7 @@ def test_failed_video_leaves_no_file(
 
 
 def test_full_disk_is_not_blamed_on_the_video(tmp_path: Path) -> None:
-    """A limit on the size of files stands in for a full disk."""
+    """A file-size limit simulates a full disk."""
     noise = np.random.default_rng(0).integers(0, 256, (240, 320, 3), np.uint8)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

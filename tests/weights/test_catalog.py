@@ -190,7 +190,7 @@ def test_refuses_timms_former_names() -> None:
     assert sum(tensor.numel() for tensor in timms.parameters()) == parameters(network)
     assert entry(right).template.width == 16
     assert "ig_resnext101_32x16-" in entry(right).url
-    with pytest.raises(ConfigError, match=f"no checkpoint '{former}'.*nearest: .*{right}"):
+    with pytest.raises(ConfigError, match=f"'{former}' is not in the catalog.*nearest: .*{right}"):
         entry(former)
 
 
@@ -258,7 +258,7 @@ def test_refused_names_say_why() -> None:
     ],
 )
 def test_suggests_the_nearest_name(wrong: str, nearest: str) -> None:
-    with pytest.raises(ConfigError, match=f"no checkpoint '{wrong}'.*nearest: .*{nearest}"):
+    with pytest.raises(ConfigError, match=f"'{wrong}' is not in the catalog.*nearest: .*{nearest}"):
         entry(wrong)
 
 

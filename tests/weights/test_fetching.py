@@ -314,7 +314,7 @@ def test_converts_with_the_pixels_of_the_catalog(
 def test_only_names_of_the_catalog_reach_the_disk(
     name: str, handler: Handler, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match=rf"no checkpoint.*nearest: {NAME}"):
+    with pytest.raises(ConfigError, match=rf"is not in the catalog.*nearest: {NAME}"):
         ask(handler(), name)
     with pytest.raises(ConfigError, match="cannot be used: it normalises after the addition"):
         ask(handler(), "resnet50.fb_torch7")
