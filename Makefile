@@ -33,9 +33,9 @@ ifeq ($(PRETRAINED),yes)
 	$(IN_VENV) tools/pretrain_toy.py $(WEIGHTS)
 endif
 	$(IN_VENV) tools/train_net.py --config-file $(CONFIG) \
-		MODEL.WEIGHTS $(WEIGHTS) OUTPUT_DIR $(RUN) MODEL.RESNEXT.PRECISION fp32
+		MODEL.WEIGHTS $(WEIGHTS) OUTPUT_DIR $(RUN)
 	$(IN_VENV) tools/train_net.py --config-file $(CONFIG) --eval-only \
-		MODEL.WEIGHTS $(RUN)/model_final.pth OUTPUT_DIR $(RUN) MODEL.RESNEXT.PRECISION fp32
+		MODEL.WEIGHTS $(RUN)/model_final.pth OUTPUT_DIR $(RUN)
 	$(IN_VENV) tools/report.py $(RUN)
 
 test: setup

@@ -15,6 +15,7 @@ from detectron2.modeling.roi_heads import Res5ROIHeads
 from torch import nn
 
 from resnext_det.config import complete
+from resnext_det.config_rules import STOCK
 from resnext_det.errors import ConfigError, ResNeXtError, quoted
 from resnext_det.modeling.fast import accelerate
 from resnext_det.modeling.partial_loads import refuse_partial_loads
@@ -43,7 +44,7 @@ def build_detector(cfg: CfgNode) -> nn.Module:
             "features, sizes and thresholds with those of a shipped config."
         ) from error
     precision = complete(cfg).MODEL.RESNEXT.PRECISION
-    return accelerate(model, precision) if precision else model
+    return model if precision == STOCK else accelerate(model, precision)
 
 
 def build_resnext_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNeXt:

@@ -48,15 +48,17 @@ def add_resnext_config(cfg: CfgNode) -> None:
     cfg.MODEL.RESNEXT.CHECKPOINT_STAGES = []
     # Start the last norm of every block at 0, for training from scratch (1706.02677, section 5.1).
     cfg.MODEL.RESNEXT.ZERO_INIT_RESIDUAL = False
-    # Compute faster, in "fp32", "bf16" or "fp16"; "" computes as Detectron2 does, bit for bit. Only
-    # this package's commands read it; other programs call `modeling.fast.accelerate(model)`.
-    cfg.MODEL.RESNEXT.PRECISION = ""
+    # "fp32", "bf16" or "fp16" compute faster than Detectron2; "stock" computes as it does, bit for
+    # bit. Only this package's commands, Trainer and Predictor read it, for any detector; other
+    # programs call `modeling.fast.accelerate(model)`.
+    cfg.MODEL.RESNEXT.PRECISION = "fp32"
     # Every published ResNeXt has its stride in the 3x3 convolution, so the backbone refuses
     # MODEL.RESNETS.STRIDE_IN_1X1 True (Detectron2's default) above cardinality 1
     # unless this is set.
     cfg.MODEL.RESNEXT.ALLOW_STRIDE_IN_1X1 = False
     # Evaluate, demonstrate or resume a detector under settings that change what it computes, such
-    # as other pixel statistics or anchors than those its checkpoint records.
+    # as other pixel statistics or anchors than those its checkpoint records; or resume its training
+    # in another precision.
     cfg.MODEL.RESNEXT.ALLOW_OTHER_FUNCTION = False
     # The rest is read by this package's trainer only.
     # On another number of processes than REFERENCE_WORLD_SIZE: "accumulate" gradients over

@@ -90,6 +90,9 @@ _BELOW_1 = _number("from 0 to below 1", lambda value: 0 <= value < 1)
 _POSITIVE_LISTS = _list(_list(_POSITIVE, "", 1), "of lists of numbers above 0", 1)
 
 SCALINGS = ("accumulate", "linear", "none")
+STOCK = "stock"
+"""MODEL.RESNEXT.PRECISION that leaves a detector as Detectron2 builds it."""
+PRECISIONS = (STOCK, "fp32", "bf16", "fp16")
 # Detectron2's, see detectron2.solver.build_lr_scheduler.
 MULTI_STEP, COSINE, FIXED_GAMMA = (
     "WarmupMultiStepLR",
@@ -148,7 +151,7 @@ _PATTERNS: tuple[tuple[str, Rule], ...] = (
     ("MODEL.RESNETS.*", _ANY_WHOLE),
     ("MODEL.RESNEXT.FORM TEST.ENGINE TEST.BEST.METRIC WANDB.PROJECT", _TEXT),
     ("MODEL.RESNEXT.CHECKPOINT_STAGES", _NAMES),
-    ("MODEL.RESNEXT.PRECISION", _word("", "fp32", "bf16", "fp16")),
+    ("MODEL.RESNEXT.PRECISION", _word(*PRECISIONS)),
     ("MODEL.RESNEXT.*", _FLAG),
     ("SOLVER.SCALING", _word(*SCALINGS)),
     ("SOLVER.IMS_PER_MICRO_BATCH", _whole(0, " (as SOLVER.SCALING says)")),

@@ -65,11 +65,13 @@ def config_complexity(cfg: Any, height: int = 0, width: int = 0) -> Any:
         Its `Complexity`.
     """
     from resnext_det.backbones import build_detector
+    from resnext_det.config import complete
     from resnext_det.modeling.complexity import detector_complexity
 
-    cfg = cfg.clone()
+    cfg = complete(cfg).clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.RESNEXT.PRECISION = "stock"  # counts are the same
     return detector_complexity(
         build_detector(cfg),
         height or cfg.INPUT.MIN_SIZE_TEST,

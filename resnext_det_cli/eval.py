@@ -14,11 +14,13 @@ from __future__ import annotations
 import argparse
 
 from resnext_det_cli import flags
+from resnext_det_cli.flags import take_precision as check  # noqa: F401
 from resnext_det_cli.train import run as run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     flags.add_config(parser, run=True)
+    flags.add_precision(parser)
     flags.add_cross_check(parser)
     flags.add_json(parser)
     parser.set_defaults(eval_only=True, resume=False, overwrite=False)

@@ -9,6 +9,9 @@ _IMAGES = (
     "their images (default: ../SPLIT if J is named NAME_SPLIT.json as in COCO, else J's folder)"
 )
 
+PRECISIONS = ("stock", "fp32", "bf16", "fp16")
+_PRECISION = "MODEL.RESNEXT.PRECISION"
+
 
 def add_config(parser: argparse.ArgumentParser, *, run: bool = False) -> None:
     """Add --config-file; with `run`, require it or --run."""
@@ -29,6 +32,27 @@ def add_config(parser: argparse.ArgumentParser, *, run: bool = False) -> None:
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     """Add the config overrides as "opts"."""
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
+
+
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    """Add --precision; `take_precision` turns it into an override."""
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        help="of the detector; stock: as Detectron2 computes, bit for bit (default: fp32, or as "
+        "the config says)",
+    )
+
+
+def take_precision(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Put --precision in front of the config overrides; refuse overrides that contradict it."""
+    if arguments.precision is None:
+        return
+    words = [*getattr(arguments, "overrides", []), *arguments.opts]
+    for key, value in zip(words[::2], words[1::2]):
+        if key == _PRECISION and value != arguments.precision:
+            parser.error(f"--precision {arguments.precision} contradicts {key} {value}: give one")
+    arguments.opts = [_PRECISION, arguments.precision, *arguments.opts]
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

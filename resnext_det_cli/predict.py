@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="(default: 1); padding to the largest image can change detections slightly",
     )
+    flags.add_precision(parser)
     overrides: dict[str, Any] = {"nargs": "*", "metavar": "KEY VALUE"}
     parser.add_argument("--opts", default=[], help="config overrides", **overrides)
     parser.add_argument("overrides", help="like --opts; not right after --input", **overrides)
@@ -51,6 +52,7 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
         parser.error(f"--threshold is {arguments.threshold}; it must be from 0 to 1")
     if arguments.images_per_batch < 1:
         parser.error(f"--images-per-batch is {arguments.images_per_batch}; it must be 1 or more")
+    flags.take_precision(parser, arguments)
 
 
 def run(arguments: argparse.Namespace) -> int:

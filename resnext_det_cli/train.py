@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     }
     for name, meaning in switches.items():
         parser.add_argument(name, action="store_true", help=meaning)
+    flags.add_precision(parser)
     flags.add_cross_check(parser)
     flags.add_own_data(parser)
     flags.add_processes(parser)
@@ -39,6 +40,7 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
         parser.error("--run evaluates or continues a run: add --eval-only or --resume")
     if arguments.json and not arguments.eval_only:
         parser.error("--json prints figures: add --eval-only")
+    flags.take_precision(parser, arguments)
 
 
 def run(arguments: argparse.Namespace) -> None:

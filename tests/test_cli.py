@@ -16,10 +16,11 @@ import pytest
 import torch
 from PIL import Image
 
+from resnext_det import config_rules
 from resnext_det.evaluation import coco, compare, detections
 from resnext_det.modeling.blocks import BLOCKS
 from resnext_det.weights import verifying
-from resnext_det_cli import COMMANDS, convert, evaluate, main
+from resnext_det_cli import COMMANDS, convert, evaluate, flags, main
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = sorted(path.name for path in (ROOT / "tools").glob("*.py"))
@@ -75,6 +76,7 @@ def test_choices_match_the_package() -> None:
     assert (detections.KINDS, tuple(coco.ENGINES)) == (evaluate.KINDS, evaluate.ENGINES)
     assert evaluate.RESAMPLES == compare.RESAMPLES
     assert tuple(sorted(BLOCKS)) == convert.FORMS
+    assert config_rules.PRECISIONS == flags.PRECISIONS
     assert typing.get_args(verifying.Program) == convert.PROGRAMS
 
 
@@ -86,6 +88,16 @@ def test_choices_match_the_package() -> None:
         ("train --run x", "add --eval-only or --resume"),
         ("train --config-file x --json", "add --eval-only"),
         ("train --config-file no/such/file.yaml", "faster_rcnn_X_50_32x4d_FPN_paper"),
+        (
+            "eval --run x --precision bf16 MODEL.RESNEXT.PRECISION fp32",
+            "--precision bf16 contradicts MODEL.RESNEXT.PRECISION fp32: give one",
+        ),
+        (
+            "predict --run x --input y --output z --opts MODEL.RESNEXT.PRECISION stock "
+            "--precision fp32",
+            "--precision fp32 contradicts",
+        ),
+        ("train --config-file x --precision fp8", "invalid choice: 'fp8'"),
         ("eval", "one of the arguments --config-file --run is required"),
         ("eval --run none", "--run none holds no config.yaml"),
         ("predict --run none --input README.md --output x", "no config.yaml"),
@@ -165,6 +177,7 @@ def run(tool: Tool, datasets: Path, tmp_path_factory: pytest.TempPathFactory) ->
     data = str(datasets / "toy_coco")
     assert main(["pretrain-toy", str(weights), "--updates", "2", "--data", data]) == 0
     words = ["MODEL.WEIGHTS", weights, *TOY, "OUTPUT_DIR", folder, "--num-gpus", 1, *SHORT]
+    words += ["--precision", "bf16"]
     first = tool("train_net.py", words, datasets)  # flags and overrides in any order
     assert first.returncode == 0, first.stderr
     assert f"145/145 backbone tensors loaded from {weights}" in first.stdout
@@ -174,6 +187,7 @@ def run(tool: Tool, datasets: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 def test_resumes_where_it_stopped(run: Path, tool: Tool, datasets: Path) -> None:
     words = [*TOY, "--resume", "OUTPUT_DIR", run, *SHORT, "SOLVER.MAX_ITER", 6]
+    words += ["MODEL.RESNEXT.PRECISION", "bf16", "--precision", "bf16"]
     done = tool("train_net.py", words, datasets)
     assert done.returncode == 0, done.stderr
     assert "at iteration 4 of 6" in done.stdout
@@ -187,6 +201,7 @@ def test_run_folder_is_enough(run: Path, tool: Tool, cli: Cli, datasets: Path) -
     assert json.loads(done.stdout) == written
     evaluated = written["datasets"]["toy_coco_minival"]
     assert (len(evaluated["figures"]), evaluated["image_count"]) == (12, 6)
+    assert written["precision"] == "bf16"  # as trained
     assert all(v is None or math.isfinite(v) for v in evaluated["figures"].values())
     _, out, _ = cli("report", "--run", run)
     assert out.splitlines()[-1] == f"Report: {run / 'report.html'}"

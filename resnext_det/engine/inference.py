@@ -21,6 +21,7 @@ from detectron2.evaluation.testing import print_csv_format
 from detectron2.utils import comm
 from torch import nn
 
+from resnext_det.config_rules import STOCK
 from resnext_det.console import progress_bar
 from resnext_det.engine.hooks import SIGNALS
 from resnext_det.engine.train_loop import unwrap
@@ -29,6 +30,7 @@ from resnext_det.errors import EvaluationError
 from resnext_det.evaluation.annotations import ImageKey
 from resnext_det.evaluation.evaluator import DetectionEvaluator
 from resnext_det.files import file_digest
+from resnext_det.modeling.fast import DTYPES, FastConv2d
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +77,7 @@ def evaluate_datasets(
                     evaluator.images,
                 )
                 evaluator.description["model_sha256"] = digest
+                evaluator.description["precision"] = precision_of(model)
                 done = evaluator.keep(_identity(digest, evaluator))
                 kept.append(evaluator)
             results[name] = _evaluate(model, evaluator, loader_of, name, done)
@@ -165,6 +168,13 @@ def renamed(cfg: CfgNode, weights: str) -> CfgNode:
     return changed
 
 
+def precision_of(model: nn.Module) -> str:
+    """Return the precision of a model's layers: "fp32", "bf16", ..., or "stock" unaccelerated."""
+    words = {dtype: word for word, dtype in DTYPES.items()}
+    layers = (each for each in model.modules() if isinstance(each, FastConv2d))
+    return next((words[layer.compute_dtype] for layer in layers), STOCK)
+
+
 def state_digest(model: nn.Module) -> str:
     """Return a digest of the names and values of all parameters and buffers, on any device."""
     digest = hashlib.blake2b(digest_size=32)
@@ -196,7 +206,10 @@ def model_digest(cfg: CfgNode, model: nn.Module) -> str:
         "input": settings.INPUT.dump(),
         "augmentation": settings.TEST.AUG.dump(),
         "detections": settings.TEST.DETECTIONS_PER_IMAGE,
-        "precision": settings.get("FLOAT32_PRECISION", ""),  # in newer versions of Detectron2
+        "precision": [
+            precision_of(model),
+            settings.get("FLOAT32_PRECISION", ""),  # in newer versions of Detectron2
+        ],
         "proposals": [
             settings.MODEL.LOAD_PROPOSALS,
             settings.DATASETS.PROPOSAL_FILES_TEST,

@@ -13,6 +13,7 @@ from detectron2.data import DatasetCatalog
 
 from resnext_det.checkpoint_file import Run, read_run
 from resnext_det.config import complete, parse_config
+from resnext_det.config_rules import STOCK
 from resnext_det.data.checks import (
     check_agreement,
     check_registered,
@@ -50,6 +51,8 @@ _NO_FUNCTION = re.compile(
 # Norms that compute the same once their statistics are fixed.
 _BATCH_NORMS = ("BN", "SyncBN", "FrozenBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
 
+_PRECISION = "MODEL.RESNEXT.PRECISION"
+
 # A resume cannot change which parameters learn and how they are grouped.
 _FIXED = (
     "MODEL.BACKBONE.FREEZE_AT",
@@ -67,7 +70,8 @@ def changes(recorded: str, cfg: CfgNode) -> Changes:
     Raises:
         ConfigError: the record is not a yaml config.
     """
-    before = dict(_leaves(parse_config(recorded, "the recorded config")))
+    # Before this key there was only stock arithmetic.
+    before = {_PRECISION: STOCK, **dict(_leaves(parse_config(recorded, "the recorded config")))}
     now = dict(_leaves(parse_config(cfg.dump(), "the config")))
     common = sorted(before.keys() & now.keys())
     return {key: (before[key], now[key]) for key in common if before[key] != now[key]}
@@ -148,6 +152,8 @@ def check_resumable(cfg: CfgNode, file: Path, run: Run | None, class_names: list
         fixed["SEED"] = found["SEED"]
     if not complete(cfg).MODEL.RESNEXT.ALLOW_OTHER_FUNCTION:
         fixed |= function_changes(run.config, cfg)
+        # The function is the same, but what follows would not be what follows without a stop.
+        fixed |= {key: found[key] for key in (_PRECISION,) if key in found}
     if fixed:
         raise ConfigError(
             f"a resume of {quoted(file)} cannot change {listed(fixed)}. Restore these values, or "

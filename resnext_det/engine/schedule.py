@@ -74,6 +74,9 @@ class Plan:
         checkpoints = f"every {solver.CHECKPOINT_PERIOD:,} iterations"
         if solver.KEEP_LAST:
             checkpoints += f", of which the last {solver.KEEP_LAST:,} are kept"
+        precision = complete(self.cfg).MODEL.RESNEXT.PRECISION
+        if solver.AMP.ENABLED:
+            precision += f", autocast to {solver.AMP.PRECISION}"
         rows = [
             (
                 "Images per update",
@@ -88,6 +91,7 @@ class Plan:
             ("End", at(solver.MAX_ITER)),
             ("Evaluations", evaluations),
             ("Checkpoints", checkpoints),
+            ("Precision", precision),
         ]
         text: str = tabulate(rows, tablefmt="plain", disable_numparse=True)
         return text

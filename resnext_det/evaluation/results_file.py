@@ -82,7 +82,7 @@ class Metrics:
     """The content of metrics.json.
 
     `versions` are of Python and the packages; `commit` is of the source tree, with "+changes" if
-    there were any.
+    there were any; `precision` is that of the model, "" if unknown.
     """
 
     weights: str
@@ -92,6 +92,7 @@ class Metrics:
     evaluations: list[DatasetMetrics]
     proposals: tuple[ProposalMetrics, ...] = ()
     commit: str | None = None
+    precision: str = ""
 
 
 def metrics_file(run: Path) -> Path | None:
@@ -143,6 +144,7 @@ def read_metrics(run: Path) -> Metrics:
                 if "proposals" in entry
             ),
             commit=_optional(str, document.get("commit")),
+            precision=str(document.get("precision", "")),
         )
     except (OSError, *INVALID) as error:
         raise DatasetError(

@@ -24,7 +24,7 @@ from resnext_det.engine.checkpoints import Checkpointer
 from resnext_det.engine.evaluate import evaluate, last_checkpoint, of_run
 from resnext_det.engine.hooks import Evaluation
 from resnext_det.engine.predictor import Predictor
-from resnext_det.engine.recorded_config import check_classes, function_changes
+from resnext_det.engine.recorded_config import changes, check_classes, function_changes
 from resnext_det.engine.trainer import Trainer
 from resnext_det.errors import ConfigError, DatasetError, TrainingError, WeightsError
 
@@ -94,6 +94,7 @@ def test_resume_uses_new_solver_settings(killed: Path) -> None:
         ("MODEL.BACKBONE.FREEZE_AT 4", "MODEL.BACKBONE.FREEZE_AT was 0 and is 4"),
         ("SEED 4", "SEED was 3 and is 4"),
         ("MODEL.PIXEL_STD [1.0,1.0,1.0]", "MODEL.PIXEL_STD was"),
+        ("MODEL.RESNEXT.PRECISION stock", "MODEL.RESNEXT.PRECISION was fp32 and is stock"),
         ("", "in another order"),
     ],
 )
@@ -177,6 +178,13 @@ def test_function_depends_on_network_only() -> None:
         "MODEL.RESNETS.NORM": ("FrozenBN", "GN"),
     }
     assert function_changes(get_cfg().dump(), get_cfg()) == {}
+
+
+def test_records_without_a_precision_are_of_stock_arithmetic() -> None:
+    cfg = config(Path("run"))
+    older = CfgNode(CfgNode.load_cfg(cfg.dump()))
+    del older.MODEL.RESNEXT["PRECISION"]
+    assert changes(older.dump(), cfg) == {"MODEL.RESNEXT.PRECISION": ("stock", "fp32")}
 
 
 def test_evaluates_checkpoint_that_resume_would_load(killed: Path, tmp_path: Path) -> None:

@@ -36,12 +36,12 @@ from pathlib import Path
 
 import torch
 from detectron2.data.datasets import register_coco_instances
-from detectron2.modeling import build_model
 from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, RPN
 from detectron2.utils import comm
 from torch import nn
 
 from resnext_det import load_config
+from resnext_det.backbones import build_detector
 from resnext_det.data.stream import Share
 from resnext_det.engine.inference import buffers_of_first_process, model_digest
 from resnext_det.engine.launch import Job, run_everywhere
@@ -49,12 +49,14 @@ from resnext_det.engine.setup import set_up
 from resnext_det.engine.train_loop import TrainLoop, distributed
 from resnext_det.engine.trainer import Trainer
 from resnext_det.errors import EvaluationError, TrainingError
+from resnext_det.modeling.fast import accelerate
 
 COMMON = "SOLVER.IMS_PER_BATCH 4 INPUT.MIN_SIZE_TRAIN (64,80) INPUT.MAX_SIZE_TRAIN 96"
 COMMON += " INPUT.MIN_SIZE_TEST 64 SOLVER.WARMUP_ITERS 2 SOLVER.EMA.ENABLED True"
 DOUBLE = "SOLVER.MAX_ITER 4 SOLVER.STEPS (3,) SOLVER.REFERENCE_WORLD_SIZE 2 DATASETS.TEST ()"
 DOUBLE += " MODEL.PROPOSAL_GENERATOR.NAME DoubleRPN SOLVER.CLIP_GRADIENTS.ENABLED True"
 DOUBLE += " SOLVER.CLIP_GRADIENTS.CLIP_TYPE global_norm SOLVER.EMA.DECAY 0.5"
+DOUBLE += " MODEL.RESNEXT.PRECISION stock"  # accelerated by DoubleTrainer
 KILLED = "SOLVER.MAX_ITER 8 SOLVER.STEPS (6,) SOLVER.CHECKPOINT_PERIOD 2 SOLVER.KEEP_LAST 2"
 KILLED += " TEST.EVAL_PERIOD 4"
 
@@ -71,7 +73,7 @@ class DoubleRPN(RPN):
 class DoubleTrainer(Trainer):
     @classmethod
     def build_model(cls, cfg):
-        return super().build_model(cfg).double()
+        return accelerate(super().build_model(cfg).double(), "fp64")
 
 
 def train(kind, folder, *words):
@@ -90,7 +92,7 @@ def evaluate(folder):
     words = ["OUTPUT_DIR", str(folder), "DATASETS.TEST", "('five',)", "DATALOADER.NUM_WORKERS", "0"]
     cfg = load_config("faster_rcnn_X_26_8x4d_FPN_toy", words)
     torch.manual_seed(0)
-    Trainer.test(cfg, build_model(cfg))
+    Trainer.test(cfg, build_detector(cfg))
     return cfg
 
 

@@ -180,12 +180,14 @@ def test_copies_and_pickles() -> None:
 
 def test_the_config_key_accelerates() -> None:
     cfg = narrow_config("FPN")
-    add_resnext_config(cfg)
-    assert not isinstance(build_detector(cfg).backbone.fpn_lateral2, FastConv2d)
-    cfg.MODEL.RESNEXT.PRECISION = "bf16"
     layer = build_detector(cfg).backbone.fpn_lateral2
     assert isinstance(layer, FastConv2d)
-    assert layer.compute_dtype == torch.bfloat16
+    assert layer.compute_dtype == torch.float32
+    add_resnext_config(cfg)
+    cfg.MODEL.RESNEXT.PRECISION = "bf16"
+    assert build_detector(cfg).backbone.fpn_lateral2.compute_dtype == torch.bfloat16
+    cfg.MODEL.RESNEXT.PRECISION = "stock"
+    assert not isinstance(build_detector(cfg).backbone.fpn_lateral2, FastConv2d)
 
 
 def test_refuses_an_unknown_precision() -> None:
