@@ -8,11 +8,13 @@ dicts and checkpoints stay the same files.
 - Feature maps are channels-last from the first convolution to the regions.
 - Convolutions and linear layers compute in one precision; scores and box deltas leave their layers
   in float32, so box arithmetic, losses and NMS never see less.
-- On a CPU, RoIAlign is `resnext_det.modeling.roi_align`.
+- On a CPU, RoIAlign is `resnext_det.modeling.roi_align`, and wide 3x3 convolutions in float32 are
+  `resnext_det.modeling.winograd`.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -25,8 +27,10 @@ from detectron2.modeling.poolers import (
 )
 from detectron2.structures import Boxes
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from resnext_det.modeling import winograd
 from resnext_det.modeling.roi_align import Level, pool_levels, roi_align
 
 Precision = Literal["fp32", "bf16", "fp16", "fp64"]
@@ -73,7 +77,8 @@ def accelerate(model: nn.Module, precision: Precision = "fp32") -> nn.Module:
         raise ValueError(f"precision is {precision!r}; choose one of {', '.join(DTYPES)}")
     dtype = DTYPES[precision]
     for name, module in model.named_modules():
-        fast = _FAST.get(type(module))
+        known = type(module)
+        fast = known if known in _FAST.values() else _FAST.get(known)
         if fast is None:
             if module._parameters and not isinstance(module, NORMS):
                 module.register_forward_pre_hook(_to_parameters)
@@ -83,48 +88,96 @@ def accelerate(model: nn.Module, precision: Precision = "fp32") -> nn.Module:
             module.compute_dtype = dtype
             is_output = name.rpartition(".")[2] in OUTPUT_LAYERS
             module.output_dtype = cast(Any, module).weight.dtype if is_output else None
+            module.suits_winograd = (
+                dtype == torch.float32
+                and isinstance(module, nn.Conv2d)
+                and module.kernel_size == (3, 3)
+                and module.stride == module.padding == module.dilation == (1, 1)
+                and (module.groups, module.padding_mode) == (1, "zeros")
+                and min(module.in_channels, module.out_channels) >= winograd.FEWEST_CHANNELS
+            )
     return model
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """What a layer computes with in inference.
+
+    Attributes:
+        key: identifies the parameters that it was prepared from.
+        weight: folded and cast.
+        bias: likewise.
+        matrices: the weight as `winograd.convolve` takes it.
+    """
+
+    key: tuple[Any, ...]
+    weight: Tensor
+    bias: Tensor | None
+    matrices: Tensor | None
+
+
 class _Computed:
-    """A layer whose weight is cast, and folded with its norm, before it is used."""
+    """A layer whose weight is folded with its norm, and cast, before it is used."""
 
     compute_dtype: torch.dtype
     output_dtype: torch.dtype | None
+    suits_winograd: bool
 
-    def prepared(self) -> tuple[Tensor, Tensor | None]:
-        """Return the weight and bias to compute with."""
+    def parameters_to_fold(self) -> list[Tensor]:
+        """Return the parameters and statistics that weight and bias depend on."""
         layer = cast(Any, self)
-        norm = getattr(layer, "norm", None)
-        tensors = [layer.weight, layer.bias]
-        if norm is not None:
+        tensors, norm = [layer.weight, layer.bias], cast(Any, getattr(layer, "norm", None))
+        if _is_frozen(norm):
             tensors += [norm.weight, norm.bias, norm.running_mean, norm.running_var]
-        given = [tensor for tensor in tensors if tensor is not None]
-        graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
-        if graph or torch.compiler.is_compiling() or any(t.is_inference() for t in given):
-            return self._prepare(norm)
-        key = (self.compute_dtype, *((id(t), t.data_ptr(), t._version) for t in given))
-        kept = self.__dict__.get("_kept")
-        if kept is None or kept[0] != key:
-            with torch.no_grad(), torch.inference_mode(False):
-                kept = (key, self._prepare(norm))
-            self.__dict__["_kept"] = kept
-        return cast(tuple[Tensor, Tensor | None], kept[1])
+        return [tensor for tensor in tensors if tensor is not None]
 
-    def _prepare(self, norm: Any) -> tuple[Tensor, Tensor | None]:
+    def factor_and_bias(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return by what a frozen norm multiplies each channel, and what it and the layer add."""
         layer = cast(Any, self)
-        weight, bias = layer.weight, layer.bias
-        if norm is not None:
+        scale, bias, norm = None, layer.bias, cast(Any, getattr(layer, "norm", None))
+        if _is_frozen(norm):
             scale = (norm.running_var + norm.eps).rsqrt()
             if norm.weight is not None:
                 scale = norm.weight * scale
             shift = -norm.running_mean * scale
             if norm.bias is not None:
                 shift = norm.bias + shift
-            weight = weight * scale[:, None, None, None]
             bias = shift if bias is None else bias * scale + shift
-        weight = weight.to(self.compute_dtype)
-        return weight, None if bias is None else bias.to(self.compute_dtype)
+        return scale, None if bias is None else bias.to(self.compute_dtype)
+
+    def folded(self, scale: Tensor | None) -> Tensor:
+        """Return the weight, multiplied and cast."""
+        weight = cast(Any, self).weight
+        if scale is not None:
+            weight = weight * scale[:, None, None, None]
+        return cast(Tensor, weight.to(self.compute_dtype))
+
+    def kept(self) -> _Kept:
+        """Return what to compute with outside of training, prepared once."""
+        given = self.parameters_to_fold()
+        lasting = not (torch.compiler.is_compiling() or any(t.is_inference() for t in given))
+        key: tuple[Any, ...] = ()
+        if lasting:
+            key = (self.compute_dtype, *((id(t), t.data_ptr(), t._version) for t in given))
+            kept = self.__dict__.get("_kept")
+            if kept is not None and kept.key == key:
+                return cast(_Kept, kept)
+        with torch.no_grad(), torch.inference_mode(False):
+            scale, bias = self.factor_and_bias()
+            weight = self.folded(scale)
+            matrices = winograd.transform(weight) if self.suits_winograd and lasting else None
+        new = _Kept(key, weight, bias, matrices)
+        if lasting:
+            self.__dict__["_kept"] = new
+        return new
+
+    def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
+        """Return the cast weight and bias, as part of the graph in training."""
+        if torch.is_grad_enabled() and any(t.requires_grad for t in self.parameters_to_fold()):
+            scale, bias = self.factor_and_bias()
+            return self.folded(scale), bias
+        kept = self.kept()
+        return kept.weight, kept.bias
 
     def finished(self, x: Tensor) -> Tensor:
         """Cast an output that leaves the network; losses and decoders expect it channels-first."""
@@ -134,35 +187,116 @@ class _Computed:
         return {name: value for name, value in self.__dict__.items() if name != "_kept"}
 
 
-class FastConv2d(_Computed, Conv2d):
+class _Convolving(_Computed):
+    """A convolution in the model's precision, with its norm if that can be folded."""
+
+    def convolved(self, x: Tensor) -> Tensor:
+        """Convolve (N, C, H, W)."""
+        layer = cast(Any, self)
+        x = x.to(self.compute_dtype, memory_format=torch.channels_last)
+        given = [x, *self.parameters_to_fold()]
+        if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)):
+            kept = self.kept()
+            return self.computed(x, kept.weight, kept.bias, kept.matrices)
+        scale, bias = self.factor_and_bias()
+        if _is_special() or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+            return cast(Tensor, layer._conv_forward(x, self.folded(scale), bias))
+        return cast(Tensor, _Convolution.apply(self, x, layer.weight, scale, bias))
+
+    def computed(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, matrices: Tensor | None = None
+    ) -> Tensor:
+        """Convolve with the folded weight, or with its `matrices`."""
+        if self.uses_winograd(x):
+            matrices = winograd.transform(weight) if matrices is None else matrices
+            return winograd.convolve(x, matrices, bias)
+        return cast(Tensor, cast(Any, self)._conv_forward(x, weight, bias))
+
+    def uses_winograd(self, x: Tensor) -> bool:
+        """Tell whether Winograd's algorithm is faster."""
+        return (
+            self.suits_winograd
+            and x.device.type == "cpu"
+            and x[:, 0].numel() >= winograd.FEWEST_PIXELS
+            and not _is_special()
+        )
+
+
+class _Convolution(torch.autograd.Function):
+    """A convolution that keeps its parameters for the backward pass, not the folded weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        layer: _Convolving,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(x, weight, scale)
+        return layer.computed(x, layer.folded(scale), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, scale = ctx.saved_tensors
+        layer, folded = ctx.layer, ctx.layer.folded(scale)
+        gradient = gradient.to(x.dtype, memory_format=torch.channels_last)
+        _, of_x, of_weight, of_scale, of_bias = ctx.needs_input_grad
+        gradients: list[Tensor | None] = [None, None, None]
+        if layer.uses_winograd(x):
+            if of_x:
+                gradients[0] = winograd.input_gradient(gradient, folded)
+            if of_weight or of_scale:
+                gradients[1] = winograd.weight_gradient(x, gradient)
+            if of_bias:
+                gradients[2] = gradient.sum((0, 2, 3))
+        else:
+            gradients = torch.ops.aten.convolution_backward(
+                gradient,
+                x,
+                folded,
+                [len(folded)] if of_bias else None,
+                layer.stride,
+                layer.padding,
+                layer.dilation,
+                False,
+                [0, 0],
+                layer.groups,
+                [of_x, of_weight or of_scale, of_bias],
+            )
+        to_x, to_weight, to_bias = gradients
+        to_scale = None
+        if to_weight is not None:
+            to_weight = to_weight.to(weight.dtype)
+            if of_scale:
+                to_scale = (to_weight * weight).sum((1, 2, 3))
+            if scale is not None:
+                to_weight = to_weight * scale[:, None, None, None]
+        return None, to_x, to_weight, to_scale, to_bias
+
+
+class FastConv2d(_Convolving, Conv2d):
     """Detectron2's Conv2d with its frozen norm folded in."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve with the folded weight, or convolve and normalize."""
-        norm = self.norm
-        foldable = _is_frozen(norm)
-        x = x.to(self.compute_dtype, memory_format=torch.channels_last)
-        if foldable or norm is None:
-            weight, bias = self.prepared()
-        else:
-            weight = self.weight.to(self.compute_dtype)
-            bias = None if self.bias is None else self.bias.to(self.compute_dtype)
-        x = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
-        if norm is not None and not foldable:
-            x = norm(x)
+        x = self.convolved(x)
+        if self.norm is not None and not _is_frozen(self.norm):
+            x = self.norm(x)
         if self.activation is not None:
             x = self.activation(x)
         return self.finished(x)
 
 
-class FastPlainConv2d(_Computed, nn.Conv2d):
+class FastPlainConv2d(_Convolving, nn.Conv2d):
     """torch's Conv2d in the precision of the model."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve in the model's precision."""
-        x = x.to(self.compute_dtype, memory_format=torch.channels_last)
-        weight, bias = self.prepared()
-        return self.finished(self._conv_forward(x, weight, bias))
+        return self.finished(self.convolved(x))
 
 
 class FastLinear(_Computed, nn.Linear):
@@ -170,7 +304,7 @@ class FastLinear(_Computed, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply in the model's precision."""
-        return self.finished(F.linear(x.to(self.compute_dtype), *self.prepared()))
+        return self.finished(F.linear(x.to(self.compute_dtype), *self.weight_and_bias()))
 
 
 class FastROIAlign(ROIAlign):
@@ -222,7 +356,7 @@ class FastConvTranspose2d(_Computed, nn.ConvTranspose2d):
         """Convolve in the model's precision."""
         if output_size is not None:
             return self.finished(super().forward(x.to(self.weight.dtype), output_size))
-        weight, bias = self.prepared()
+        weight, bias = self.weight_and_bias()
         x = F.conv_transpose2d(
             x.to(self.compute_dtype, memory_format=torch.channels_last),
             weight,
@@ -241,6 +375,16 @@ def _to_parameters(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...
     dtype = next(module.parameters(recurse=False)).dtype
     return tuple(
         x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs
+    )
+
+
+def _is_special() -> bool:
+    """Tell whether torch must see plain operators: in a trace, a compilation or autocast."""
+    return (
+        torch._C._get_tracing_state() is not None
+        or torch.compiler.is_compiling()
+        or torch.is_autocast_enabled("cpu")
+        or torch.is_autocast_enabled("cuda")
     )
 
 

@@ -267,6 +267,7 @@ class _Pool(torch.autograd.Function):
         ctx: Any, matrices: list[_Matrix], boxes: int, bins: int, *features: Tensor
     ) -> Tensor:
         ctx.matrices = matrices
+        ctx.bins = bins
         ctx.shapes = [feature.shape for feature in features]
         channels = features[0].shape[1]
         pooled = [
@@ -290,23 +291,24 @@ class _Pool(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         gradients: list[Tensor | None] = [None, None, None]
+        gradient = gradient.contiguous()
         for i, (matrix, shape) in enumerate(zip(ctx.matrices, ctx.shapes, strict=True)):
             if not ctx.needs_input_grad[i + 3]:
                 gradients.append(None)
                 continue
             images, channels, height, width = shape
-            part = gradient if len(ctx.matrices) == 1 else gradient[matrix.boxes]
             pixels, order = matrix.pixels.sort()
             starts = torch.zeros(images * height * width + 1, dtype=torch.int32)
             starts[1:] = torch.bincount(pixels, minlength=len(starts) - 1).cumsum(0)
-            bins = torch.arange(len(matrix.starts) - 1, dtype=torch.int32)
-            bins = bins.repeat_interleave(matrix.starts.diff())
+            # The bins of this level's boxes among the bins of all.
+            bins = matrix.boxes[:, None] * ctx.bins + torch.arange(ctx.bins)
+            bins = bins.flatten().int().repeat_interleave(matrix.starts.diff())
             table = F.embedding_bag(
                 bins.index_select(0, order),
-                part.reshape(-1, channels),
+                gradient.view(-1, channels),
                 starts,
                 mode="sum",
-                per_sample_weights=matrix.weights.index_select(0, order).to(part.dtype),
+                per_sample_weights=matrix.weights.index_select(0, order).to(gradient.dtype),
                 include_last_offset=True,
             )
             gradients.append(table.view(images, height, width, channels).permute(0, 3, 1, 2))
