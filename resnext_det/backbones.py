@@ -6,7 +6,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, configurable
 from detectron2.layers import CNNBlockBase, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, ROI_HEADS_REGISTRY, build_model
 from detectron2.modeling.backbone import FPN
@@ -135,6 +135,12 @@ class ResNeXtRes5ROIHeads(Res5ROIHeads):
     POOLER_RESOLUTION, become class scores and boxes by way of 2 * C channels.
     """
 
+    @configurable
+    def __init__(self, **arguments: Any) -> None:
+        """Initialize `Res5ROIHeads`; its res5 refuses weights that fill only part of it."""
+        super().__init__(**arguments)
+        refuse_partial_loads(self.res5)
+
     @classmethod
     def from_config(  # type: ignore[override]  # Detectron2's base class takes the config alone
         cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]
@@ -169,7 +175,6 @@ class ResNeXtRes5ROIHeads(Res5ROIHeads):
             for block in stage.children():
                 assert isinstance(block, CNNBlockBase)
                 block.freeze()
-        refuse_partial_loads(stage)
         return stage, 8 * cfg.MODEL.RESNETS.RES2_OUT_CHANNELS
 
 

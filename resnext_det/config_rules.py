@@ -281,21 +281,35 @@ def refuse_impossible(cfg: CfgNode, processes: int = 1, *, training: bool = True
     Raises:
         ConfigError: names every such setting and what to do.
     """
-    refuse(*_problems(cfg, processes), *(_training_problems(cfg) if training else ()))
+    refuse(*_problems(cfg, processes, training), *(_training_problems(cfg) if training else ()))
 
 
-def _problems(cfg: CfgNode, processes: int) -> Iterator[str]:
+def _problems(cfg: CfgNode, processes: int, training: bool) -> Iterator[str]:
     model = cfg.MODEL
-    if model.LOAD_PROPOSALS:
+    generator = model.PROPOSAL_GENERATOR.NAME
+    in_rcnn = model.META_ARCHITECTURE in _RCNN.split()
+    if (generator == PRECOMPUTED) != model.LOAD_PROPOSALS or (model.LOAD_PROPOSALS and not in_rcnn):
         yield (
-            "MODEL.LOAD_PROPOSALS is True, and Detectron2 executes any code in a proposal file. "
-            "Set it False: the RPN of the detector proposes."
+            f"MODEL.LOAD_PROPOSALS is {model.LOAD_PROPOSALS}, MODEL.PROPOSAL_GENERATOR.NAME "
+            f"{generator} and MODEL.META_ARCHITECTURE {model.META_ARCHITECTURE}: proposals come "
+            f"from files with True, {PRECOMPUTED} and GeneralizedRCNN, and from the RPN with False "
+            "and RPN."
         )
-    if cfg.TEST.AUG.ENABLED and (model.META_ARCHITECTURE != "GeneralizedRCNN" or model.KEYPOINT_ON):
+    for use in ("TRAIN", "TEST") if model.LOAD_PROPOSALS else ():
+        names, files = cfg.DATASETS[use], cfg.DATASETS[f"PROPOSAL_FILES_{use}"]
+        if len(names) != len(files) and (training or use == "TEST"):
+            yield (
+                f"DATASETS.PROPOSAL_FILES_{use} names {len(files)} files for the {len(names)} data "
+                f"sets of DATASETS.{use}, and MODEL.LOAD_PROPOSALS is True: name one for each. "
+                "resnext-det eval --save-proposals writes them, or resnext-det two-step."
+            )
+    not_augmented = model.KEYPOINT_ON or model.LOAD_PROPOSALS
+    if cfg.TEST.AUG.ENABLED and (model.META_ARCHITECTURE != "GeneralizedRCNN" or not_augmented):
         yield (
-            f"TEST.AUG.ENABLED is True, MODEL.META_ARCHITECTURE {model.META_ARCHITECTURE} and "
-            f"MODEL.KEYPOINT_ON {model.KEYPOINT_ON}: Detectron2 can augment only the tests of "
-            "GeneralizedRCNN without keypoints. Set TEST.AUG.ENABLED False."
+            f"TEST.AUG.ENABLED is True, MODEL.META_ARCHITECTURE {model.META_ARCHITECTURE}, "
+            f"MODEL.KEYPOINT_ON {model.KEYPOINT_ON} and MODEL.LOAD_PROPOSALS "
+            f"{model.LOAD_PROPOSALS}: Detectron2 can augment only the tests of GeneralizedRCNN "
+            "with an RPN and without keypoints. Set TEST.AUG.ENABLED False."
         )
     if len(model.PIXEL_MEAN) != len(model.PIXEL_STD):
         yield (
@@ -341,6 +355,7 @@ def _training_problems(cfg: CfgNode) -> Iterator[str]:
 
 
 _RCNN = "GeneralizedRCNN PanopticFPN"
+PRECOMPUTED = "PrecomputedProposals"  # Detectron2's name for no generator
 KNOWN_ARCHITECTURES = (*_RCNN.split(), "ProposalNetwork", "RetinaNet", "SemanticSegmentor")
 _ARCHITECTURE, _SCHEDULER = "MODEL.META_ARCHITECTURE", "SOLVER.LR_SCHEDULER_NAME"
 _IN_BOX_HEAD = ("NAME", "NUM_FC", "FC_DIM", "NUM_CONV", "CONV_DIM", "NORM", "TRAIN_ON_PRED*")
@@ -354,6 +369,11 @@ _NEEDS: tuple[tuple[str, str, str], ...] = (
     ("MODEL.SEM_SEG_HEAD.*", _ARCHITECTURE, "SemanticSegmentor PanopticFPN"),
     ("MODEL.PANOPTIC_FPN.*", _ARCHITECTURE, "PanopticFPN"),
     ("MODEL.RPN.* MODEL.PROPOSAL_GENERATOR.*", _ARCHITECTURE, f"{_RCNN} ProposalNetwork"),
+    (
+        "MODEL.RPN.* MODEL.ANCHOR_GENERATOR.* MODEL.PROPOSAL_GENERATOR.MIN_SIZE",
+        "MODEL.PROPOSAL_GENERATOR.NAME",
+        f"!{PRECOMPUTED}",
+    ),
     ("VIS_PERIOD", _ARCHITECTURE, f"{_RCNN} RetinaNet"),
     ("MODEL.ROI_MASK_HEAD.* INPUT.MASK_FORMAT", "MODEL.MASK_ON", "True"),
     ("MODEL.ROI_KEYPOINT_HEAD.* TEST.KEYPOINT_OKS_SIGMAS", "MODEL.KEYPOINT_ON", "True"),

@@ -17,6 +17,7 @@ from typing import Any
 
 COMMANDS = {
     "train": "train",
+    "two-step": "two_step",
     "eval": "eval",
     "predict": "predict",
     "demo": "predict",

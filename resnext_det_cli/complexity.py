@@ -76,7 +76,9 @@ def config_complexity(cfg: Any, height: int = 0, width: int = 0) -> Any:
         build_detector(cfg),
         height or cfg.INPUT.MIN_SIZE_TEST,
         width or cfg.INPUT.MAX_SIZE_TEST,
-        regions=cfg.MODEL.RPN.POST_NMS_TOPK_TEST,
+        regions=cfg.DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST
+        if cfg.MODEL.LOAD_PROPOSALS
+        else cfg.MODEL.RPN.POST_NMS_TOPK_TEST,
         detections=cfg.TEST.DETECTIONS_PER_IMAGE,
     )
 

@@ -12,6 +12,7 @@ with --run is in the run's folder. The same as `train --eval-only`.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from resnext_det_cli import flags
 from resnext_det_cli.flags import take_precision as check  # noqa: F401
@@ -23,6 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flags.add_precision(parser)
     flags.add_cross_check(parser)
     flags.add_json(parser)
+    parser.add_argument(
+        "--save-proposals",
+        type=Path,
+        metavar="FILE",
+        help="evaluate the RPN alone, and write its proposals, as DATASETS.PROPOSAL_FILES_TRAIN "
+        "and _TEST take them (.safetensors)",
+    )
     parser.set_defaults(eval_only=True, resume=False, overwrite=False)
     flags.add_own_data(parser, training=False)
     flags.add_processes(parser)

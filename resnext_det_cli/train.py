@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     }
     for name, meaning in switches.items():
         parser.add_argument(name, action="store_true", help=meaning)
+    parser.set_defaults(save_proposals=None)
     flags.add_precision(parser)
     flags.add_cross_check(parser)
     flags.add_own_data(parser)
@@ -51,6 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
     from resnext_det.data.annotations import forget, read_json
     from resnext_det.engine.evaluate import of_run
     from resnext_det.engine.launch import Job, run_everywhere
+    from resnext_det.engine.setup import check_folder
     from resnext_det.evaluation.results_file import metrics_file
 
     with json_alone(arguments.json) as print_json:
@@ -67,7 +69,14 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.opts += ["TEST.CROSS_CHECK", "True"]
         cfg = load_config(arguments.config_file, arguments.opts)
         cfg = custom.from_arguments(cfg, arguments)
-        _check(cfg, arguments, job.world_size)
+        check_run(cfg, arguments, job.world_size)
+        if not arguments.eval_only:
+            check_folder(
+                cfg,
+                resume=arguments.resume,
+                overwrite=arguments.overwrite,
+                weights_given="MODEL.WEIGHTS" in arguments.opts[::2],
+            )
         if job.world_size > 1:
             forget()  # each process reads the annotations itself
         run_everywhere(_work, job, (cfg, arguments))
@@ -76,13 +85,12 @@ def run(arguments: argparse.Namespace) -> None:
             print_json(read_json(file) if file else {})
 
 
-def _check(cfg: Any, arguments: argparse.Namespace, world_size: int) -> None:
+def check_run(cfg: Any, arguments: argparse.Namespace, world_size: int) -> None:
     """Fail now, once for all processes, on what would end the run later."""
     from resnext_det.config_rules import refuse_impossible
     from resnext_det.data.checks import check_datasets
     from resnext_det.engine.evaluate import check_expectations, last_checkpoint
     from resnext_det.engine.schedule import scale
-    from resnext_det.engine.setup import check_folder
     from resnext_det.engine.writers import check_wandb
     from resnext_det.evaluation.coco import Engine
 
@@ -98,12 +106,6 @@ def _check(cfg: Any, arguments: argparse.Namespace, world_size: int) -> None:
         return
     check_wandb(cfg)
     scale(cfg, world_size)
-    check_folder(
-        cfg,
-        resume=arguments.resume,
-        overwrite=arguments.overwrite,
-        weights_given="MODEL.WEIGHTS" in arguments.opts[::2],
-    )
 
 
 def _work(cfg: Any, arguments: argparse.Namespace) -> None:
@@ -121,7 +123,8 @@ def _work(cfg: Any, arguments: argparse.Namespace) -> None:
     if comm.is_main_process():
         custom.record(cfg, folder)
     if arguments.eval_only:
-        results = evaluate(cfg, resume=arguments.resume)
+        proposals = arguments.save_proposals
+        results = evaluate(cfg, resume=arguments.resume, save_proposals=proposals)
         if comm.is_main_process():
             verify_results(cfg, results)
         return

@@ -359,7 +359,13 @@ def test_warns_of_settings_without_effect(tmp_path: Path) -> None:
     [
         ("TEST.AUG.ENABLED True MODEL.META_ARCHITECTURE RetinaNet", "META_ARCHITECTURE RetinaNet"),
         ("TEST.AUG.ENABLED True MODEL.KEYPOINT_ON True", "MODEL.KEYPOINT_ON True"),
-        ("MODEL.LOAD_PROPOSALS True", "executes any code"),
+        ("TEST.AUG.ENABLED True MODEL.LOAD_PROPOSALS True", "MODEL.LOAD_PROPOSALS True"),
+        ("MODEL.LOAD_PROPOSALS True", "MODEL.PROPOSAL_GENERATOR.NAME RPN"),
+        ("MODEL.PROPOSAL_GENERATOR.NAME PrecomputedProposals", "LOAD_PROPOSALS is False"),
+        (
+            "MODEL.LOAD_PROPOSALS True MODEL.PROPOSAL_GENERATOR.NAME PrecomputedProposals",
+            "PROPOSAL_FILES_TRAIN names 0 files for the 1 data sets",
+        ),
         ("MODEL.ROI_BOX_HEAD.USE_FED_LOSS True", "USE_SIGMOID_CE True"),
         (
             "MODEL.ROI_BOX_HEAD.USE_FED_LOSS True MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE True",

@@ -119,7 +119,7 @@ def use(
         A copy of the config with DATASETS.TRAIN, DATASETS.TEST and the number of classes.
 
     Raises:
-        ConfigError: a file or folder is missing, or the model is neither Faster R-CNN nor
+        ConfigError: a file or folder is missing, or the model is neither Faster R-CNN, an RPN nor
             RetinaNet.
         DatasetError: the annotations are not COCO's, their classes differ, an image is outside its
             folder, or there is nothing to learn.
@@ -133,10 +133,10 @@ def use(
 
 def _use(cfg: CfgNode, located: list[CustomData]) -> CfgNode:
     configured = configured_classes(cfg)
-    if configured is None:
+    if configured is None and cfg.MODEL.META_ARCHITECTURE != "ProposalNetwork":
         raise ConfigError(
             f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}: your own data needs "
-            "GeneralizedRCNN (such as Faster R-CNN) or RetinaNet."
+            "GeneralizedRCNN (such as Faster R-CNN), ProposalNetwork or RetinaNet."
         )
     if not located:
         raise ConfigError("no annotations to train on or evaluate with.")
@@ -166,7 +166,8 @@ def _use(cfg: CfgNode, located: list[CustomData]) -> CfgNode:
     new.defrost()
     new.DATASETS.TRAIN = tuple(data.name for data in located if data.split == "train")
     new.DATASETS.TEST = tuple(data.name for data in located if data.split == "test")
-    new.merge_from_list([configured[0], str(len(classes[0]))])
+    if configured is not None:
+        new.merge_from_list([configured[0], str(len(classes[0]))])
     if keypoints and keypoints[0]:
         new.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = len(keypoints[0].names)
     if cfg.is_frozen():

@@ -12,8 +12,10 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, MetadataCatalog
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
+from detectron2.structures import BoxMode
 
 from resnext_det.data.keypoints import note_keypoints
+from resnext_det.data.proposals import STORED
 from resnext_det.data.records import Record
 from resnext_det.errors import DatasetError, quoted
 from resnext_det.images import check_pixel_format, read_image, read_labels
@@ -66,6 +68,10 @@ class NamingDatasetMapper(DatasetMapper):
         if labels is not None:
             record["sem_seg"] = torch.as_tensor(labels.astype("long"))
         if self.proposal_topk is not None:
+            stored = record.pop(STORED, None)
+            if stored is not None:
+                record["proposal_boxes"], record["proposal_objectness_logits"] = stored.read()
+                record["proposal_bbox_mode"] = BoxMode.XYXY_ABS
             utils.transform_proposals(
                 record, image.shape[:2], transforms, proposal_topk=self.proposal_topk
             )

@@ -24,12 +24,17 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, get_detection_dataset_dicts
+from detectron2.data import (
+    DatasetFromList,
+    build_detection_test_loader,
+    get_detection_dataset_dicts,
+)
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from resnext_det.config import complete
 from resnext_det.data.annotations import serve
+from resnext_det.data.proposals import records_of_test, records_with_proposals
 from resnext_det.data.records import Record
 from resnext_det.errors import ConfigError, DatasetError
 
@@ -231,14 +236,17 @@ def training_records(cfg: CfgNode) -> list[Record]:
             these.
     """
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
-    proposals = cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None
     serve(cfg.DATASETS.TRAIN)
-    records: list[Record] = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN,
-        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        min_keypoints=keypoints,
-        proposal_files=proposals,
-    )
+    settings = {
+        "filter_empty": cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        "min_keypoints": keypoints,
+    }
+    records: list[Record]
+    if cfg.MODEL.LOAD_PROPOSALS:
+        files = cfg.DATASETS.PROPOSAL_FILES_TRAIN
+        records = records_with_proposals(cfg.DATASETS.TRAIN, files, **settings)
+    else:
+        records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, **settings)
     model = cfg.MODEL.META_ARCHITECTURE
     unlabelled = sum("sem_seg_file_name" not in record for record in records)
     if model in ("PanopticFPN", "SemanticSegmentor") and unlabelled:
@@ -277,6 +285,20 @@ def _with_masks(cfg: CfgNode, records: list[Record]) -> list[Record]:
     if dropped:
         logger.warning("%d of %d objects have no mask and are left out", dropped, total)
     return masked
+
+
+def build_test_stream(cfg: CfgNode, name: str, mapper: Mapper) -> DataLoader[Record]:
+    """Return Detectron2's loader of a data set of DATASETS.TEST.
+
+    Raises:
+        DatasetError: its proposals cannot be read, or are of other images.
+    """
+    serve([name])
+    if not cfg.MODEL.LOAD_PROPOSALS:
+        return with_lasting_workers(build_detection_test_loader(cfg, name, mapper=mapper))
+    records, workers = records_of_test(cfg, name), cfg.DATALOADER.NUM_WORKERS
+    loader = build_detection_test_loader(records, mapper=mapper, num_workers=workers)
+    return with_lasting_workers(loader)
 
 
 def _order(cfg: CfgNode, records: list[Record], seed: int) -> Callable[[], Iterator[int]]:

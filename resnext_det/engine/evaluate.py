@@ -2,33 +2,45 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
+from detectron2.modeling import ProposalNetwork
 from detectron2.utils import comm
+from torch import nn
 
 from resnext_det.backbones import build_detector
 from resnext_det.checkpoint_file import iteration_of
 from resnext_det.config import complete, idle_warning
 from resnext_det.config_rules import refuse_impossible
+from resnext_det.data.annotations import forget
 from resnext_det.engine.checkpoints import last_good
-from resnext_det.engine.inference import renamed
+from resnext_det.engine.inference import evaluate_datasets, renamed
 from resnext_det.engine.recorded_config import check_classes, check_same_function
 from resnext_det.engine.trainer import Trainer
 from resnext_det.errors import ConfigError, TrainingError, quoted
-from resnext_det.evaluation.coco import COCO_KEYPOINTS
+from resnext_det.evaluation.coco import COCO_KEYPOINTS, Engine
+from resnext_det.evaluation.proposals import ProposalEvaluator
+from resnext_det.evaluation.results_file import INFERENCE
 from resnext_det.weights.loading import load_weights, weights_file
 from resnext_det.weights.reading import read_outline
 
 logger = logging.getLogger(__name__)
 
 
-def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
+def evaluate(
+    cfg: CfgNode, *, resume: bool = False, save_proposals: Path | None = None
+) -> dict[str, Any]:
     """Evaluate MODEL.WEIGHTS on every data set of DATASETS.TEST.
 
-    With `resume`, the last checkpoint of OUTPUT_DIR instead.
+    Args:
+        cfg: the config.
+        resume: evaluate the last checkpoint of OUTPUT_DIR instead.
+        save_proposals: evaluate the proposals of the detector's RPN, and write them to this file.
 
     Returns:
         {"bbox": {"AP": ...}} in percent, by data set if there are several; with TEST.AUG.ENABLED
@@ -49,10 +61,71 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
     model = build_detector(cfg)
     logger.info("%s", load_weights(model, cfg, whole_detector=True))
     check_classes(cfg, weights=weights_file(cfg))
+    if save_proposals is not None:
+        try:
+            return propose(cfg, model, dict.fromkeys(cfg.DATASETS.TEST, save_proposals))
+        finally:
+            forget()
     results = Trainer.test(cfg, model)
     if cfg.TEST.AUG.ENABLED:
         results = {**results, **Trainer.test_with_TTA(cfg, model)}
     return results
+
+
+def propose(
+    cfg: CfgNode, model: nn.Module, files: Mapping[str, Path], *, figures: bool = True
+) -> dict[str, Any]:
+    """Write the proposals of a detector's RPN, and evaluate them.
+
+    A collective call.
+
+    Args:
+        cfg: the config.
+        model: the detector, with its weights.
+        files: to write, by data set.
+        figures: whether to compute the average recall, for which one process reads the best 1000
+            proposals of all images.
+
+    Returns:
+        {"box_proposals": {"AR@100": ...}} in percent, by data set if there are several.
+
+    Raises:
+        ConfigError: the detector has no RPN.
+    """
+    if not isinstance(model, ProposalNetwork):
+        rpn = getattr(model, "proposal_generator", None)
+        if rpn is None:
+            raise ConfigError(
+                f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}, whose detector has no "
+                "RPN: proposals need ProposalNetwork, or GeneralizedRCNN without "
+                "MODEL.LOAD_PROPOSALS."
+            )
+        detector: Any = model
+        model = ProposalNetwork(
+            backbone=detector.backbone,
+            proposal_generator=rpn,
+            pixel_mean=cfg.MODEL.PIXEL_MEAN,
+            pixel_std=cfg.MODEL.PIXEL_STD,
+        ).to(detector.device)
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.DATASETS.TEST = tuple(files)
+    cfg.freeze()
+
+    def evaluator(name: str) -> ProposalEvaluator:
+        return ProposalEvaluator(
+            name,
+            Path(cfg.OUTPUT_DIR) / INFERENCE,
+            {"weights": cfg.MODEL.WEIGHTS},
+            Engine(cfg.TEST.ENGINE, cfg.TEST.CROSS_CHECK),
+            files[name],
+            cfg.MODEL.RPN.POST_NMS_TOPK_TEST,
+            figures=figures,
+        )
+
+    return evaluate_datasets(
+        cfg, model, evaluator, functools.partial(Trainer.build_test_loader, cfg)
+    )
 
 
 def of_run(folder: Path) -> tuple[Path, Path]:

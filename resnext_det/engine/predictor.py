@@ -72,6 +72,11 @@ class Predictor:
         self._architecture = cfg.MODEL.META_ARCHITECTURE
         if self._architecture in ("ProposalNetwork", "SemanticSegmentor"):
             raise self._no_detections()
+        if cfg.MODEL.LOAD_PROPOSALS:
+            raise ConfigError(
+                "MODEL.LOAD_PROPOSALS is True: this detector classifies regions of a file, which "
+                "holds those of a data set. Evaluate it, or use a detector with an RPN."
+            )
         check_same_function(cfg)
         if cfg.TEST.AUG.ENABLED:
             logger.warning("TEST.AUG.ENABLED applies to evaluations only, not to predictions")

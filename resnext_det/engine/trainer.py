@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader
 from detectron2.data.detection_utils import build_augmentation
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
 from detectron2.modeling import GeneralizedRCNNWithTTA
@@ -24,7 +23,7 @@ from resnext_det.backbones import build_detector
 from resnext_det.checkpoint_file import RUN, write_checkpoint
 from resnext_det.config import complete, idle_warning
 from resnext_det.config_rules import refuse_impossible
-from resnext_det.data.annotations import forget, serve
+from resnext_det.data.annotations import forget
 from resnext_det.data.checks import check_agreement, configured_classes
 from resnext_det.data.custom import class_names
 from resnext_det.data.mapper import NamingDatasetMapper
@@ -32,9 +31,9 @@ from resnext_det.data.stream import (
     SeededDataset,
     Share,
     build_stream,
+    build_test_stream,
     seeded,
     training_records,
-    with_lasting_workers,
 )
 from resnext_det.engine.checkpoints import Checkpointer, PeriodicCheckpointer
 from resnext_det.engine.hooks import (
@@ -258,11 +257,10 @@ class Trainer(DefaultTrainer):
             results = {**results, "ema": average}
         if self.cfg.TEST.VALIDATION_LOSS:
             # With annotations, and without augmentation.
-            serve(self.cfg.DATASETS.TEST)
             augmentations = build_augmentation(self.cfg, is_train=False)
             mapper = NamingDatasetMapper(self.cfg, True, augmentations=augmentations)
-            loader = build_detection_test_loader(self.cfg, self.cfg.DATASETS.TEST[0], mapper=mapper)
-            batches = SIGNALS.interrupting(with_lasting_workers(loader))
+            loader = build_test_stream(self.cfg, self.cfg.DATASETS.TEST[0], mapper)
+            batches = SIGNALS.interrupting(loader)
             with seeded(self._trainer.seed, 2, self.iter):  # proposals are sampled
                 losses = validation_losses(unwrap(self._trainer.model), batches)
             results = {**results, "validation": losses}
@@ -345,10 +343,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
         """Return Detectron2's test loader, with a mapper whose errors name the image."""
-        serve([dataset_name])
-        mapper = NamingDatasetMapper(cfg, False)
-        loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
-        return with_lasting_workers(loader)
+        return build_test_stream(cfg, dataset_name, NamingDatasetMapper(cfg, False))
 
     @classmethod
     def build_evaluator(

@@ -29,6 +29,7 @@ from detectron2.structures import Boxes
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torchvision.ops import RoIPool
 
 from resnext_det.modeling import winograd
 from resnext_det.modeling.roi_align import Level, pool_levels, roi_align
@@ -322,6 +323,15 @@ class FastROIAlign(ROIAlign):
         )
 
 
+class FastROIPool(RoIPool):
+    """torchvision's RoIPool for features of any precision; it takes boxes of theirs alone."""
+
+    def forward(self, input: Tensor, rois: Tensor) -> Tensor:
+        """Pool `rois`, (K, 5) of image index and corners, in float32."""
+        pooled = super().forward(input.to(rois.dtype), rois)
+        return cast(Tensor, pooled).to(input.dtype)
+
+
 class FastROIPooler(ROIPooler):
     """Detectron2's ROIPooler, which pools all levels into one channels-last result."""
 
@@ -403,5 +413,6 @@ _FAST: dict[type[nn.Module], type[nn.Module]] = {
     nn.ConvTranspose2d: FastConvTranspose2d,
     nn.Linear: FastLinear,
     ROIAlign: FastROIAlign,
+    RoIPool: FastROIPool,
     ROIPooler: FastROIPooler,
 }

@@ -181,9 +181,13 @@ def _objects(truth: Instances, names: Sequence[str]) -> list[Drawn]:
 
 
 def _without_workers(cfg: CfgNode) -> CfgNode:
-    """Return a config that reads images one by one, which gives the same pixels."""
+    """Return a config that reads images one by one, which gives the same pixels.
+
+    Proposals are not drawn, and Detectron2's loader would execute what their files say.
+    """
     changed: CfgNode = cfg.clone()
     changed.defrost()
     changed.DATALOADER.NUM_WORKERS = 0
+    changed.MODEL.LOAD_PROPOSALS = False
     changed.freeze()
     return changed

@@ -22,6 +22,7 @@ from resnext_det.modeling.fast import FastConv2d, accelerate
 CONFIGS = {
     "FPN": "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml",
     "C4": "COCO-Detection/faster_rcnn_R_50_C4_1x.yaml",
+    "C4 with RoIPool": "COCO-Detection/faster_rcnn_R_50_C4_1x.yaml",
     "DC5": "COCO-Detection/faster_rcnn_R_50_DC5_1x.yaml",
     "RetinaNet": "COCO-Detection/retinanet_R_50_FPN_1x.yaml",
     "Mask": "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",
@@ -40,6 +41,8 @@ def narrow_config(name: str, norm: str = "FrozenBN") -> CfgNode:
     resnets.STEM_OUT_CHANNELS = resnets.RES2_OUT_CHANNELS = 32
     resnets.NORM = norm
     cfg.MODEL.FPN.OUT_CHANNELS = 16
+    if name.endswith("RoIPool"):
+        cfg.MODEL.ROI_BOX_HEAD.POOLER_TYPE = "ROIPool"
     cfg.MODEL.SEM_SEG_HEAD.CONVS_DIM = 32
     cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 32
     cfg.MODEL.ROI_MASK_HEAD.CONV_DIM = 16

@@ -1,0 +1,5 @@
+"""ResNeXt-50 32x4d."""
+
+from .base_fast_rcnn_c4 import dataloader, lr_multiplier, model, optimizer, train
+
+model.backbone.depth = 50

@@ -1,0 +1,189 @@
+"""RPN and Fast R-CNN one after the other: killed anywhere, with shared features, by two processes.
+
+One script makes all runs of one process, and so imports everything only once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from resnext_det.config import load_config
+from resnext_det.engine.two_step import RECORD, TwoStep
+from resnext_det.errors import ConfigError
+from resnext_det_cli.two_step import _overrides
+from tests.conftest import Tool
+
+TOY = "fast_rcnn_X_26_8x4d_C4_toy"
+WORDS = ["--config-file", TOY, "SOLVER.IMS_PER_BATCH", "2", "SOLVER.STEPS", "()"]
+WORDS += ["rpn.SOLVER.MAX_ITER", "3", "fast_rcnn.SOLVER.MAX_ITER", "4", "SOLVER.WARMUP_ITERS", "1"]
+WORDS += [
+    "INPUT.MIN_SIZE_TRAIN",
+    "64",
+    "INPUT.MIN_SIZE_TEST",
+    "64",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "2",
+]
+WORDS += ["rpn.MODEL.PROPOSAL_GENERATOR.MIN_SIZE", "0"]
+# Events are updates, proposed images and finished stages: 3 + 1, 18 + 1, 4 + 1.
+KILLS = (3, 2, 8, 1, 12, 4, 1)
+
+SCRIPT = """
+import os, signal, sys
+from pathlib import Path
+from resnext_det.data.proposals import ProposalWriter
+from resnext_det.engine.train_loop import TrainLoop
+from resnext_det.engine import two_step
+from resnext_det_cli import main
+
+def run(folder, *words, kill=0):
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    events = 0
+
+    def counted(function):
+        def call(*arguments, **more):
+            nonlocal events
+            events += 1
+            if events == kill:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **more)
+        return call
+
+    for owner, name in ((TrainLoop, "run_step"), (ProposalWriter, "add"), (two_step, "close_logs")):
+        setattr(owner, name, counted(getattr(owner, name)))
+    os._exit(main(["two-step", "--output", str(folder), *words]))
+
+folder, kills, words = Path(sys.argv[1]), eval(sys.argv[2]), sys.argv[3:]
+assert run(folder / "whole", *words) == 0
+for kill in kills:
+    assert run(folder / "killed", *words, kill=kill) == -signal.SIGKILL
+assert run(folder / "killed", *words) == 0
+assert run(folder / "shared", *words, "--share") == 0
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two_step")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SCRIPT, str(folder), repr(KILLS), *WORDS],
+        env={**os.environ, "DETECTRON2_DATASETS": str(datasets), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder / "log").write_text(done.stdout + done.stderr)
+    return folder
+
+
+def model(run: Path, step: str) -> dict[str, torch.Tensor]:
+    file = run / step / "model_final.pth"
+    found: dict[str, torch.Tensor] = torch.load(file, weights_only=True)["model"]
+    return found
+
+
+def figures(run: Path, step: str) -> Any:
+    return json.loads((run / step / "inference" / "metrics.json").read_text())["datasets"]
+
+
+def test_a_killed_run_ends_with_the_same_bits(runs: Path) -> None:
+    for name in ("toy_coco_train", "toy_coco_minival"):
+        files = [runs / run / "proposals" / f"{name}.safetensors" for run in ("whole", "killed")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+        assert (load_file(files[0])["counts"] > 0).all()
+    for step in ("rpn", "fast_rcnn"):
+        whole, killed = model(runs / "whole", step), model(runs / "killed", step)
+        assert whole.keys() == killed.keys()
+        assert all(torch.equal(killed[name], tensor) for name, tensor in whole.items())
+    for run in ("whole", "killed"):
+        assert json.loads((runs / run / RECORD).read_text())["finished"] == [
+            "rpn",
+            "proposals",
+            "fast_rcnn",
+        ]
+        assert not list((runs / run).rglob("*.partial"))
+        for step in ("rpn", "fast_rcnn"):
+            assert (runs / run / step / "config.yaml").is_file()
+    (recall,) = figures(runs / "whole", "rpn").values()
+    assert recall["proposals"]["AR@300"] > 0
+    assert "AP50" in figures(runs / "killed", "fast_rcnn")["toy_coco_minival"]["figures"]
+    log = (runs / "log").read_text()
+    assert "rpn on toy_coco_minival: AR@100" in log
+    assert "fast_rcnn on toy_coco_minival: AP 0" in log
+
+
+def test_features_are_shared_on_demand_only(runs: Path) -> None:
+    for run, shared in (("whole", False), ("shared", True)):
+        rpn, fast_rcnn = (model(runs / run, step) for step in ("rpn", "fast_rcnn"))
+        learned = [name for name in rpn if name.endswith("conv2.weight")]
+        assert len(learned) == 6
+        assert all(torch.equal(rpn[name], fast_rcnn[name]) is shared for name in learned)
+        assert any(name.startswith("roi_heads.res5.") for name in fast_rcnn)
+    # Each starts from the seed of its own step, not from wherever the RPN left off.
+    key = "proposal_generator.rpn_head.conv.weight"
+    assert torch.equal(model(runs / "whole", "rpn")[key], model(runs / "shared", "rpn")[key])
+
+
+def test_the_steps_are_run_folders(runs: Path, datasets: Path, tool: Tool, tmp_path: Path) -> None:
+    """Both can be evaluated, and proposals saved again, to the same bytes."""
+    file = tmp_path / "again.safetensors"
+    cfg = load_config(runs / "whole" / "fast_rcnn" / "config.yaml")
+    (used,) = cfg.DATASETS.PROPOSAL_FILES_TEST
+    assert Path(used) == runs / "whole" / "proposals" / "toy_coco_minival.safetensors"
+    done = tool(
+        "train_net.py",
+        ["--run", runs / "whole" / "fast_rcnn", "--eval-only", "OUTPUT_DIR", tmp_path],
+        datasets,
+    )
+    assert done.returncode == 0, done.stderr
+    ours, before = (
+        json.loads((folder / "inference" / "metrics.json").read_text())["datasets"]
+        for folder in (tmp_path, runs / "whole" / "fast_rcnn")
+    )
+    assert ours["toy_coco_minival"]["figures"] == before["toy_coco_minival"]["figures"]
+    assert not file.exists()
+
+
+def run_of(folder: Path, *words: str, share: bool = False) -> TwoStep:
+    configs = [
+        load_config(TOY.replace("fast_rcnn", step), _overrides([*WORDS[2:], *words], step))
+        for step in ("rpn", "fast_rcnn")
+    ]
+    return TwoStep.of(folder, configs[0], configs[1], argparse.Namespace(), share=share)
+
+
+def test_another_run_in_the_same_folder_is_refused(runs: Path, tmp_path: Path) -> None:
+    assert run_of(runs / "whole").finished() == ["rpn", "proposals", "fast_rcnn"]
+    assert run_of(runs / "whole", "DATALOADER.NUM_WORKERS", "2").finished()
+    for words, share, message in (
+        (["rpn.SOLVER.BASE_LR", "0.01"], False, "rpn.SOLVER.BASE_LR was 0.04 and is 0.01"),
+        (["fast_rcnn.SEED", "2"], False, "fast_rcnn.SEED was 1 and is 2"),
+        ([], True, "--share was False and is True"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            run_of(runs / "whole", *words, share=share).finished()
+    (tmp_path / "rpn").mkdir()
+    (tmp_path / "rpn" / "last_checkpoint").touch()
+    with pytest.raises(ConfigError, match="a training of another command"):
+        run_of(tmp_path).finished()
+
+
+def test_refuses_configs_of_other_detectors(tmp_path: Path) -> None:
+    arguments = [tmp_path, load_config(TOY), load_config(TOY), None]
+    with pytest.raises(ConfigError, match="must be ProposalNetwork and True"):
+        TwoStep.of(*arguments)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="RESNETS differs between both"):
+        run_of(tmp_path, "rpn.MODEL.RESNETS.DEPTH", "50", share=True)
