@@ -135,7 +135,7 @@ class ResNeXtRes5ROIHeads(Res5ROIHeads):
     POOLER_RESOLUTION, become class scores and boxes by way of 2 * C channels.
     """
 
-    @configurable
+    @configurable  # type: ignore[untyped-decorator]
     def __init__(self, **arguments: Any) -> None:
         """Initialize `Res5ROIHeads`; its res5 refuses weights that fill only part of it."""
         super().__init__(**arguments)

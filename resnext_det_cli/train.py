@@ -50,6 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
     from resnext_det.console import json_alone
     from resnext_det.data import custom
     from resnext_det.data.annotations import forget, read_json
+    from resnext_det.data.proposals import check_proposals
     from resnext_det.engine.evaluate import of_run
     from resnext_det.engine.launch import Job, run_everywhere
     from resnext_det.engine.setup import check_folder
@@ -70,6 +71,8 @@ def run(arguments: argparse.Namespace) -> None:
         cfg = load_config(arguments.config_file, arguments.opts)
         cfg = custom.from_arguments(cfg, arguments)
         check_run(cfg, arguments, job.world_size)
+        if cfg.MODEL.LOAD_PROPOSALS:
+            check_proposals(cfg, training=not arguments.eval_only)
         if not arguments.eval_only:
             check_folder(
                 cfg,

@@ -69,17 +69,17 @@ def run(arguments: argparse.Namespace) -> None:
         check_writable(arguments.output, "--output")
         files = _both(arguments.config_file)
         arguments.config_file = str(files[-1])  # a path, as Detectron2 copies the file into the log
-        configs = []
-        for step, file in zip(STEPS, files):
-            cfg = load_config(file, _overrides(arguments.opts, step))
-            configs.append(custom.from_arguments(cfg, arguments))
-        job_run = TwoStep.of(arguments.output, *configs, arguments, share=arguments.share)
-        job_run.finished()  # refuses a folder of another run
-        for cfg in (job_run.rpn, job_run.fast_rcnn):
+        rpn, fast_rcnn = (
+            custom.from_arguments(load_config(file, _overrides(arguments.opts, step)), arguments)
+            for step, file in zip(STEPS, files)
+        )
+        steps = TwoStep.of(arguments.output, rpn, fast_rcnn, arguments, share=arguments.share)
+        steps.finished()  # refuses a folder of another run
+        for cfg in (steps.rpn, steps.fast_rcnn):
             check_run(cfg, arguments, job.world_size)
         if job.world_size > 1:
             forget()  # each process reads the annotations itself
-        run_everywhere(train_two_steps, job, (job_run,))
+        run_everywhere(train_two_steps, job, (steps,))
         if job.machine_rank == 0 and not job.local_rank:
             print_json(_report(arguments.output))
 

@@ -26,13 +26,13 @@ from typing import Any
 import numpy as np
 import safetensors
 from detectron2.config import CfgNode
-from detectron2.data import get_detection_dataset_dicts
+from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
 from numpy.typing import NDArray
 
 from resnext_det.console import progress_bar
 from resnext_det.data.annotations import serve
 from resnext_det.data.records import Record
-from resnext_det.errors import ConfigError, DatasetError, quoted
+from resnext_det.errors import ConfigError, DatasetError, plain, quoted
 from resnext_det.files import open_regular
 
 FORMAT = "resnext_det proposals 1"
@@ -73,7 +73,7 @@ class ProposalFile:
         try:
             with open_regular(file):
                 pass
-            self._tensors = safetensors.safe_open(file, framework="numpy")
+            self._tensors: Any = safetensors.safe_open(file, framework="numpy")
             self.metadata: dict[str, str] = self._tensors.metadata() or {}
         except (OSError, safetensors.SafetensorError) as error:
             raise DatasetError(
@@ -122,7 +122,7 @@ class ProposalFile:
         """
         images = len(self.counts)
         steps = range(0, images, _SCANNED)
-        for first in progress_bar(steps, desc=f"checking {self.file.name}", unit="part"):
+        for first in progress_bar(steps, desc=f"checking {plain(self.file.name)}", unit="part"):
             part = slice(first, min(first + _SCANNED, images))
             boxes, scores = self._boxes[part], self._scores[part]
             used = np.arange(scores.shape[1]) < self.counts[part, None]
@@ -229,6 +229,17 @@ def records_of_test(cfg: CfgNode, name: str) -> list[Record]:
     return records_with_proposals([name], [file], filter_empty=False)
 
 
+def check_proposals(cfg: CfgNode, *, training: bool) -> None:
+    """Refuse files of DATASETS.PROPOSAL_FILES_TRAIN and _TEST that would end a run later.
+
+    Raises:
+        DatasetError: a file cannot be read, or is of other images.
+    """
+    for use in ("TRAIN", "TEST") if training else ("TEST",):
+        for name, file in zip(cfg.DATASETS[use], cfg.DATASETS[f"PROPOSAL_FILES_{use}"]):
+            read_proposals(Path(file)).attach(DatasetCatalog.get(name), name)
+
+
 class ProposalWriter:
     """Writes a file of proposals, image by image, in any order and by several processes.
 
@@ -251,7 +262,6 @@ class ProposalWriter:
         self.partial = target.with_name(f".{target.name}.partial")
         self._most = most
         self._rows = {image: row for row, image in enumerate(images)}
-        self._sizes = np.array(list(images.values()), _INT).reshape(-1, 2)
         layout = _layout(len(images), most)
         self._offsets: dict[str, int] = {}
         entries: dict[str, Any] = {"__metadata__": {"format": FORMAT, "identity": identity}}
@@ -266,8 +276,16 @@ class ProposalWriter:
             self._offsets[name], position = position, end
         header = json.dumps(entries).encode()
         header += b" " * (-len(header) % 8)
-        self._header = len(header).to_bytes(8, "little") + header
-        self._size = len(self._header) + position
+        self._start = 8 + len(header)
+        self._size = self._start + position
+        # All that is known now: the header, the ids and the sizes.
+        self._index = b"".join(
+            (
+                len(header).to_bytes(8, "little") + header,
+                np.array(list(images), _INT).tobytes(),
+                np.array(list(images.values()), _INT).tobytes(),
+            )
+        )
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -279,22 +297,20 @@ class ProposalWriter:
         self.target.parent.mkdir(parents=True, exist_ok=True)
         with self.partial.open("wb") as stream:
             stream.truncate(self._size)
-            stream.write(self._header)
-            self._write(stream, "image_ids", 0, np.array(list(self._rows), _INT))
-            self._write(stream, "sizes", 0, self._sizes)
+            stream.write(self._index)
             self._write(stream, "counts", 0, np.full(len(self._rows), _UNKNOWN, _INT))
 
     def _is_ours(self, file: Path) -> bool:
         if not file.is_file() or file.stat().st_size != self._size:
             return False
         with open_regular(file) as stream:
-            return stream.read(len(self._header)) == self._header
+            return stream.read(len(self._index)) == self._index
 
     def open(self) -> frozenset[int]:
         """Open the file in this process; return the ids of the images that are done."""
         file = self.target if self._is_ours(self.target) else self.partial
         self._stream = file.open("r+b", buffering=0)
-        self._stream.seek(len(self._header) + self._offsets["counts"])
+        self._stream.seek(self._start + self._offsets["counts"])
         counts = np.frombuffer(self._stream.read(len(self._rows) * _INT.itemsize), _INT)
         return frozenset(image for image, row in self._rows.items() if counts[row] != _UNKNOWN)
 
@@ -308,7 +324,7 @@ class ProposalWriter:
 
     def _write(self, stream: Any, name: str, first: int, values: NDArray[Any]) -> None:
         kind, _ = _layout(0, 0)[name]
-        stream.seek(len(self._header) + self._offsets[name] + first * kind.itemsize)
+        stream.seek(self._start + self._offsets[name] + first * kind.itemsize)
         stream.write(np.ascontiguousarray(values, kind).tobytes())
 
     def close(self) -> None:

@@ -200,21 +200,22 @@ def model_digest(cfg: CfgNode, model: nn.Module) -> str:
             "load the same file in all of them."
         )
     settings = renamed(cfg, "")  # the weights themselves count, not their name
+    proposals: list[Any] = [settings.MODEL.LOAD_PROPOSALS]
+    if settings.MODEL.LOAD_PROPOSALS:
+        files = settings.DATASETS.PROPOSAL_FILES_TEST
+        proposals += [settings.DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST, *files]
+        proposals += [Path(file).stat().st_mtime_ns for file in files if Path(file).is_file()]
     content = {
         "weights": digests[0],
-        "model": settings.MODEL.dump(),
-        "input": settings.INPUT.dump(),
-        "augmentation": settings.TEST.AUG.dump(),
+        "model": settings.MODEL,
+        "input": settings.INPUT,
+        "augmentation": settings.TEST.AUG,
         "detections": settings.TEST.DETECTIONS_PER_IMAGE,
         "precision": [
             precision_of(model),
             settings.get("FLOAT32_PRECISION", ""),  # in newer versions of Detectron2
         ],
-        "proposals": [
-            settings.MODEL.LOAD_PROPOSALS,
-            settings.DATASETS.PROPOSAL_FILES_TEST,
-            settings.DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST,
-        ],
+        "proposals": proposals,
         "versions": versions(),
         "commit": commit(),
     }

@@ -10,6 +10,7 @@ import numpy as np
 from detectron2.data import DatasetCatalog
 from detectron2.structures import Instances
 from detectron2.utils import comm
+from numpy.typing import NDArray
 
 from resnext_det.data.proposals import ProposalWriter, each_image, read_proposals
 from resnext_det.evaluation.annotations import GroundTruth, ImageKey, read_ground_truth
@@ -104,7 +105,9 @@ def best_proposals(file: Path, truth: GroundTruth) -> Detections:
     Raises:
         DatasetError: the file cannot be read or is malformed.
     """
-    ids, boxes, scores = [], [np.zeros((0, 4))], [np.zeros(0)]
+    ids: list[int] = []
+    boxes: list[NDArray[np.floating[Any]]] = [np.zeros((0, 4))]
+    scores: list[NDArray[np.floating[Any]]] = [np.zeros(0)]
     for image, corners, logits in each_image(read_proposals(file)):
         count = min(len(logits), max(LIMITS))
         ids += [image] * count

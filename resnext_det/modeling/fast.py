@@ -324,12 +324,12 @@ class FastROIAlign(ROIAlign):
 
 
 class FastROIPool(RoIPool):
-    """torchvision's RoIPool for features of any precision; it takes boxes of theirs alone."""
+    """torchvision's RoIPool, which takes features and boxes of one type, for any precision."""
 
-    def forward(self, input: Tensor, rois: Tensor) -> Tensor:
-        """Pool `rois`, (K, 5) of image index and corners, in float32."""
-        pooled = super().forward(input.to(rois.dtype), rois)
-        return cast(Tensor, pooled).to(input.dtype)
+    def forward(self, input: Tensor, rois: Tensor | list[Tensor]) -> Tensor:
+        """Pool `rois`, (K, 5) of image index and corners, in their own precision."""
+        dtype = rois[0].dtype
+        return super().forward(input.to(dtype), rois).to(input.dtype)
 
 
 class FastROIPooler(ROIPooler):

@@ -21,7 +21,7 @@ from resnext_det.config import load_config
 from resnext_det.engine.two_step import RECORD, TwoStep
 from resnext_det.errors import ConfigError
 from resnext_det_cli.two_step import _overrides
-from tests.conftest import Tool
+from tests.conftest import ROOT, Tool
 
 TOY = "fast_rcnn_X_26_8x4d_C4_toy"
 WORDS = ["--config-file", TOY, "SOLVER.IMS_PER_BATCH", "2", "SOLVER.STEPS", "()"]
@@ -35,18 +35,20 @@ WORDS += [
     "2",
 ]
 WORDS += ["rpn.MODEL.PROPOSAL_GENERATOR.MIN_SIZE", "0"]
-# Events are updates, proposed images and finished stages: 3 + 1, 18 + 1, 4 + 1.
-KILLS = (3, 2, 8, 1, 12, 4, 1)
+# Before the third update of the RPN; after its last, but before it counts as finished; before the
+# eighth image to propose for; before the third update of Fast R-CNN. Counted are updates, images
+# and records.
+KILLS = (4, 3, 10, 16)
 
 SCRIPT = """
 import os, signal, sys
 from pathlib import Path
 from resnext_det.data.proposals import ProposalWriter
 from resnext_det.engine.train_loop import TrainLoop
-from resnext_det.engine import two_step
+from resnext_det.engine.two_step import TwoStep
 from resnext_det_cli import main
 
-def run(folder, *words, kill=0):
+def run(command, *words, kill=0):
     pid = os.fork()
     if pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -61,16 +63,21 @@ def run(folder, *words, kill=0):
             return function(*arguments, **more)
         return call
 
-    for owner, name in ((TrainLoop, "run_step"), (ProposalWriter, "add"), (two_step, "close_logs")):
+    for owner, name in ((TrainLoop, "run_step"), (ProposalWriter, "add"), (TwoStep, "record")):
         setattr(owner, name, counted(getattr(owner, name)))
-    os._exit(main(["two-step", "--output", str(folder), *words]))
+    os._exit(main([command, *map(str, words)]))
 
 folder, kills, words = Path(sys.argv[1]), eval(sys.argv[2]), sys.argv[3:]
-assert run(folder / "whole", *words) == 0
+whole, killed, shared = (folder / name for name in ("whole", "killed", "shared"))
+assert run("two-step", "--output", whole, *words) == 0
 for kill in kills:
-    assert run(folder / "killed", *words, kill=kill) == -signal.SIGKILL
-assert run(folder / "killed", *words) == 0
-assert run(folder / "shared", *words, "--share") == 0
+    assert run("two-step", "--output", killed, *words, kill=kill) == -signal.SIGKILL
+assert run("two-step", "--output", killed, *words) == 0
+assert run("two-step", "--output", shared, *words, "--share") == 0
+again = "OUTPUT_DIR", folder / "again"
+saved = "--save-proposals", folder / "again.safetensors"
+assert run("eval", "--run", whole / "rpn", *saved, *again) == 0
+assert run("eval", "--run", whole / "fast_rcnn", *again) == 0
 """
 
 
@@ -137,24 +144,15 @@ def test_features_are_shared_on_demand_only(runs: Path) -> None:
     assert torch.equal(model(runs / "whole", "rpn")[key], model(runs / "shared", "rpn")[key])
 
 
-def test_the_steps_are_run_folders(runs: Path, datasets: Path, tool: Tool, tmp_path: Path) -> None:
-    """Both can be evaluated, and proposals saved again, to the same bytes."""
-    file = tmp_path / "again.safetensors"
-    cfg = load_config(runs / "whole" / "fast_rcnn" / "config.yaml")
-    (used,) = cfg.DATASETS.PROPOSAL_FILES_TEST
-    assert Path(used) == runs / "whole" / "proposals" / "toy_coco_minival.safetensors"
-    done = tool(
-        "train_net.py",
-        ["--run", runs / "whole" / "fast_rcnn", "--eval-only", "OUTPUT_DIR", tmp_path],
-        datasets,
-    )
-    assert done.returncode == 0, done.stderr
-    ours, before = (
-        json.loads((folder / "inference" / "metrics.json").read_text())["datasets"]
-        for folder in (tmp_path, runs / "whole" / "fast_rcnn")
-    )
-    assert ours["toy_coco_minival"]["figures"] == before["toy_coco_minival"]["figures"]
-    assert not file.exists()
+def test_the_steps_are_run_folders(runs: Path) -> None:
+    """Both can be evaluated, and the proposals saved, as those of a training."""
+    saved = runs / "whole" / "proposals" / "toy_coco_minival.safetensors"
+    assert (runs / "again.safetensors").read_bytes() == saved.read_bytes()
+    (used,) = load_config(runs / "whole" / "fast_rcnn" / "config.yaml").DATASETS.PROPOSAL_FILES_TEST
+    assert Path(used) == saved
+    again = figures(runs, "again")["toy_coco_minival"]
+    before = figures(runs / "whole", "fast_rcnn")["toy_coco_minival"]
+    assert again["figures"] == before["figures"]
 
 
 def run_of(folder: Path, *words: str, share: bool = False) -> TwoStep:
@@ -187,3 +185,37 @@ def test_refuses_configs_of_other_detectors(tmp_path: Path) -> None:
         TwoStep.of(*arguments)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="RESNETS differs between both"):
         run_of(tmp_path, "rpn.MODEL.RESNETS.DEPTH", "50", share=True)
+
+
+@pytest.mark.slow
+def test_two_processes(datasets: Path, tool: Tool, tmp_path: Path) -> None:
+    done = tool("two_step.py", ["--output", tmp_path, "--num-gpus", 2, *WORDS], datasets)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("fast_rcnn on toy_coco_minival: AP 0") == 1
+    for name, images in (("toy_coco_train", 12), ("toy_coco_minival", 6)):
+        counts = load_file(tmp_path / "proposals" / f"{name}.safetensors")["counts"]
+        assert len(counts) == images
+        assert (counts > 0).all()
+    assert "2 x 1 x 1 (processes x" in (tmp_path / "fast_rcnn" / "log.txt").read_text()
+
+
+@pytest.mark.slow
+def test_toy_data_in_eight_minutes(tmp_path: Path) -> None:
+    """On two cores; no test asserts on times."""
+    environment = {**os.environ, "DETECTRON2_DATASETS": str(tmp_path)}
+    weights = tmp_path / "toy_resnext26.pth"
+    for words in (
+        ["make_toy_coco.py"],
+        ["pretrain_toy.py", str(weights)],
+        ["two_step.py", "--config-file", TOY, "--output", str(tmp_path / "run")],
+    ):
+        more = ["MODEL.WEIGHTS", str(weights)] if words[0] == "two_step.py" else []
+        subprocess.run(
+            [sys.executable, str(ROOT / "tools" / words[0]), *words[1:], *more],
+            env=environment,
+            check=True,
+        )
+    (recall,) = figures(tmp_path / "run", "rpn").values()
+    assert recall["proposals"]["AR@100"] >= 50
+    (entry,) = figures(tmp_path / "run", "fast_rcnn").values()
+    assert entry["figures"]["AP50"] >= 60
