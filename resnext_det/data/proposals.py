@@ -73,8 +73,9 @@ class ProposalFile:
         try:
             with open_regular(file):
                 pass
-            self._tensors: Any = safetensors.safe_open(file, framework="numpy")
-            self.metadata: dict[str, str] = self._tensors.metadata() or {}
+            opened = safetensors.safe_open(file, framework="numpy")
+            self.metadata: dict[str, str] = opened.metadata() or {}  # type: ignore[no-untyped-call]
+            self._tensors: Any = opened
         except (OSError, safetensors.SafetensorError) as error:
             raise DatasetError(
                 f"the proposals {quoted(file)} cannot be read: {quoted(error)}. Write them with "

@@ -19,7 +19,7 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from resnext_det.backbones import build_detector
-from resnext_det.checkpoint_file import write_checkpoint
+from resnext_det.checkpoint_file import RUN, run_record, write_checkpoint
 from resnext_det.data import custom
 from resnext_det.data.annotations import forget, read_json
 from resnext_det.engine.evaluate import propose
@@ -30,7 +30,7 @@ from resnext_det.engine.setup import close_logs, set_up
 from resnext_det.engine.trainer import Trainer
 from resnext_det.errors import ConfigError, TrainingError, quoted
 from resnext_det.evaluation.results_file import file_name_of
-from resnext_det.files import write_json
+from resnext_det.files import write_json, write_text
 from resnext_det.weights.loading import load_weights
 from resnext_det.weights.reading import read_tensors
 
@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 RECORD = "two_step.json"
 RPN, PROPOSALS, FAST_RCNN = "rpn", "proposals", "fast_rcnn"
 """The stages, and their folders."""
+FASTER_RCNN = "faster_rcnn"
+"""The folder of the detector that --share makes of both."""
 
 # What a continued run may change: none of it changes the result.
 _FREE = (
@@ -96,11 +98,12 @@ class TwoStep:
             files = tuple(str(proposal_file(folder, name)) for name in fast_rcnn.DATASETS[use])
             fast_rcnn.DATASETS[f"PROPOSAL_FILES_{use}"] = files
         if share:
-            if rpn.MODEL.RESNETS != fast_rcnn.MODEL.RESNETS:
-                raise ConfigError(
-                    "--share: MODEL.RESNETS differs between both configs, so that no backbone fits "
-                    "both."
-                )
+            for part in ("RESNETS", "RESNEXT"):
+                if rpn.MODEL[part] != fast_rcnn.MODEL[part]:
+                    raise ConfigError(
+                        f"--share: both steps have one backbone, and MODEL.{part} differs between "
+                        "their configs. Make it the same."
+                    )
             fast_rcnn.MODEL.BACKBONE.FREEZE_AT = _SHARED_STAGE
         rpn.freeze()
         fast_rcnn.freeze()
@@ -225,6 +228,8 @@ def _train_fast_rcnn(run: TwoStep) -> None:
         comm.synchronize()
         cfg = renamed(cfg, str(weights))
     _train(cfg, run.arguments)
+    if run.share and comm.is_main_process():
+        _join(run)
 
 
 def _shared(run: TwoStep) -> dict[str, Any]:
@@ -237,3 +242,26 @@ def _shared(run: TwoStep) -> dict[str, Any]:
         for name, tensor in model.state_dict().items()
         if name.startswith(("backbone.", "roi_heads.res5."))
     }
+
+
+def _join(run: TwoStep) -> None:
+    """Write both steps, which have one backbone, as a Faster R-CNN in a run folder of its own."""
+    folder = run.folder / FASTER_RCNN
+    cfg = run.fast_rcnn.clone()
+    cfg.defrost()
+    cfg.OUTPUT_DIR = str(folder)
+    for part in ("PROPOSAL_GENERATOR", "ANCHOR_GENERATOR", "RPN"):
+        cfg.MODEL[part] = run.rpn.MODEL[part].clone()
+        cfg.MODEL[part].defrost()
+    cfg.MODEL.LOAD_PROPOSALS = False
+    cfg.MODEL.RPN.POST_NMS_TOPK_TEST = cfg.DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST
+    cfg.DATASETS.PROPOSAL_FILES_TRAIN = cfg.DATASETS.PROPOSAL_FILES_TEST = ()
+    tensors = read_tensors(run.folder / FAST_RCNN / "model_final.pth")
+    for name, tensor in read_tensors(run.rpn_weights).items():
+        if name.startswith("proposal_generator."):
+            tensors[name] = tensor
+    record = run_record(cfg, custom.class_names(cfg))
+    write_checkpoint({"model": tensors, RUN: record}, folder / "model_final.pth")
+    write_text(folder / "config.yaml", cfg.dump())
+    custom.record(cfg, folder)
+    logger.info("both steps as one Faster R-CNN: %s", folder)

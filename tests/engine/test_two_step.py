@@ -78,6 +78,7 @@ again = "OUTPUT_DIR", folder / "again"
 saved = "--save-proposals", folder / "again.safetensors"
 assert run("eval", "--run", whole / "rpn", *saved, *again) == 0
 assert run("eval", "--run", whole / "fast_rcnn", *again) == 0
+assert run("eval", "--run", shared / "faster_rcnn") == 0
 """
 
 
@@ -144,6 +145,18 @@ def test_features_are_shared_on_demand_only(runs: Path) -> None:
     assert torch.equal(model(runs / "whole", "rpn")[key], model(runs / "shared", "rpn")[key])
 
 
+def test_shared_features_make_one_detector(runs: Path) -> None:
+    """It detects from an image what its steps detect by way of a file."""
+    scores = []
+    for step in ("fast_rcnn", "faster_rcnn"):
+        file = runs / "shared" / step / "inference" / "detections_toy_coco_minival.json"
+        found = json.loads(file.read_text())
+        scores.append(sorted(each["score"] for each in found))
+    assert len(scores[0]) > 100
+    assert scores[1] == pytest.approx(scores[0], abs=1e-3)
+    assert not (runs / "whole" / "faster_rcnn").exists()
+
+
 def test_the_steps_are_run_folders(runs: Path) -> None:
     """Both can be evaluated, and the proposals saved, as those of a training."""
     saved = runs / "whole" / "proposals" / "toy_coco_minival.safetensors"
@@ -183,7 +196,7 @@ def test_refuses_configs_of_other_detectors(tmp_path: Path) -> None:
     arguments = [tmp_path, load_config(TOY), load_config(TOY), None]
     with pytest.raises(ConfigError, match="must be ProposalNetwork and True"):
         TwoStep.of(*arguments)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="RESNETS differs between both"):
+    with pytest.raises(ConfigError, match=r"one backbone, and MODEL\.RESNETS differs"):
         run_of(tmp_path, "rpn.MODEL.RESNETS.DEPTH", "50", share=True)
 
 
