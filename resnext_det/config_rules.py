@@ -188,6 +188,7 @@ _PATTERNS: tuple[tuple[str, Rule], ...] = (
     ("DATASETS.*", _NAMES),
     ("DATALOADER.NUM_WORKERS", _whole(0, " (loads in the training process)", most=4096)),
     ("DATALOADER.SAMPLER_TRAIN", _word("TrainingSampler", "RepeatFactorTrainingSampler")),
+    ("DATALOADER.DECODER", _word("fast", "pillow")),
     ("DATALOADER.BAD_IMAGES", _word("stop", "skip")),
     # Detectron2's own key for experiments in a user's code; this package never reads it.
     ("GLOBAL.HACK", Rule("anything", lambda value: True)),
@@ -200,7 +201,8 @@ _OWN_KEYS = (
     *(f"SOLVER.{key}" for key in ("SCALING", "IMS_PER_MICRO_BATCH", "LR_PER_IMAGE", "KEEP_LAST")),
     *("SOLVER.AMP.PRECISION", "SOLVER.SKIP_BAD_UPDATES", "SOLVER.EMA.ENABLED", "SOLVER.EMA.DECAY"),
     *("TEST.BEST.METRIC", "TEST.BEST.PATIENCE", "TEST.ENGINE", "TEST.CROSS_CHECK"),
-    *("TEST.VALIDATION_LOSS", "DATALOADER.BAD_IMAGES", "WANDB.ENABLED", "WANDB.PROJECT"),
+    *("TEST.VALIDATION_LOSS", "DATALOADER.DECODER", "DATALOADER.BAD_IMAGES"),
+    *("WANDB.ENABLED", "WANDB.PROJECT"),
 )
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import simplejpeg
 from detectron2.data import detection_utils
 from detectron2.utils.file_io import PathManager
 from numpy.typing import NDArray
@@ -44,6 +45,8 @@ CHANNELS = {
 
 _BITS_PER_SAMPLE = 258  # TIFF 6.0, section 8
 _TRANSPOSING = (5, 6, 7, 8)  # EXIF orientations
+_TURNED = (2, 3, 4, *_TRANSPOSING)
+_MOST_JPEG_BYTES = 2**26  # to read into memory; of 8 bits a pixel, 64 megapixels
 
 
 @dataclass(frozen=True)
@@ -68,13 +71,14 @@ def read_header(file: str | Path) -> Header:
         return Header(width, height, _bits(image))
 
 
-def read_image(file: str | Path, pixel_format: str = "RGB") -> NDArray[Any]:
+def read_image(file: str | Path, pixel_format: str = "RGB", *, fast: bool = False) -> NDArray[Any]:
     """Read an image upright, by its EXIF orientation.
 
     Args:
         file: a path, or an address that Detectron2's PathManager handles. Of an animation, the
             first frame is read.
         pixel_format: one of CHANNELS.
+        fast: decode ordinary JPEGs with simplejpeg instead of Pillow: the same pixels.
 
     Returns:
         (height, width, channels) in uint8, 0 to 255; for YUV-BT.601 in float32, Y from 0 to 1.
@@ -83,8 +87,9 @@ def read_image(file: str | Path, pixel_format: str = "RGB") -> NDArray[Any]:
         DatasetError: the file cannot be read, is of another format, or has floats or 32-bit
             integers as pixels.
     """
-    with _naming(file):
-        return as_array(read_picture(file), pixel_format)
+    with _naming(file), _opened(file) as image:
+        pixels = _decoded(image, pixel_format) if fast else None
+        return as_array(_loaded(image), pixel_format) if pixels is None else pixels
 
 
 def read_picture(file: str | Path, *, upright: bool = True) -> Image.Image:
@@ -98,16 +103,7 @@ def read_picture(file: str | Path, *, upright: bool = True) -> Image.Image:
         DatasetError: as for `read_image`.
     """
     with _opened(file) as image:
-        bits = _bits(image)
-        image.load()  # rotates a TIFF, and removes its orientation
-        # Detectron2's own function, because Pillow's fails on some EXIF data.
-        picture = detection_utils._apply_exif_orientation(image) if upright else image
-        if bits > 8:
-            _warn_of_deep_images(bits)
-        if bits > 8 and image.mode.startswith("I"):
-            values = np.asarray(picture).astype(np.int64) >> (bits - 8)
-            return Image.fromarray(values.clip(0, 255).astype(np.uint8))
-        return cast(Image.Image, picture)
+        return _loaded(image, upright=upright)
 
 
 def read_labels(file: str | Path) -> NDArray[np.uint8]:
@@ -187,6 +183,45 @@ def _opened(file: str | Path) -> Iterator[ImageFile.ImageFile]:
             )
         with image:
             yield image
+
+
+def _loaded(image: ImageFile.ImageFile, *, upright: bool = True) -> Image.Image:
+    """Decode an opened image with Pillow; see `read_picture`."""
+    bits = _bits(image)
+    image.load()  # rotates a TIFF, and removes its orientation
+    # Detectron2's own function, because Pillow's fails on some EXIF data.
+    picture = detection_utils._apply_exif_orientation(image) if upright else image
+    if bits > 8:
+        _warn_of_deep_images(bits)
+    if bits > 8 and image.mode.startswith("I"):
+        values = np.asarray(picture).astype(np.int64) >> (bits - 8)
+        return Image.fromarray(values.clip(0, 255).astype(np.uint8))
+    return cast(Image.Image, picture)
+
+
+def _decoded(image: ImageFile.ImageFile, pixel_format: str) -> NDArray[np.uint8] | None:
+    """Decode an opened image with simplejpeg, or return None to leave it to Pillow.
+
+    Both have libjpeg-turbo inside. Pillow's header has the checks of size and format, and only
+    Pillow knows which damaged files are readable.
+    """
+    if (
+        image.format != "JPEG"
+        or image.mode not in ("L", "RGB")
+        or pixel_format not in ("BGR", "RGB")
+    ):
+        return None
+    try:
+        if _orientation(image) in _TURNED:
+            return None
+        image.fp.seek(0)
+        content = image.fp.read(_MOST_JPEG_BYTES)
+        pixels = np.empty((image.height, image.width, 3), np.uint8)
+        # It raises ValueError on all that libjpeg warns of, such as truncated data.
+        found = simplejpeg.decode_jpeg(content, pixel_format, buffer=pixels)
+    except Exception:  # Pillow tells what is wrong, or accepts it
+        return None
+    return pixels if found.shape == pixels.shape else None
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import simplejpeg
 from detectron2.data.detection_utils import read_image as detectron2_reads
 from numpy.typing import NDArray
 from PIL import EpsImagePlugin, Image
@@ -259,3 +260,55 @@ def test_names_missing_files(tmp_path: Path) -> None:
 def test_refuses_pixel_formats(pixel_format: str, channels: int, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         check_pixel_format(pixel_format, channels)
+
+
+def outcome(file: Path, pixel_format: str, *, fast: bool) -> str | tuple[Any, bytes]:
+    try:
+        pixels = read_image(file, pixel_format, fast=fast)
+        return pixels.shape, pixels.tobytes()
+    except DatasetError as error:
+        return str(error)
+
+
+def jpeg(mode: str = "RGB", **words: Any) -> bytes:
+    stream = io.BytesIO()
+    noise(mode, (90, 70)).save(stream, "JPEG", **words)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_fast_decoding_changes_no_pixel_and_no_error(progressive: bool, tmp_path: Path) -> None:
+    """Also of JPEGs cut or damaged at random places."""
+    file, random = tmp_path / "a.jpg", np.random.default_rng(0)
+    whole = [jpeg(subsampling=each, progressive=progressive) for each in ("4:2:0", "4:4:4")]
+    given = [*whole, *(jpeg(mode, progressive=progressive) for mode in ("L", "CMYK"))]
+    for content in whole:
+        for place in random.integers(2, len(content), 40):
+            given += [content[:place], content[:place] + b"\xff\xd9"]
+            given += [content[:place] + bytes([random.integers(256)]) + content[place + 1 :]]
+            given += [content[: place % 700] + bytes(1) + content[place % 700 + 1 :]]
+    found = []
+    for content in given:
+        file.write_bytes(content)
+        found.append(outcome(file, "BGR", fast=True))
+        assert found[-1] == outcome(file, "BGR", fast=False)
+    assert 10 < sum(isinstance(each, str) for each in found) < len(found) - 10
+
+
+def test_fast_decoding_is_for_ordinary_jpegs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turned = Image.Exif()
+    turned[274] = 6
+    file, calls = tmp_path / "a.jpg", []
+    decode = simplejpeg.decode_jpeg
+    monkeypatch.setattr(
+        simplejpeg, "decode_jpeg", lambda *a, **k: (calls.append(a), decode(*a, **k))[1]
+    )
+    cases = [(jpeg(), "BGR", 1), (jpeg("L"), "RGB", 1), (jpeg(), "L", 0), (jpeg("CMYK"), "BGR", 0)]
+    for content, pixel_format, number in [*cases, (jpeg(exif=turned), "BGR", 0)]:
+        calls.clear()
+        file.write_bytes(content)
+        found = outcome(file, pixel_format, fast=True)
+        assert len(calls) == number
+        assert found == outcome(file, pixel_format, fast=False)

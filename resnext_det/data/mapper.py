@@ -6,17 +6,19 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper, MetadataCatalog
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
 
+from resnext_det.config import complete
+from resnext_det.config_rules import refuse, wrong
 from resnext_det.data.keypoints import note_keypoints
 from resnext_det.data.proposals import STORED
 from resnext_det.data.records import Record
+from resnext_det.data.resizing import FastAugInput, channels_first
 from resnext_det.errors import DatasetError, quoted
 from resnext_det.images import check_pixel_format, read_image, read_labels
 
@@ -26,6 +28,22 @@ class NamingDatasetMapper(DatasetMapper):
 
     As in COCO, an object without keypoints counts as one whose keypoints are all unlabelled.
     """
+
+    @configurable
+    def __init__(self, *args: Any, decoder: str = "fast", **kwargs: Any) -> None:
+        """Build a mapper from a config or from values.
+
+        Args:
+            args: as for Detectron2's mapper.
+            decoder: as DATALOADER.DECODER.
+            kwargs: as for Detectron2's mapper.
+
+        Raises:
+            ConfigError: the decoder is unknown.
+        """
+        refuse(wrong("DATALOADER.DECODER", decoder))
+        super().__init__(*args, **kwargs)
+        self.is_fast = decoder == "fast"
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
@@ -45,7 +63,7 @@ class NamingDatasetMapper(DatasetMapper):
             note_keypoints([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
             _check_keypoints(cfg)
         arguments: dict[str, Any] = super().from_config(cfg, is_train)
-        return arguments
+        return {**arguments, "decoder": complete(cfg).DATALOADER.DECODER}
 
     def __call__(self, dataset_dict: Record) -> Record | None:
         """Return the model's input for a record in Detectron2's format, which is not changed.
@@ -54,17 +72,16 @@ class NamingDatasetMapper(DatasetMapper):
             DatasetError: the image cannot be read, has another size than its record, or cannot be
                 augmented.
         """
-        record = copy.deepcopy(dataset_dict)
+        record = self._copied(dataset_dict)
         labels = None
         try:
-            pixels = read_image(record["file_name"], self.image_format)
+            pixels = read_image(record["file_name"], self.image_format, fast=self.is_fast)
             if "sem_seg_file_name" in record:
                 labels = read_labels(record.pop("sem_seg_file_name"))
         except DatasetError as error:
             raise DatasetError(f"{error} {self._advice}") from error
         image, labels, transforms = self._augmented(record, pixels, labels)
-        # A copy, because Pillow's pixels are read-only.
-        record["image"] = torch.as_tensor(np.array(image.transpose(2, 0, 1), order="C"))
+        record["image"] = channels_first(image)
         if labels is not None:
             record["sem_seg"] = torch.as_tensor(labels.astype("long"))
         if self.proposal_topk is not None:
@@ -75,9 +92,7 @@ class NamingDatasetMapper(DatasetMapper):
             utils.transform_proposals(
                 record, image.shape[:2], transforms, proposal_topk=self.proposal_topk
             )
-        if not self.is_train:
-            record.pop("annotations", None)
-        elif "annotations" in record:
+        if "annotations" in record:
             if self.keypoint_hflip_indices is not None:
                 unlabelled = [0] * (3 * len(self.keypoint_hflip_indices))
                 for annotation in record["annotations"]:
@@ -87,6 +102,17 @@ class NamingDatasetMapper(DatasetMapper):
                 record, transforms, image.shape[:2]
             )
         return record
+
+    def _copied(self, given: Record) -> Record:
+        """Copy a record without the annotations that the model doesn't read: most are polygons."""
+        record = {key: value for key, value in given.items() if key != "annotations"}
+        if self.is_train and "annotations" in given:
+            unread = () if self.use_instance_mask else ("segmentation",)
+            record["annotations"] = [
+                {key: value for key, value in each.items() if key not in unread}
+                for each in given["annotations"]
+            ]
+        return copy.deepcopy(record)
 
     @property
     def _advice(self) -> str:
@@ -106,7 +132,7 @@ class NamingDatasetMapper(DatasetMapper):
                 f"{quoted(record.get('width'), 20)} x {quoted(record.get('height'), 20)}. Correct "
                 "them or replace the file."
             ) from error
-        augmented = T.AugInput(pixels, sem_seg=labels)
+        augmented = (FastAugInput if self.is_fast else T.AugInput)(pixels, sem_seg=labels)
         try:
             transforms = self.augmentations(augmented)
         except (ValueError, RuntimeError) as error:

@@ -21,6 +21,7 @@ from detectron2.evaluation.testing import print_csv_format
 from detectron2.utils import comm
 from torch import nn
 
+from resnext_det.config import complete
 from resnext_det.config_rules import STOCK
 from resnext_det.console import progress_bar
 from resnext_det.engine.hooks import SIGNALS
@@ -209,6 +210,7 @@ def model_digest(cfg: CfgNode, model: nn.Module) -> str:
         "weights": digests[0],
         "model": settings.MODEL,
         "input": settings.INPUT,
+        "decoder": complete(settings).DATALOADER.DECODER,
         "augmentation": settings.TEST.AUG,
         "detections": settings.TEST.DETECTIONS_PER_IMAGE,
         "precision": [

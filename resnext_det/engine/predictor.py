@@ -18,6 +18,8 @@ from PIL import Image
 
 from resnext_det.backbones import build_detector
 from resnext_det.checkpoint_file import read_run
+from resnext_det.config import complete
+from resnext_det.data.resizing import FastResizeTransform, channels_first
 from resnext_det.engine.recorded_config import check_same_function
 from resnext_det.errors import ConfigError, DatasetError, quoted
 from resnext_det.images import as_array, check_pixel_format
@@ -86,6 +88,7 @@ class Predictor:
         self._names = _class_names(cfg)
         self._resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
         self._format = cfg.INPUT.FORMAT
+        self._is_fast = complete(cfg).DATALOADER.DECODER == "fast"
 
     def __call__(self, picture: Image.Image) -> list[Detection]:
         """Return the objects in a picture, best first.
@@ -108,13 +111,15 @@ class Predictor:
         width, height = picture.size
         try:
             pixels = as_array(picture, self._format)
-            resized = self._resize.get_transform(pixels).apply_image(pixels)
+            resizing = self._resize.get_transform(pixels)
+            if self._is_fast:
+                resizing = FastResizeTransform.replacing(resizing)
+            image = channels_first(resizing.apply_image(pixels))
         except (ValueError, RuntimeError) as error:  # for example a strip that would vanish
             raise DatasetError(
                 f"a picture of {width} x {height} pixels cannot be converted to "
                 f"{self._format} and resized: {quoted(error)}"
             ) from error
-        image = torch.as_tensor(np.array(resized.transpose(2, 0, 1), order="C"))
         return {"image": image, "height": height, "width": width}
 
     @torch.no_grad()

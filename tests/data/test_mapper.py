@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import os
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
 from PIL import Image
 
 from resnext_det import load_config
 from resnext_det.data.mapper import NamingDatasetMapper
+from resnext_det.data.resizing import FastResizeTransform
 from resnext_det.data.stream import Draw, SeededDataset, seeded
-from resnext_det.errors import DatasetError
+from resnext_det.errors import ConfigError, DatasetError
 
 NAMES = ("left", "right", "middle")
 
@@ -86,7 +90,7 @@ def test_inputs_are_those_of_detectron2(words: str, is_train: bool, tmp_path: Pa
         MetadataCatalog.get(name).set(
             keypoint_names=NAMES, keypoint_flip_map=[("left", "right")], thing_classes=["a"] * 3
         )
-    cfg = config("DATASETS.TRAIN", f"('{name}',)", *words.split())
+    cfg = config("DATASETS.TRAIN", f"('{name}',)", *f"DATALOADER.DECODER pillow {words}".split())
     given = record(tmp_path)
     kept = copy.deepcopy(given)
     found = []
@@ -153,3 +157,114 @@ def test_opens_semantic_labels_safely(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "labels.png")
     with pytest.raises(DatasetError, match=r"labels\.png cannot be read: not a regular file"):
         NamingDatasetMapper(config(), True)(given)
+
+
+def photograph(kind: str, size: tuple[int, int], file: Path) -> dict[str, Any]:
+    """Write an image with smooth parts and edges, and return its record."""
+    width, height = size
+    y, x = np.mgrid[:height, :width]
+    waves = [np.sin(x * a + y * b) * 127 + 128 for a, b in ((0.05, 0.02), (0.3, 0.1), (0.01, 0.9))]
+    pixels = np.stack(waves, axis=2).astype(np.uint8)
+    pixels[height // 3 :, width // 2 :] = np.random.default_rng(0).integers(0, 256, 3)
+    exif, suffix = Image.Exif(), "png" if kind == "png" else "jpeg"
+    picture = Image.fromarray(pixels).convert(kind if kind in ("L", "CMYK") else "RGB")
+    words: dict[str, Any] = {"exif": exif, "progressive": kind == "progressive"}
+    if kind in ("4:2:0", "4:2:2", "4:4:4"):
+        words["subsampling"] = kind
+    if kind == "rotated":
+        exif[274], width, height = 6, height, width
+    picture.save(file, suffix, **words)
+    boxes = [{"bbox": [3.0, 4.0, 20.0, 9.0], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 1}]
+    return {"file_name": str(file), "width": width, "height": height, "annotations": boxes}
+
+
+KINDS = ["4:2:0", "4:2:2", "4:4:4", "progressive", "L", "CMYK", "rotated", "png"]
+
+
+@pytest.mark.parametrize("words", ["", "INPUT.FORMAT RGB", "INPUT.CROP.ENABLED True"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_fast_pixels_differ_by_1_at_most(kind: str, words: str, tmp_path: Path) -> None:
+    """Enlarged, shrunk, of the same size, and enlarged in one direction alone."""
+    mappers = [
+        NamingDatasetMapper(config("DATALOADER.DECODER", decoder, *words.split()), True)
+        for decoder in ("pillow", "fast")
+    ]
+    for number, size in enumerate([(31, 26), (90, 60), (140, 200), (56, 56), (79, 41)]):
+        given = photograph(kind, size, tmp_path / f"{number}.image")
+        for seed in range(4):  # flipped and not, and both sizes
+            found = []
+            for mapper in mappers:
+                with seeded(seed):
+                    found.append((mapper(given), np.random.rand()))
+            (slow, after), (fast, after_too) = found
+            assert after == after_too  # the random stream
+            difference = slow["image"].int() - fast["image"].int()
+            assert difference.abs().max() <= 1
+            assert slow["image"].stride() == fast["image"].stride()
+            assert plain(slow["instances"]) == plain(fast["instances"])
+
+
+@pytest.mark.real
+def test_fast_pixels_of_photographs(real_photographs: Path) -> None:
+    for words in ([], ["INPUT.MIN_SIZE_TEST", "300"]):
+        slow, fast = (
+            NamingDatasetMapper(
+                load_config(
+                    "faster_rcnn_X_50_32x4d_FPN_paper", [*words, "DATALOADER.DECODER", name]
+                ),
+                False,
+            )
+            for name in ("pillow", "fast")
+        )
+        files = sorted(real_photographs.rglob("*.jpg"))
+        assert files
+        for file in files:
+            pixels = [mapper({"file_name": str(file)})["image"].int() for mapper in (slow, fast)]
+            difference = (pixels[0] - pixels[1]).abs().max()
+            assert difference == 0 if words else difference == 1
+
+
+def test_fast_resizing_is_a_detectron2_transform() -> None:
+    """What OpenCV would do otherwise than Pillow is left to the base class."""
+    generator = np.random.default_rng(0)
+    stock = T.ResizeTransform(20, 30, 50, 70)
+    fast = FastResizeTransform.replacing(stock)
+    assert isinstance(fast, FastResizeTransform)
+    assert FastResizeTransform.replacing(T.NoOpTransform()).__class__ is T.NoOpTransform
+    for shape in ((20, 30), (20, 30, 1), (20, 30, 3), (20, 30, 2), (20, 30, 4)):
+        image = generator.integers(0, 256, shape, np.uint8)
+        for view in (image, np.ascontiguousarray(image[:, ::-1])[:, ::-1]):
+            expected, found = stock.apply_image(view), fast.apply_image(view)
+            assert found.shape == expected.shape
+            assert np.abs(found.astype(int) - expected).max() == (shape[2:] not in ((2,), (4,)))
+        assert np.array_equal(fast.apply_segmentation(image), stock.apply_segmentation(image))
+    floats = generator.random((20, 30, 3), np.float32)
+    assert np.array_equal(fast.apply_image(floats), stock.apply_image(floats))
+    points = generator.random((5, 2)) * 20
+    assert np.array_equal(fast.apply_coords(points.copy()), stock.apply_coords(points.copy()))
+
+
+def test_resizing_leaves_opencvs_threads_alone() -> None:
+    """One thread in each worker, and no crash in a process forked from one that had several."""
+    before = cv2.getNumThreads()
+    image = np.zeros((400, 400, 3), np.uint8)
+    fast = FastResizeTransform(400, 400, 1000, 1000)
+    try:
+        cv2.setNumThreads(3)
+        cv2.resize(image, (2000, 2000))
+        fast.apply_image(image)
+        assert cv2.getNumThreads() == 3
+        process = multiprocessing.get_context("fork").Process(target=fast.apply_image, args=[image])
+        process.start()
+        process.join(60)
+        assert process.exitcode == 0
+    finally:
+        cv2.setNumThreads(before)
+
+
+def test_refuses_an_unknown_decoder() -> None:
+    message = "DATALOADER.DECODER is 'opencv'; it must be one of fast, pillow"
+    with pytest.raises(ConfigError, match=message):
+        config("DATALOADER.DECODER", "opencv")
+    with pytest.raises(ConfigError, match=message):
+        NamingDatasetMapper(False, augmentations=[], image_format="BGR", decoder="opencv")
