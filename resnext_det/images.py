@@ -20,7 +20,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import simplejpeg
@@ -214,8 +214,9 @@ def _decoded(image: ImageFile.ImageFile, pixel_format: str) -> NDArray[np.uint8]
     try:
         if _orientation(image) in _TURNED:
             return None
-        image.fp.seek(0)
-        content = image.fp.read(_MOST_JPEG_BYTES)
+        stream = cast(BinaryIO, image.fp)
+        stream.seek(0)
+        content = stream.read(_MOST_JPEG_BYTES)
         pixels = np.empty((image.height, image.width, 3), np.uint8)
         # It raises ValueError on all that libjpeg warns of, such as truncated data.
         found = simplejpeg.decode_jpeg(content, pixel_format, buffer=pixels)

@@ -23,6 +23,12 @@ from PIL import Image
 class FastResizeTransform(T.ResizeTransform):
     """A `ResizeTransform` that enlarges images with OpenCV. All else is inherited."""
 
+    h: int
+    w: int
+    new_h: int
+    new_w: int
+    interp: int
+
     @classmethod
     def replacing(cls, transform: T.Transform) -> T.Transform:
         """Return the faster equivalent of a transform, or the transform itself if it has none."""

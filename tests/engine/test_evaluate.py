@@ -39,7 +39,8 @@ def cfg(datasets: Path, tmp_path: Path) -> Iterator[CfgNode]:
         file = toy / "annotations" / f"instances_{split}.json"
         register_coco_instances(name, {}, str(file), str(toy / split))
     words = ["DATASETS.TEST", f"('{NAMES[0]}',)", "OUTPUT_DIR", str(tmp_path)]
-    cfg: CfgNode = load_config(TOY, [*words, "DATALOADER.NUM_WORKERS", "0"]).clone()
+    words += ["DATALOADER.NUM_WORKERS", "0", "DATALOADER.DECODER", "pillow"]
+    cfg: CfgNode = load_config(TOY, words).clone()
     cfg.defrost()
     yield cfg
     for name in NAMES:
