@@ -115,9 +115,9 @@ class NamingDatasetMapper(DatasetMapper):
             super()._transform_annotations(record, transforms, size)  # type: ignore[no-untyped-call]
             return
         del record["annotations"]
-        given = torch.tensor([each["bbox"] for each in objects])
-        corners = BoxMode.convert(given, modes.pop(), BoxMode.XYXY_ABS).numpy().astype(np.float64)
-        boxes = transforms.apply_box(corners).clip(min=0)
+        given: Any = torch.tensor([each["bbox"] for each in objects])
+        given = BoxMode.convert(given, modes.pop(), BoxMode.XYXY_ABS)
+        boxes = transforms.apply_box(given.double().numpy()).clip(min=0)
         found = [
             {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": each["category_id"]}
             for box, each in zip(np.minimum(boxes, (*size, *size)[::-1]), objects)

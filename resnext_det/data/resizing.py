@@ -34,8 +34,8 @@ class FastResizeTransform(T.ResizeTransform):
         """Return the faster equivalent of a transform, or the transform itself if it has none."""
         if type(transform) is not T.ResizeTransform:
             return transform
-        size = transform.h, transform.w, transform.new_h, transform.new_w
-        return cls(*size, transform.interp)
+        given: Any = transform
+        return cls(given.h, given.w, given.new_h, given.new_w, given.interp)
 
     def apply_image(self, img: NDArray[Any], interp: int | None = None) -> NDArray[Any]:
         """Return an image, (h, w) or (h, w, C), resized to (new_h, new_w)."""
@@ -45,10 +45,10 @@ class FastResizeTransform(T.ResizeTransform):
             img.dtype != np.uint8
             or not is_plain
             or img.shape[:2] != (self.h, self.w)
-            or (self.interp if interp is None else interp) != Image.BILINEAR
+            or (self.interp if interp is None else interp) != Image.Resampling.BILINEAR
             or not (0 < self.h <= self.new_h and 0 < self.w <= self.new_w)
         ):
-            resized: NDArray[Any] = super().apply_image(img, interp)
+            resized: NDArray[Any] = super().apply_image(img, interp)  # type: ignore[no-untyped-call]
             return resized
         # The planes of a tensor, seen as an image.
         planes = np.empty((img.size // (self.h * self.w), self.new_h, self.new_w), np.uint8)

@@ -233,7 +233,7 @@ def test_the_model_gets_what_detectron2_reads_from_a_pickle(is_train: bool, tmp_
     words = ["DATASETS.TRAIN", f"('{name}',)", "DATASETS.TEST", f"('{name}',)"]
     words += ["DATASETS.PROPOSAL_FILES_TRAIN", f"('{file}',)"]
     words += ["DATASETS.PROPOSAL_FILES_TEST", f"('{file}',)", "SOLVER.IMS_PER_BATCH", "1"]
-    words += ["DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN", "4"]
+    words += ["DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN", "4", "DATALOADER.DECODER", "pillow"]
     cfg = load_config(FAST_RCNN, words)
     stock = load_proposals_into_dataset(DatasetCatalog.get(name), str(pickled))
     expected = {record["image_id"]: record for record in stock}

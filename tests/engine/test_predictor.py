@@ -84,11 +84,8 @@ def test_record_matches_dataset_mapper(kind: str, config: CfgNode, tmp_path: Pat
 @pytest.mark.parametrize("head", ["", "MASK", "KEYPOINT"])
 def test_matches_default_predictor(head: str, pixel_format: str, tmp_path: Path) -> None:
     words = ["INPUT.FORMAT", pixel_format, "DATASETS.TEST", "('keypoints_coco_2017_val',)"]
-<<<<<<< HEAD
     words += ["MODEL.RESNEXT.PRECISION", "stock"]
-=======
     words += ["DATALOADER.DECODER", "pillow"]
->>>>>>> d9e6f5e (Load images three times as fast: simplejpeg decodes, OpenCV enlarges)
     if head:
         words += [f"MODEL.{head}_ON", "True"]
     cfg = saved(tmp_path, *words)
