@@ -6,22 +6,29 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import CNNBlockBase, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, ROI_HEADS_REGISTRY, build_model
 from detectron2.modeling.backbone import FPN
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+from detectron2.modeling.backbone.resnet import ResNet
 from detectron2.modeling.roi_heads import Res5ROIHeads
 from torch import nn
 
 from resnext_det.config import complete
 from resnext_det.config_rules import STOCK
 from resnext_det.errors import ConfigError, ResNeXtError, quoted
+from resnext_det.modeling import cifar
+from resnext_det.modeling.classifier import ImageClassifier
 from resnext_det.modeling.fast import accelerate
 from resnext_det.modeling.partial_loads import refuse_partial_loads
 from resnext_det.modeling.resnext import ResNeXt, check_norm, make_stage
 from resnext_det.modeling.template import Template
+from resnext_det.weights.layouts import keep_as_torchvision
 from resnext_det.weights.loading import check_named_weights
+
+_NOT_IN_CIFARS = ("stride_in_1x1", "zero_init_residual", "pre_activation")
 
 
 def build_detector(cfg: CfgNode) -> nn.Module:
@@ -45,6 +52,37 @@ def build_detector(cfg: CfgNode) -> nn.Module:
         ) from error
     precision = complete(cfg).MODEL.RESNEXT.PRECISION
     return model if precision == STOCK else accelerate(model, precision)
+
+
+def build_classifier(cfg: CfgNode) -> nn.Module:
+    """Build the classifier of a config of `resnext-det pretrain`, on MODEL.DEVICE.
+
+    MODEL.RESNETS.DEPTH 29 is the network for CIFAR. State dicts have torchvision's layout.
+
+    Raises:
+        ConfigError: a setting that the network cannot have.
+    """
+    model, classes = cfg.MODEL, complete(cfg).CLASSIFICATION.NUM_CLASSES
+    words = {**_stage_arguments(cfg), "num_classes": classes}
+    words["stem_out_channels"] = model.RESNETS.STEM_OUT_CHANNELS
+    network: ResNet
+    if words.pop("depth") == cifar.DEPTH:
+        unknown = [words.pop(name) for name in _NOT_IN_CIFARS]
+        if any(unknown):
+            raise ConfigError(
+                "MODEL.RESNETS.DEPTH is 29, the network for CIFAR: set "
+                "MODEL.RESNETS.STRIDE_IN_1X1, MODEL.RESNEXT.ZERO_INIT_RESIDUAL and "
+                "MODEL.RESNEXT.PRE_ACTIVATION False."
+            )
+        network = cifar.CifarResNeXt(**words)
+    else:
+        words["checkpoint_stages"] = complete(cfg).MODEL.RESNEXT.CHECKPOINT_STAGES
+        network = ResNeXt(model.RESNETS.DEPTH, freeze_at=model.BACKBONE.FREEZE_AT, **words)
+    classifier = ImageClassifier(network, model.PIXEL_MEAN, model.PIXEL_STD)
+    keep_as_torchvision(classifier)
+    classifier.to(torch.device(model.DEVICE))
+    precision = complete(cfg).MODEL.RESNEXT.PRECISION
+    return classifier if precision == STOCK else accelerate(classifier, precision)
 
 
 def build_resnext_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNeXt:
@@ -201,6 +239,7 @@ def _stage_arguments(cfg: CfgNode) -> dict[str, Any]:
         "norm": resnets.NORM,
         "stride_in_1x1": resnets.STRIDE_IN_1X1,
         "form": settings.FORM,
+        "pre_activation": settings.PRE_ACTIVATION,
         "zero_init_residual": settings.ZERO_INIT_RESIDUAL,
     }
 

@@ -32,6 +32,7 @@ Tree = dict[str, Any]
 _MOST_BYTES = 2**20
 _MOST_FILES = 32  # a config and its bases, each as often as it is named
 _MOST_VALUES = 100_000
+_RECIPE = "pretrain_"  # begins the name of a config of `resnext-det pretrain`
 
 
 def add_resnext_config(cfg: CfgNode) -> None:
@@ -43,6 +44,8 @@ def add_resnext_config(cfg: CfgNode) -> None:
     # Form of the blocks (the paper's Fig. 3): "grouped" (c), the fast one, "concatenated" (b) or
     # "aggregated" (a). All are the same function, and weights are converted on loading.
     cfg.MODEL.RESNEXT.FORM = "grouped"
+    # Norm and ReLU before each convolution, as in the paper's ResNet-200 (1603.05027).
+    cfg.MODEL.RESNEXT.PRE_ACTIVATION = False
     # Stages with activation checkpointing, such as ["res3", "res4"]: less memory, more time, the
     # same gradients.
     cfg.MODEL.RESNEXT.CHECKPOINT_STAGES = []
@@ -60,7 +63,28 @@ def add_resnext_config(cfg: CfgNode) -> None:
     # as other pixel statistics or anchors than those its checkpoint records; or resume its training
     # in another precision.
     cfg.MODEL.RESNEXT.ALLOW_OTHER_FUNCTION = False
+    # Image classification, `resnext-det pretrain`. The layout of the data: "folder" (torchvision's
+    # ImageFolder: DATA/SPLIT/CLASS/IMAGE), "cifar10" or "cifar100" (the official files), or "coco"
+    # (crops of the objects of a detection data set). DATASETS.TRAIN and TEST name the splits.
+    cfg.CLASSIFICATION = CfgNode({"LAYOUT": "folder", "DATA": ""})
+    # With "folder", a file that lists the class folders to take, one a line; "" takes all.
+    cfg.CLASSIFICATION.SYNSETS = ""
+    # The command sets it from the data.
+    cfg.CLASSIFICATION.NUM_CLASSES = 1000
+    # In training: "inception" (random area and aspect ratio), "padded" (random place after padding)
+    # or "none"; the side of the crop, also in tests; jitter of brightness, contrast and saturation;
+    # noise along the principal components of colour. INPUT.RANDOM_FLIP flips.
+    cfg.CLASSIFICATION.AUGMENTATION = "inception"
+    cfg.CLASSIFICATION.CROP = 224
+    cfg.CLASSIFICATION.COLOR_JITTER = 0.4
+    cfg.CLASSIFICATION.LIGHTING = 0.1
+    # In tests, the shorter side before the central crop.
+    cfg.CLASSIFICATION.RESIZE = 256
     # The rest is read by this package's trainer only.
+    # In classification: passes over the training images; SOLVER.MAX_ITER, STEPS, WARMUP_ITERS,
+    # CHECKPOINT_PERIOD and TEST.EVAL_PERIOD are stretched in proportion (periods to a pass or
+    # more). 0 leaves them alone.
+    cfg.SOLVER.MAX_EPOCHS = 0.0
     # On another number of processes than REFERENCE_WORLD_SIZE: "accumulate" gradients over
     # micro-batches (the same images per update, the same learning rate, the same iterations),
     # "linear" (Detectron2's rule: batch, learning rate, iterations and periods), or "none".
@@ -356,7 +380,19 @@ def locate_config(file: str | Path) -> Path:
 def shipped_names() -> list[str]:
     """Return the names of the shipped configs, sorted, without the Base configs."""
     found = (path.stem for path in _folder().glob("*.yaml"))
-    return sorted(name for name in found if not name.startswith("Base-"))
+    return sorted(name for name in found if not name.startswith(("Base-", _RECIPE)))
+
+
+def recipe(name: str) -> Path:
+    """Return the config of a recipe of `resnext-det pretrain`.
+
+    Raises:
+        ConfigError: there is no such recipe.
+    """
+    found = {path.stem.removeprefix(_RECIPE): path for path in _folder().glob(f"{_RECIPE}*.yaml")}
+    if name in found:
+        return found[name]
+    raise ConfigError(f"there is no recipe {quoted(name)}; choose {', '.join(sorted(found))}.")
 
 
 def shipped_config(name: str) -> Path:

@@ -153,6 +153,12 @@ _PATTERNS: tuple[tuple[str, Rule], ...] = (
     ("MODEL.RESNEXT.CHECKPOINT_STAGES", _NAMES),
     ("MODEL.RESNEXT.PRECISION", _word(*PRECISIONS)),
     ("MODEL.RESNEXT.*", _FLAG),
+    ("CLASSIFICATION.LAYOUT", _word("folder", "cifar10", "cifar100", "coco")),
+    ("CLASSIFICATION.AUGMENTATION", _word("inception", "padded", "none")),
+    ("CLASSIFICATION.DATA CLASSIFICATION.SYNSETS", _TEXT),
+    ("CLASSIFICATION.COLOR_JITTER", _SHARE),
+    ("CLASSIFICATION.LIGHTING SOLVER.MAX_EPOCHS", _NOT_NEGATIVE),
+    ("CLASSIFICATION.*", _whole(1)),
     ("SOLVER.SCALING", _word(*SCALINGS)),
     ("SOLVER.IMS_PER_MICRO_BATCH", _whole(0, " (as SOLVER.SCALING says)")),
     ("SOLVER.REFERENCE_WORLD_SIZE", _whole(0, " (any number of processes)")),
@@ -196,8 +202,11 @@ _PATTERNS: tuple[tuple[str, Rule], ...] = (
 
 _OWN_KEYS = (
     *(f"MODEL.RESNEXT.{key}" for key in ("FORM", "CHECKPOINT_STAGES", "PRECISION")),
-    "MODEL.RESNEXT.ZERO_INIT_RESIDUAL",
+    *(f"MODEL.RESNEXT.{key}" for key in ("ZERO_INIT_RESIDUAL", "PRE_ACTIVATION")),
     *(f"MODEL.RESNEXT.ALLOW_{key}" for key in ("STRIDE_IN_1X1", "OTHER_FUNCTION")),
+    *(f"CLASSIFICATION.{key}" for key in ("LAYOUT", "DATA", "SYNSETS", "NUM_CLASSES", "RESIZE")),
+    *(f"CLASSIFICATION.{key}" for key in ("AUGMENTATION", "CROP", "COLOR_JITTER", "LIGHTING")),
+    "SOLVER.MAX_EPOCHS",
     *(f"SOLVER.{key}" for key in ("SCALING", "IMS_PER_MICRO_BATCH", "LR_PER_IMAGE", "KEEP_LAST")),
     *("SOLVER.AMP.PRECISION", "SOLVER.SKIP_BAD_UPDATES", "SOLVER.EMA.ENABLED", "SOLVER.EMA.DECAY"),
     *("TEST.BEST.METRIC", "TEST.BEST.PATIENCE", "TEST.ENGINE", "TEST.CROSS_CHECK"),
@@ -358,7 +367,12 @@ def _training_problems(cfg: CfgNode) -> Iterator[str]:
 
 _RCNN = "GeneralizedRCNN PanopticFPN"
 PRECOMPUTED = "PrecomputedProposals"  # Detectron2's name for no generator
-KNOWN_ARCHITECTURES = (*_RCNN.split(), "ProposalNetwork", "RetinaNet", "SemanticSegmentor")
+CLASSIFIER = "ImageClassifier"
+"""MODEL.META_ARCHITECTURE of `resnext-det pretrain`."""
+KNOWN_ARCHITECTURES = (
+    *_RCNN.split(),
+    *("ProposalNetwork", "RetinaNet", "SemanticSegmentor", CLASSIFIER),
+)
 _ARCHITECTURE, _SCHEDULER = "MODEL.META_ARCHITECTURE", "SOLVER.LR_SCHEDULER_NAME"
 _IN_BOX_HEAD = ("NAME", "NUM_FC", "FC_DIM", "NUM_CONV", "CONV_DIM", "NORM", "TRAIN_ON_PRED*")
 _SWITCHED = ("TEST.AUG", "TEST.PRECISE_BN", "SOLVER.CLIP_GRADIENTS", "SOLVER.AMP", "SOLVER.EMA")
@@ -366,6 +380,16 @@ _SWITCHED = ("TEST.AUG", "TEST.PRECISE_BN", "SOLVER.CLIP_GRADIENTS", "SOLVER.AMP
 # Patterns of keys; the keys that decide whether these are read; the values for which they are
 # (patterns too; "!" negates one).
 _NEEDS: tuple[tuple[str, str, str], ...] = (
+    ("CLASSIFICATION.* SOLVER.MAX_EPOCHS", _ARCHITECTURE, CLASSIFIER),
+    # What a classifier does not read.
+    (
+        "MODEL.ANCHOR_GENERATOR.* MODEL.RESNETS.OUT_FEATURES INPUT.M??_SIZE* "
+        "INPUT.CROP.* MODEL.RESNETS.DEFORM* MODEL.RESNETS.RES5_DILATION MODEL.FPN.* "
+        "TEST.VALIDATION_LOSS TEST.AUG.* TEST.ENGINE TEST.CROSS_CHECK TEST.DETECTIONS_PER_IMAGE "
+        "DATALOADER.REPEAT_* DATALOADER.FILTER_EMPTY_ANNOTATIONS",
+        _ARCHITECTURE,
+        f"!{CLASSIFIER}",
+    ),
     ("MODEL.RETINANET.*", _ARCHITECTURE, "RetinaNet"),
     ("MODEL.ROI_*", _ARCHITECTURE, _RCNN),
     ("MODEL.SEM_SEG_HEAD.*", _ARCHITECTURE, "SemanticSegmentor PanopticFPN"),
@@ -387,7 +411,11 @@ _NEEDS: tuple[tuple[str, str, str], ...] = (
     ("MODEL.ROI_BOX_HEAD.FED_LOSS_*", "MODEL.ROI_BOX_HEAD.USE_FED_LOSS", "True"),
     ("MODEL.FPN.*", "MODEL.BACKBONE.NAME", "*fpn* *FPN*"),
     # PRECISION, unlike the others, applies to any detector.
-    ("MODEL.RESNEXT.[!P]*", "MODEL.BACKBONE.NAME MODEL.ROI_HEADS.NAME", "*resnext* *ResNeXt*"),
+    (
+        "MODEL.RESNEXT.[!P]* MODEL.RESNEXT.PRE_ACTIVATION",
+        "MODEL.BACKBONE.NAME MODEL.ROI_HEADS.NAME",
+        "*resnext* *ResNeXt*",
+    ),
     ("MODEL.RESNEXT.ALLOW_STRIDE_IN_1X1", "MODEL.RESNETS.STRIDE_IN_1X1", "True"),
     ("MODEL.ANCHOR_GENERATOR.ANGLES", "MODEL.ANCHOR_GENERATOR.NAME", "*Rotated*"),
     ("DATASETS.PROPOSAL_FILES_* DATASETS.PRECOMPUTED_*", "MODEL.LOAD_PROPOSALS", "True"),

@@ -32,6 +32,7 @@ COMMANDS = {
     "complexity": "complexity",
     "curves": "curves",
     "make-toy-coco": "make_toy_coco",
+    "pretrain": "pretrain",
     "pretrain-toy": "pretrain_toy",
 }
 """The module of each command."""

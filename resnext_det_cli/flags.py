@@ -39,7 +39,7 @@ def add_precision(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision",
         choices=PRECISIONS,
-        help="of the detector; stock: as Detectron2 computes, bit for bit (default: fp32, or as "
+        help="of the model; stock: as Detectron2 computes, bit for bit (default: fp32, or as "
         "the config says)",
     )
 

@@ -194,12 +194,23 @@ class SeededDataset(Dataset[Record]):
 
 
 def build_stream(
-    cfg: CfgNode, mapper: Mapper, share: Share, seed: int, start: int = 0
+    cfg: CfgNode,
+    mapper: Mapper,
+    share: Share,
+    seed: int,
+    start: int = 0,
+    records: list[Record] | None = None,
 ) -> DataLoader[Record]:
-    """Return an infinite loader of one process's micro-batches of DATASETS.TRAIN.
+    """Return an infinite loader of one process's micro-batches.
 
-    The seed is the same on all processes; `start` is the number of updates already done. The parsed
-    annotations stay in memory: call `forget` before workers start and inherit them.
+    Args:
+        cfg: DATALOADER is read and, without records, DATASETS.TRAIN.
+        mapper: of the records.
+        share: what this process computes.
+        seed: the same on all processes.
+        start: the number of updates already done.
+        records: by default those of DATASETS.TRAIN. Their parsed annotations stay in memory: call
+            `forget` before workers start and inherit them.
 
     Raises:
         ConfigError: a setting of DATALOADER is unknown.
@@ -210,7 +221,7 @@ def build_stream(
         raise ConfigError(
             f"DATALOADER.BAD_IMAGES is {loader.BAD_IMAGES!r}: it must be stop or skip."
         )
-    records = training_records(cfg)
+    records = training_records(cfg) if records is None else records
     dataset = SeededDataset(records, mapper, seed, skip=loader.BAD_IMAGES == "skip")
     is_landscape = None
     if loader.ASPECT_RATIO_GROUPING:

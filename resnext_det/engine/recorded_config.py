@@ -13,7 +13,7 @@ from detectron2.data import DatasetCatalog
 
 from resnext_det.checkpoint_file import Run, read_run
 from resnext_det.config import complete, parse_config
-from resnext_det.config_rules import STOCK
+from resnext_det.config_rules import CLASSIFIER, STOCK
 from resnext_det.data.checks import (
     check_agreement,
     check_registered,
@@ -117,7 +117,7 @@ def check_same_function(cfg: CfgNode, *, allow: bool = False) -> None:
     if not cfg.MODEL.WEIGHTS:
         return
     file = weights_file(cfg)
-    run = read_run(file)
+    run = _run_of_detector(file)
     found = function_changes(run.config, cfg) if run is not None else {}
     if not found:
         return
@@ -129,6 +129,15 @@ def check_same_function(cfg: CfgNode, *, allow: bool = False) -> None:
         f"{quoted(file)} was trained with other settings: {listed(found)}. Restore them: "
         f"{restored}; or allow the new ones: MODEL.RESNEXT.ALLOW_OTHER_FUNCTION True."
     )
+
+
+def _run_of_detector(file: Path) -> Run | None:
+    """Return the run that a checkpoint records, unless it trained a classifier."""
+    run = read_run(file)
+    if run is None:
+        return None
+    recorded = dict(_leaves(parse_config(run.config, "the recorded config")))
+    return None if recorded.get("MODEL.META_ARCHITECTURE") == CLASSIFIER else run
 
 
 def check_resumable(cfg: CfgNode, file: Path, run: Run | None, class_names: list[str]) -> Changes:
@@ -195,7 +204,7 @@ def check_classes(
         check_registered(name)
     source = "the model"
     file = weights or Path(cfg.MODEL.WEIGHTS)
-    if not learned and file.is_file() and (run := read_run(file)) is not None:
+    if not learned and file.is_file() and (run := _run_of_detector(file)) is not None:
         learned, source = run.class_names, f"the weights {quoted(file)}"
     if not learned:
         trained = [name for name in cfg.DATASETS.TRAIN if name in DatasetCatalog]

@@ -97,6 +97,33 @@ class Plan:
         return text
 
 
+def in_epochs(cfg: CfgNode, images: int) -> CfgNode:
+    """Stretch a schedule to end after SOLVER.MAX_EPOCHS passes over this number of images.
+
+    Steps, warm-up and periods keep their proportion to SOLVER.MAX_ITER, but a period is at least
+    one pass.
+
+    Returns:
+        A frozen copy, which a second call leaves alone; the config itself if MAX_EPOCHS is 0.
+    """
+    if not cfg.SOLVER.MAX_EPOCHS:
+        return cfg
+    stretched: CfgNode = cfg.clone()
+    stretched.defrost()
+    solver, test = stretched.SOLVER, stretched.TEST
+    solver.MAX_ITER = max(1, int(solver.MAX_EPOCHS * images / solver.IMS_PER_BATCH))
+    ratio = solver.MAX_ITER / cfg.SOLVER.MAX_ITER
+    steps = (round(step * ratio) for step in solver.STEPS)
+    solver.STEPS = tuple(dict.fromkeys(step for step in steps if step > 0))
+    solver.WARMUP_ITERS = round(solver.WARMUP_ITERS * ratio)
+    epoch = math.ceil(images / solver.IMS_PER_BATCH)
+    solver.CHECKPOINT_PERIOD = max(epoch, round(solver.CHECKPOINT_PERIOD * ratio))
+    if test.EVAL_PERIOD:
+        test.EVAL_PERIOD = max(epoch, round(test.EVAL_PERIOD * ratio))
+    stretched.freeze()
+    return stretched
+
+
 def scale(cfg: CfgNode, world_size: int) -> tuple[CfgNode, Plan]:
     """Return what a config becomes on this number of processes, and the plan for it.
 

@@ -95,7 +95,7 @@ class Trainer(DefaultTrainer):
             self._trainer.model,
             cfg.OUTPUT_DIR,
             config=cfg,
-            class_names=class_names(cfg),
+            class_names=self.class_names(cfg),
             trainer=weakref.proxy(self),
         )
         self.start_iter = 0
@@ -126,6 +126,11 @@ class Trainer(DefaultTrainer):
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """Return the detector, on MODEL.DEVICE."""
         return build_detector(cfg)
+
+    @classmethod
+    def class_names(cls, cfg: CfgNode) -> list[str]:
+        """Return the classes of the training data, in the order of the model's outputs."""
+        return class_names(cfg)
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Resume from the newest intact checkpoint in OUTPUT_DIR, or load MODEL.WEIGHTS.
@@ -168,7 +173,7 @@ class Trainer(DefaultTrainer):
             SystemExit: with code `STOPPED`, after a signal; the training is saved.
         """
         # MODEL.WEIGHTS may have been trained on other classes.
-        unwrap(self._trainer.model).class_names = class_names(self.cfg)  # type: ignore[assignment]
+        unwrap(self._trainer.model).class_names = self.class_names(self.cfg)  # type: ignore[assignment]
         results: dict[str, Any] | None = None
         try:
             self._log_plan(self._trainer.start_loader(self.start_iter))

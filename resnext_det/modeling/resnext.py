@@ -16,6 +16,7 @@ from resnext_det.modeling.activation_checkpointing import CheckpointedStage
 from resnext_det.modeling.blocks import Norm, block_class, last_norm
 from resnext_det.modeling.forms import load_any_form
 from resnext_det.modeling.partial_loads import refuse_partial_loads
+from resnext_det.modeling.preactivation import PreactivationBlock
 from resnext_det.modeling.template import Template, blocks_per_stage
 
 STAGES = ("res2", "res3", "res4", "res5")
@@ -50,6 +51,7 @@ class ResNeXt(ResNet):
         out_features: Sequence[str] | None = None,
         freeze_at: int = 0,
         form: str = "grouped",
+        pre_activation: bool = False,
         zero_init_residual: bool = False,
         checkpoint_stages: Sequence[str] = (),
     ) -> None:
@@ -75,6 +77,7 @@ class ResNeXt(ResNet):
                 have no gradients, and their batch norms become FrozenBN.
             form: "grouped", "concatenated" or "aggregated" (Fig. 3 c, b, a): one function,
                 computed in three ways.
+            pre_activation: norm and ReLU before each convolution, as in the paper's ResNet-200.
             zero_init_residual: start the last norm of every block at 0 instead of 1, so that
                 blocks begin as their shortcuts (1706.02677, section 5.1).
             checkpoint_stages: which of "res2" to "res5" keep only the inputs of their blocks in
@@ -113,6 +116,7 @@ class ResNeXt(ResNet):
                 in_channels=stem_out_channels if name == "res2" else None,
                 res2_out_channels=res2_out_channels,
                 form=form,
+                pre_activation=pre_activation,
                 norm=norm,
                 stride_in_1x1=stride_in_1x1,
                 dilation=res5_dilation if name == "res5" else 1,
@@ -146,6 +150,7 @@ def make_stage(
     in_channels: int | None = None,
     res2_out_channels: int = 256,
     form: str = "grouped",
+    pre_activation: bool = False,
     norm: Norm = "FrozenBN",
     stride_in_1x1: bool = False,
     dilation: int = 1,
@@ -162,6 +167,7 @@ def make_stage(
         in_channels: by default those that the stage before puts out (the stem: 64).
         res2_out_channels: output channels of res2.
         form: of the blocks.
+        pre_activation: norm and ReLU before each convolution; res5 ends with them.
         norm: for every convolution.
         stride_in_1x1: whether the stride is in the first 1x1 convolution.
         dilation: of the 3x3 convolutions; a dilated stage has stride 1 (DC5).
@@ -200,6 +206,18 @@ def make_stage(
                 f"{name}: deformable convolutions exist only in the grouped form."
             )
         block = DeformBottleneckBlock
+    more: dict[str, Any] = deformable or {}
+    if pre_activation:
+        if form != "grouped" or deformable or zero_init_residual:
+            raise ConfigError(
+                "MODEL.RESNEXT.PRE_ACTIVATION is True, which needs MODEL.RESNEXT.FORM grouped, "
+                "ZERO_INIT_RESIDUAL False and no deformable stage in "
+                "MODEL.RESNETS.DEFORM_ON_PER_STAGE."
+            )
+        block = PreactivationBlock
+        places = range(count)
+        more["takes_activated_per_block"] = [number == 2 and place == 0 for place in places]
+        more["is_last_per_block"] = [number == 5 and place == count - 1 for place in places]
     if in_channels is None:
         in_channels = 64 if number == 2 else out_channels // 2
     blocks: list[CNNBlockBase] = ResNet.make_stage(
@@ -213,7 +231,7 @@ def make_stage(
         norm=norm,
         stride_in_1x1=stride_in_1x1,
         dilation=dilation,
-        **(deformable or {}),
+        **more,
     )
     for each in blocks:
         each.register_load_state_dict_pre_hook(load_any_form)

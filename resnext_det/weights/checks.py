@@ -72,6 +72,29 @@ def _convolutions(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, .
     return shapes
 
 
+def is_preactivated(tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Return whether the norms of a backbone come before its convolutions."""
+    return "res2.1.norm.weight" in tensors
+
+
+def _norms(
+    tensors: Mapping[str, torch.Tensor], convolutions: Mapping[str, tuple[int, ...]]
+) -> dict[str, int]:
+    """Return the channels that the norms of a backbone with these convolutions must have."""
+    if not is_preactivated(tensors):
+        return {f"{name}.norm": shape[0] for name, shape in convolutions.items()}
+    found: dict[str, int] = {}
+    for name, shape in convolutions.items():
+        block, _, layer = name.rpartition(".")
+        if layer == "conv1" and block not in ("stem", "res2.0"):
+            found[f"{block}.norm"] = shape[1]
+        if layer in ("conv1", "conv2"):
+            found[f"{name}.norm"] = shape[0]
+    last = [name for name in convolutions if name.endswith("conv3")][-1]
+    found[f"{last.removesuffix('conv3')}end.norm"] = convolutions[last][0]
+    return found
+
+
 def check_backbone(tensors: Mapping[str, torch.Tensor]) -> None:
     """Refuse a backbone with missing, unknown or misshapen tensors, or with impossible values.
 
@@ -89,8 +112,8 @@ def check_backbone(tensors: Mapping[str, torch.Tensor]) -> None:
         statistics = any(".norm.running_" in name for name in tensors)
         kinds = _NORM_TENSORS if statistics else _NORM_TENSORS[:2]
     shapes = {f"{name}.weight": shape for name, shape in convolutions.items()}
-    for name, shape in convolutions.items():
-        shapes.update({f"{name}.norm.{kind}": shape[:1] for kind in kinds})
+    for name, channels in _norms(tensors, convolutions).items():
+        shapes.update({f"{name}.{kind}": (channels,) for kind in kinds})
     if missing := [name for name in shapes if name not in tensors]:
         raise WeightsError(
             f"it lacks {len(missing)} tensors of its convolutions and norms: {named(missing)}"

@@ -8,14 +8,15 @@ real file: mmpretrain, mmdetection, Cadene, Caffe2.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from detectron2.checkpoint.c2_model_loading import convert_basic_c2_names
-from torch import Tensor
+from torch import Tensor, nn
 
 from resnext_det.errors import WeightsError, named, plain
 from resnext_det.modeling.forms import in_form_of
@@ -38,20 +39,24 @@ class _Names:
         stage: what precedes the number of a stage.
         first: the number of the first stage.
         stem: convolution, norm, classifier.
-        block: the three convolutions of a block and its shortcut, each followed by its norm.
+        block: the three convolutions of a block and its shortcut, each followed by its norm; the
+            norms before and after a block of pre-activation, which torchvision does not have.
     """
 
     stage: str
     first: int
     stem: tuple[str, str, str]
-    block: tuple[str, str, str, str, str, str, str, str]
+    block: tuple[str, ...]
 
 
 _TORCHVISION = _Names(
     "layer",
     1,
     ("conv1", "bn1", "fc"),
-    ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3", "downsample.0", "downsample.1"),
+    (
+        *("conv1", "bn1", "conv2", "bn2", "conv3", "bn3", "downsample.0", "downsample.1"),
+        *("bn0", "bn4"),
+    ),
 )
 _DETECTRON2 = _Names(
     "res",
@@ -59,7 +64,7 @@ _DETECTRON2 = _Names(
     ("stem.conv1", "stem.conv1.norm", "linear"),
     (
         *("conv1", "conv1.norm", "conv2", "conv2.norm", "conv3", "conv3.norm"),
-        *("shortcut", "shortcut.norm"),
+        *("shortcut", "shortcut.norm", "norm", "end.norm"),
     ),
 )
 _CADENE = _Names(
@@ -113,6 +118,41 @@ def to_torchvision(tensors: Mapping[str, Value]) -> dict[str, Value]:
         WeightsError: a name that a ResNeXt of Detectron2 does not have.
     """
     return _all_renamed(tensors, _DETECTRON2, _TORCHVISION, "Detectron2")
+
+
+def keep_as_torchvision(classifier: nn.Module, network: str = "network") -> None:
+    """Make the state dict of a classifier torchvision's, for RGB images.
+
+    Its checkpoints can then be loaded by torchvision, timm and `read_backbone`, and by itself.
+
+    Args:
+        classifier: holds a plain ResNeXt with Detectron2's names, for BGR images.
+        network: the name of the ResNeXt in it.
+    """
+    classifier.register_state_dict_post_hook(functools.partial(_leave, f"{network}."))  # type: ignore[no-untyped-call]
+    classifier.register_load_state_dict_pre_hook(functools.partial(_enter, f"{network}."))  # type: ignore[no-untyped-call]
+
+
+def _leave(inner: str, _: nn.Module, state: dict[str, Tensor], prefix: str, *_rest: Any) -> None:
+    _replace(state, prefix + inner, prefix, to_torchvision, "conv1.weight")
+
+
+def _enter(inner: str, _: nn.Module, state: dict[str, Tensor], prefix: str, *_rest: Any) -> None:
+    _replace(state, prefix, prefix + inner, to_detectron2, "stem.conv1.weight")
+
+
+def _replace(
+    state: dict[str, Tensor],
+    before: str,
+    after: str,
+    rename: Callable[[Tensors], Tensors],
+    stem: str,
+) -> None:
+    """Rename the tensors below a prefix, in place, and reverse the channels of the stem."""
+    held = {name: state.pop(name) for name in list(state) if name.startswith(before)}
+    renamed = rename({name.removeprefix(before): tensor for name, tensor in held.items()})
+    for name, tensor in renamed.items():
+        state[after + name] = tensor.flip(1) if name == stem else tensor
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,25 @@ def read_outline(file: Path, *, others: bool = False) -> dict[str, Any]:
     return _read_mapping(file, "meta", _BESIDE if others else ())
 
 
+def read_pickle(file: Path) -> dict[str, Any]:
+    """Read a pickle of NumPy arrays in plain containers, such as a file of CIFAR, without code.
+
+    Returns:
+        Its content, arrays as tensors.
+
+    Raises:
+        WeightsError: it is missing or damaged, or holds more than data.
+    """
+    with _refused(file), open_regular(file) as stream:
+        content = ArrayUnpickler(stream).load()
+        if not isinstance(content, dict):
+            raise WeightsError(f"it holds a {type(content).__name__} instead of a dict")
+        return {
+            name: value.tensor if isinstance(value, _PickledArray) else value
+            for name, value in content.items()
+        }
+
+
 def without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Remove prefixes such as "module." that all names share."""
     for prefix in _PREFIXES * 2:

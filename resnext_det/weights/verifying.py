@@ -23,6 +23,7 @@ from resnext_det.images import read_picture
 from resnext_det.modeling.forms import form_of
 from resnext_det.modeling.resnext import STAGES, ResNeXt
 from resnext_det.modeling.template import BLOCKS_PER_STAGE
+from resnext_det.weights.checks import is_preactivated
 from resnext_det.weights.converting import BackboneWeights, backbone_of, naming
 from resnext_det.weights.layouts import is_head, recognise
 from resnext_det.weights.pixels import Pixels
@@ -110,6 +111,7 @@ def network_of(
         num_classes=classes,
         out_features=out_features,
         form=form_of(tensors),
+        pre_activation=is_preactivated(weights.tensors),
     )
     try:
         network.load_state_dict(dict(tensors))

@@ -14,7 +14,8 @@ from detectron2.engine import DefaultTrainer
 from detectron2.solver import build_lr_scheduler
 
 from resnext_det import load_config, model_zoo
-from resnext_det.engine.schedule import Plan, _decays, check_solver, scale, shorten
+from resnext_det.config import recipe
+from resnext_det.engine.schedule import Plan, _decays, check_solver, in_epochs, scale, shorten
 from resnext_det.errors import ConfigError
 
 PAPER = "faster_rcnn_X_50_32x4d_FPN_paper"
@@ -30,6 +31,35 @@ SCHEDULES = {
     "3x": (16, 8, 0.02, (210_000, 250_000), 270_000),
     "128": (128, 8, 0.16, (15_000,), 22_500),
 }
+
+
+@pytest.mark.parametrize(
+    ("recipe_name", "images", "expected"),
+    [
+        ("imagenet1k", 1_281_167, (500_455, (150_136, 300_273, 450_409), 5005, 5005)),
+        ("cifar10", 50_000, (117_187, (58_593, 87_890), 3906, 391)),
+    ],
+)
+def test_epochs_become_iterations(recipe_name: str, images: int, expected: tuple[Any, ...]) -> None:
+    """Drops at 30, 60 and 90 of 100 epochs (section 4), and at 150 and 225 of 300 (appendix A)."""
+    cfg = in_epochs(load_config(recipe(recipe_name)), images)
+    found = cfg.SOLVER
+    schedule = (found.MAX_ITER, found.STEPS, found.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD)
+    assert schedule == pytest.approx(expected, abs=2)
+    epochs = [step * found.IMS_PER_BATCH / images for step in found.STEPS]
+    assert epochs == pytest.approx([30, 60, 90] if len(epochs) == 3 else [150, 225], abs=0.01)
+    assert in_epochs(cfg, images) == cfg  # of a resume
+
+
+def test_a_period_is_an_epoch_or_more() -> None:
+    words = ["SOLVER.MAX_EPOCHS", "2", "SOLVER.IMS_PER_BATCH", "50"]
+    cfg = in_epochs(load_config(recipe("folder"), words), 1000)
+    found = cfg.SOLVER
+    assert (found.MAX_ITER, found.STEPS) == (40, (12, 24, 36))
+    assert (found.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD) == (20, 20)
+    words = ["SOLVER.MAX_EPOCHS", "0", *words[2:]]
+    cfg = load_config(recipe("folder"), words)
+    assert in_epochs(cfg, 1000) is cfg
 
 
 def config(*words: object) -> CfgNode:

@@ -20,16 +20,12 @@ from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.transforms._presets import ImageClassification
 
 from resnext_det import ResNeXt
+from resnext_det.data.classification import Preprocessing
 from resnext_det.errors import ConfigError, DatasetError, WeightsError
+from resnext_det.evaluation.classification import evaluate, load_classifier, validation_images
 from resnext_det.weights import catalog
 from resnext_det.weights.catalog import Accuracy, Checksum, entry
 from resnext_det.weights.converting import read_backbone, write_detectron2
-from resnext_det.weights.imagenet import (
-    Preprocessing,
-    evaluate,
-    load_classifier,
-    validation_images,
-)
 from tests.helpers.written_sources import WRITERS, caffe2, save
 
 TOOL = Path(__file__).parents[2] / "tools" / "eval_imagenet.py"
@@ -126,7 +122,7 @@ def test_same_scores_as_torchvision_in_every_layout(
     network: ResNet, folder: Path, truth: Tensor, tmp_path: Path
 ) -> None:
     images: Any = validation_images(folder, CLASSES, Preprocessing(**SMALL))
-    cut = torch.stack([images[number][0] for number in range(len(images))])
+    cut = torch.stack([images[number][0][0] for number in range(len(images))])
     kinds = [WRITERS[name] for name in ("torchvision", "mmpretrain", "cadene", "caffe2")]
     for number, (name, _, write) in enumerate(kinds):
         file = save(tmp_path / f"{number} {name}", write(network))
@@ -173,7 +169,7 @@ def test_classes_come_from_folders(folder: Path, tmp_path: Path) -> None:
         (tmp_path / "numbers" / str(number)).mkdir(parents=True)
         Image.new("L", (80, 80), number).save(tmp_path / "numbers" / str(number) / "a.png")
     images: Any = validation_images(tmp_path / "numbers", 11, Preprocessing(**SMALL))
-    assert all(int(images[n][0][0, 0, 0]) == images[n][1] for n in range(11))
+    assert all(int(images[n][0][0, 0, 0, 0]) == images[n][1] for n in range(11))
     with pytest.raises(DatasetError, match=r"10 folders .* 11 classes"):
         validation_images(folder, 11, Preprocessing())
     with pytest.raises(DatasetError, match="does not have one folder of images for each class"):
