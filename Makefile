@@ -9,7 +9,7 @@ DETECTRON2 ?= wheel
 PRETRAINED ?= yes
 ifeq ($(PRETRAINED),yes)
 RUN := output/demo
-WEIGHTS := $(RUN)/toy_resnext26.pth
+WEIGHTS := $(RUN)/pretraining/model_final.pth
 else
 RUN := output/demo-from-scratch
 WEIGHTS := ""
@@ -30,7 +30,7 @@ demo: setup
 	rm -rf $(RUN)
 	$(IN_VENV) tools/make_toy_coco.py
 ifeq ($(PRETRAINED),yes)
-	$(IN_VENV) tools/pretrain_toy.py $(WEIGHTS)
+	$(IN_VENV) tools/pretrain.py --recipe toy --output $(RUN)/pretraining
 endif
 	$(IN_VENV) tools/train_net.py --config-file $(CONFIG) \
 		MODEL.WEIGHTS $(WEIGHTS) OUTPUT_DIR $(RUN)

@@ -33,7 +33,6 @@ COMMANDS = {
     "curves": "curves",
     "make-toy-coco": "make_toy_coco",
     "pretrain": "pretrain",
-    "pretrain-toy": "pretrain_toy",
 }
 """The module of each command."""
 

@@ -173,9 +173,10 @@ def test_json_is_all_that_is_printed(cli: Cli, datasets: Path, tmp_path: Path) -
 def run(tool: Tool, datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a pretraining, a conversion and a training."""
     folder = tmp_path_factory.mktemp("run")
-    weights = folder / "toy.pth"
+    weights = folder / "pretraining" / "model_final.pth"
     data = str(datasets / "toy_coco")
-    assert main(["pretrain-toy", str(weights), "--updates", "2", "--data", data]) == 0
+    words = ["pretrain", "--recipe", "toy", "--data", data, "--output", str(weights.parent)]
+    assert main([*words, "SOLVER.MAX_ITER", "2"]) == 0
     words = ["MODEL.WEIGHTS", weights, *TOY, "OUTPUT_DIR", folder, "--num-gpus", 1, *SHORT]
     words += ["--precision", "bf16"]
     first = tool("train_net.py", words, datasets)  # flags and overrides in any order

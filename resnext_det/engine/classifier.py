@@ -110,6 +110,11 @@ def _check(cfg: CfgNode) -> None:
         )
     if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
         problems.append("DATALOADER.SAMPLER_TRAIN must be TrainingSampler to train a classifier.")
+    if cfg.TEST.VALIDATION_LOSS:
+        problems.append(
+            "TEST.VALIDATION_LOSS is True: the tests of a classifier always give its loss; leave "
+            "the key out."
+        )
     if data.RESIZE < data.CROP:
         problems.append(
             f"CLASSIFICATION.RESIZE is {data.RESIZE}, and CROP {data.CROP}: the shorter side must "
@@ -172,8 +177,10 @@ class ClassifierTrainer(Trainer):
                 100 - each.top5,
                 kind or f"{len(each.labels):,} images",
             )
+        if not found:
+            return {}
         figures: dict[str, Any] = {kind: each.figures for kind, each in found.items()}
-        return {**figures.pop("", {}), **figures}
+        return {**figures.pop(""), "loss": float(found[""].losses.mean()), **figures}
 
 
 def test(cfg: CfgNode, model: nn.Module) -> dict[str, Predictions]:

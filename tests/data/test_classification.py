@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import shutil
 from pathlib import Path
@@ -25,6 +26,7 @@ from resnext_det.data.classification import (
     read_split,
     relabelled,
 )
+from resnext_det.data.crops import cut_crops
 from resnext_det.data.stream import seeded
 from resnext_det.errors import DatasetError
 from tests.helpers.digits import split_digits, write_cifar, write_folders
@@ -182,3 +184,16 @@ def test_views_of_the_papers_tests() -> None:
     expected = [T.PILToTensor()(each) for each in T.TenCrop(48)(resize(picture()))]
     assert torch.equal(ten, torch.stack(expected))
     assert torch.equal(ten[4], centre[0]) and torch.equal(ten[9], centre[0].flip(2))
+
+
+def test_crops_cover_every_object_and_backgrounds(datasets: Path) -> None:
+    root = datasets / "toy_coco"
+    crops, labels, classes = cut_crops(root, "train2017", 32)
+    document = json.loads((root / "annotations" / "instances_train2017.json").read_text())
+    objects = [entry for entry in document["annotations"] if not entry["iscrowd"]]
+    assert (labels > 0).sum() == len(objects)
+    assert 0 < (labels == 0).sum() <= len(document["images"])
+    assert crops.shape == (len(labels), 32, 32, 3)
+    assert classes == ("background", *(each["name"] for each in document["categories"]))
+    with pytest.raises(DatasetError, match="no annotation file"):
+        cut_crops(root, "none")
