@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch import nn
@@ -32,6 +31,7 @@ from resnext_det.engine.train_loop import unwrap
 from resnext_det.engine.trainer import Trainer
 from resnext_det.errors import ConfigError, quoted
 from resnext_det.evaluation.classification import Predictions, predict
+from resnext_det.evaluation.classified import write_results
 from resnext_det.evaluation.results_file import INFERENCE
 from resnext_det.modeling.cifar import DEPTH as CIFAR_DEPTH
 from resnext_det.weights.pixels import OURS
@@ -120,11 +120,12 @@ def _check(cfg: CfgNode) -> None:
             f"CLASSIFICATION.RESIZE is {data.RESIZE}, and CROP {data.CROP}: the shorter side must "
             "not be smaller than the crop."
         )
-    given = (cfg.INPUT.FORMAT, tuple(model.PIXEL_MEAN), tuple(model.PIXEL_STD))
-    if model.RESNETS.DEPTH != CIFAR_DEPTH and given != (OURS.order, OURS.mean, OURS.std):
+    given = (tuple(model.PIXEL_MEAN), tuple(model.PIXEL_STD))
+    is_ours = given == (OURS.mean, OURS.std) or model.RESNETS.DEPTH == CIFAR_DEPTH
+    if OURS.order != cfg.INPUT.FORMAT or not is_ours:
         problems.append(
-            f"INPUT.FORMAT, MODEL.PIXEL_MEAN and PIXEL_STD are {given}, but weights for detectors "
-            f"are trained with {OURS}: leave these keys out."
+            f"INPUT.FORMAT is {cfg.INPUT.FORMAT}, MODEL.PIXEL_MEAN and PIXEL_STD are {given}, but "
+            f"weights for detectors are trained with {OURS}: leave these keys out."
         )
     refuse(*problems)
 
@@ -179,6 +180,9 @@ class ClassifierTrainer(Trainer):
             )
         if not found:
             return {}
+        if folder == INFERENCE and self.iter + 1 == self.max_iter:
+            weights = f"{self.cfg.OUTPUT_DIR}, iteration {self.iter + 1}"
+            write_results(Path(self.cfg.OUTPUT_DIR), found, test_images(self.cfg), weights)
         figures: dict[str, Any] = {kind: each.figures for kind, each in found.items()}
         return {**figures.pop(""), "loss": float(found[""].losses.mean()), **figures}
 
@@ -199,7 +203,7 @@ def test(cfg: CfgNode, model: nn.Module) -> dict[str, Predictions]:
     classifier: Any = unwrap(model)
     classifier.eval()
     among: dict[str, list[int] | None] = {"": None}
-    shown = np.unique(images.labels).tolist()
+    shown = [images.classes.index(name) for name in _test_split(cfg).classes]
     if len(shown) < len(images.classes):
         among[f"{len(shown)}_way"] = shown
     found = predict(

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import importlib.resources
 import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-
 from resnext_det.errors import ResNeXtError
+from resnext_det.evaluation.classified import results_file
 from resnext_det.evaluation.coco import ClassFigures, Figures
 from resnext_det.evaluation.compare import Difference
 from resnext_det.evaluation.results_file import (
@@ -22,10 +19,10 @@ from resnext_det.evaluation.results_file import (
     read_training,
 )
 from resnext_det.files import written_beside
+from resnext_det.report.classifier import render_classifier
 from resnext_det.report.details import Details, read_details
 from resnext_det.report.facts import (
     config_facts,
-    dataset_title,
     model_name,
     run_config,
     schedule_facts,
@@ -41,6 +38,7 @@ from resnext_det.report.gallery import (
     Gallery,
     make_gallery,
 )
+from resnext_det.report.templates import rendered_page
 from resnext_det.visualize.curves import run_curves
 
 logger = logging.getLogger(__name__)
@@ -96,8 +94,8 @@ def write_report(run: Path, output: Path | None = None) -> Path:
     """Write one self-contained page about an evaluated run, whole or not at all.
 
     Args:
-        run: a folder with inference/metrics.json, the detections that it names and, after a
-            training, metrics.jsonl and config.yaml.
+        run: the folder of a classifier's training, or one with inference/metrics.json, the
+            detections that it names and, after a training, metrics.jsonl and config.yaml.
         output: the page; report.html in the run's folder by default.
 
     Returns:
@@ -107,7 +105,7 @@ def write_report(run: Path, output: Path | None = None) -> Path:
         DatasetError: metrics.json, annotations or detections are missing or malformed.
         ResNeXtError: the page cannot be written.
     """
-    page = _render(run)
+    page = render_classifier(run) if results_file(run).is_file() else _render(run)
     target = run / "report.html" if output is None else output
     try:
         with written_beside(target) as beside:
@@ -124,18 +122,8 @@ def _render(run: Path) -> str:
     training = read_training(run)
     config = run_config(run)
     share = max(3, MOST_PICTURES // max(1, len(metrics.evaluations)))
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {
-        "figure": lambda value: "\u2013" if value is None else f"{value:.1f}",
-        "signed": lambda value: "\u2013" if value is None else f"{value:+.2f}",
-        "dataset": dataset_title,
-        "svg": lambda content: f"data:image/svg+xml;base64,{base64.b64encode(content).decode()}",
-        "css": lambda colour: f"rgb{colour}",
-    }
-    template = importlib.resources.files("resnext_det.report").joinpath("page.html.j2")
-    return environment.from_string(template.read_text(encoding="utf-8")).render(
+    return rendered_page(
+        "page.html.j2",
         title=model_name(config),
         metrics=metrics,
         sections=[

@@ -37,6 +37,7 @@ LOSSES = {
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#56b4e9", "#e69f00")
 
 _STYLES: Any = ("-", "--", "-.", ":")
+_ACCURACY = re.compile(r"(?:(.+)/)?top([15])")
 _PRECISION = re.compile(r"(?:(.+)/)?(bbox|segm|keypoints)/(AP|AP50)")
 _LEARNING_RATE = "lr"  # falls in steps, which a running mean would turn into slopes
 _MOST_POINTS = 400
@@ -172,9 +173,12 @@ def run_curves(records: Sequence[Scalars]) -> dict[str, bytes]:
             kind = {"bbox": "box", "segm": "mask"}.get(found[2], "keypoint")
             panels.setdefault(heading, {})[key] = f"{kind} {found[3]}"
     panels["Learning rate"] = {_LEARNING_RATE: "learning rate"}
+    lines_of = {"Error in %": error_lines(records)} | {
+        heading: [line for key, name in keys.items() if (line := line_of(records, key, name))]
+        for heading, keys in panels.items()
+    }
     figures = {}
-    for heading, keys in panels.items():
-        lines = [line for key, name in keys.items() if (line := line_of(records, key, name))]
+    for heading, lines in lines_of.items():
         if not lines:
             continue
         is_loss = heading == "Loss"
@@ -184,6 +188,21 @@ def run_curves(records: Sequence[Scalars]) -> dict[str, bytes]:
         draw_lines(figure.add_subplot(), lines, may_be_log=is_loss)
         figures[heading] = rendered(figure, "svg")
     return figures
+
+
+def error_lines(records: Sequence[Scalars]) -> list[Line]:
+    """Return the errors of a classifier in per cent, as in the paper's Fig. 5; none of others."""
+    lines = []
+    for key in dict.fromkeys(itertools.chain.from_iterable(records)):
+        found = _ACCURACY.fullmatch(key)
+        line = line_of(records, key, "") if found else None
+        if found and line:
+            name = f"top-{found[2]}" + (f", {found[1]}" if found[1] else "")
+            lines.append(Line(name, line.x, 100 - line.y))
+    trained = line_of(records, "train/top1_error", "top-1 in training")
+    if trained is not None:
+        lines.append(smoothed(trained, _SMOOTHING * (records[-1]["iteration"] + 1)))
+    return lines
 
 
 def draw_lines(

@@ -21,6 +21,8 @@ from resnext_det.data.classification import Preprocessing, Views
 from resnext_det.engine.recorded_config import check_classes, check_same_function
 from resnext_det.errors import DatasetError
 from resnext_det.evaluation.classification import evaluate, load_classifier, validation_images
+from resnext_det.evaluation.classified import results_file
+from resnext_det.report.page import write_report
 from resnext_det.weights.loading import load_weights
 from resnext_det_cli import main
 from tests.helpers.digits import write_cifar, write_folders
@@ -180,8 +182,37 @@ def test_a_narrow_resnext_29_learns_digits(tmp_path: Path) -> None:
     words = ["pretrain", "--recipe", "cifar10", "--data", str(data)]
     words += ["--output", str(tmp_path / "run")]
     narrow = "MODEL.RESNETS.STEM_OUT_CHANNELS 16 MODEL.RESNETS.RES2_OUT_CHANNELS 16"
-    narrow += " SOLVER.IMS_PER_BATCH 64 SOLVER.REFERENCE_WORLD_SIZE 0 SOLVER.MAX_EPOCHS 20"
+    narrow += " SOLVER.IMS_PER_BATCH 64 SOLVER.REFERENCE_WORLD_SIZE 0 SOLVER.MAX_EPOCHS 12"
     narrow += " INPUT.RANDOM_FLIP none DATALOADER.NUM_WORKERS 0 TEST.EVAL_PERIOD 0"
     assert main([*words, "--template", "2x4d", *narrow.split()]) == 0
     assert rows(tmp_path / "run")[-1]["top1"] >= 98
     assert time.monotonic() - began < 180
+
+
+def test_report_of_a_classifier(trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained / "whole", run)
+    last = rows(run)[-1]
+    written = json.loads(results_file(run).read_text())
+    text = write_report(run).read_text()
+    assert written["figures"]["all_classes"] == {"top1": last["top1"], "top5": last["top5"]}
+    assert f"<dt>Top-1 error</dt><dd>{100 - last['top1']:.2f} %</dd>" in text
+    right = sum(each["images"] * each["top1"] for each in written["classes"]) / 40
+    assert right == pytest.approx(last["top1"])
+    counts = [each[2] for each in written["confusion"]]
+    diagonal = [count for actual, said, count in written["confusion"] if actual == said]
+    assert (100 * sum(diagonal) / 40, sum(counts)) == (last["top1"], 40)
+    assert [each["loss"] for each in written["worst"]] == sorted(
+        (each["loss"] for each in written["worst"]), reverse=True
+    )
+    assert text.count("data:image/jpeg;base64,") == 24 and "Error in %" in text
+    assert "http" not in text.replace("http-equiv", "").replace("http://www.w3.org", "")
+    hostile = "<script>alert(1)</script>"
+    written["classes"][0]["name"] = written["worst"][0]["image"] = hostile
+    written["confusion"] = [[hostile, hostile, 3]]
+    results_file(run).write_text(json.dumps(written))
+    assert hostile not in write_report(run).read_text()
+    for key, value in (("worst", [{}]), ("classes", 3), ("confusion", [["a", "b", 1]])):
+        results_file(run).write_text(json.dumps({**written, key: value}))
+        with pytest.raises(DatasetError, match=r"classification\.json' is malformed"):
+            write_report(run)
