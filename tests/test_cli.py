@@ -214,7 +214,7 @@ def test_run_folder_is_enough(run: Path, tool: Tool, cli: Cli, datasets: Path) -
     assert code == 1 and "broken.jpg" in err.splitlines()[-1]
     drawn = sorted(path.name for path in (run / "drawn").glob("*.jpg"))
     assert drawn == sorted(path.name for path in pictures.iterdir())
-    code, out, _ = cli("convert", run / "toy.pth", run / "converted.pth")
+    code, out, _ = cli("convert", run / "pretraining" / "model_final.pth", run / "converted.pth")
     assert "ResNeXt-26 8x4d (torchvision layout): 145 tensors converted" in out
 
 

@@ -177,13 +177,12 @@ def test_views_of_the_papers_tests() -> None:
     images = LabelledImages(Path("some"), ("a",), np.array([0]), pixels=np.array([picture()]))
     resize = T.Resize(64)
     centre, label = Views(images, Preprocessing(64, 48), [0])[0]
-    assert (
-        torch.equal(centre[0], T.PILToTensor()(T.CenterCrop(48)(resize(picture())))) and not label
-    )
+    assert torch.equal(centre[0], T.PILToTensor()(T.CenterCrop(48)(resize(picture()))))
+    assert label == 0
     ten = Views(images, Preprocessing(64, 48, ten_crop=True), [0])[0][0]
     expected = [T.PILToTensor()(each) for each in T.TenCrop(48)(resize(picture()))]
     assert torch.equal(ten, torch.stack(expected))
-    assert torch.equal(ten[4], centre[0]) and torch.equal(ten[9], centre[0].flip(2))
+    assert torch.equal(ten[4], centre[0])
 
 
 def test_crops_cover_every_object_and_backgrounds(datasets: Path) -> None:

@@ -214,5 +214,5 @@ def test_report_of_a_classifier(trained: Path, tmp_path: Path) -> None:
     assert hostile not in write_report(run).read_text()
     for key, value in (("worst", [{}]), ("classes", 3), ("confusion", [["a", "b", 1]])):
         results_file(run).write_text(json.dumps({**written, key: value}))
-        with pytest.raises(DatasetError, match=r"classification\.json' is malformed"):
+        with pytest.raises(DatasetError, match=r"classification\.json is malformed"):
             write_report(run)
