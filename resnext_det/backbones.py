@@ -28,7 +28,9 @@ from resnext_det.modeling.template import Template
 from resnext_det.weights.layouts import keep_as_torchvision
 from resnext_det.weights.loading import check_named_weights
 
-_NOT_IN_CIFARS = ("stride_in_1x1", "zero_init_residual", "pre_activation")
+_NOT_IN_CIFARS = (
+    *("stride_in_1x1", "zero_init_residual", "pre_activation", "freeze_at", "checkpoint_stages"),
+)
 
 
 def build_detector(cfg: CfgNode) -> nn.Module:
@@ -62,26 +64,31 @@ def build_classifier(cfg: CfgNode) -> nn.Module:
     Raises:
         ConfigError: a setting that the network cannot have.
     """
-    model, classes = cfg.MODEL, complete(cfg).CLASSIFICATION.NUM_CLASSES
-    words = {**_stage_arguments(cfg), "num_classes": classes}
-    words["stem_out_channels"] = model.RESNETS.STEM_OUT_CHANNELS
+    cfg = complete(cfg)
+    model = cfg.MODEL
+    words = {
+        **_stage_arguments(cfg),
+        "num_classes": cfg.CLASSIFICATION.NUM_CLASSES,
+        "stem_out_channels": model.RESNETS.STEM_OUT_CHANNELS,
+        "freeze_at": model.BACKBONE.FREEZE_AT,
+        "checkpoint_stages": model.RESNEXT.CHECKPOINT_STAGES,
+    }
     network: ResNet
-    if words.pop("depth") == cifar.DEPTH:
-        unknown = [words.pop(name) for name in _NOT_IN_CIFARS]
-        if any(unknown):
+    if words["depth"] == cifar.DEPTH:
+        if any([words.pop(name) for name in _NOT_IN_CIFARS]):  # noqa: C419  # pops all of them
             raise ConfigError(
-                "MODEL.RESNETS.DEPTH is 29, the network for CIFAR: set "
+                "MODEL.RESNETS.DEPTH is 29, the network for CIFAR: set MODEL.BACKBONE.FREEZE_AT 0, "
                 "MODEL.RESNETS.STRIDE_IN_1X1, MODEL.RESNEXT.ZERO_INIT_RESIDUAL and "
-                "MODEL.RESNEXT.PRE_ACTIVATION False."
+                "MODEL.RESNEXT.PRE_ACTIVATION False, and MODEL.RESNEXT.CHECKPOINT_STAGES []."
             )
+        del words["depth"]
         network = cifar.CifarResNeXt(**words)
     else:
-        words["checkpoint_stages"] = complete(cfg).MODEL.RESNEXT.CHECKPOINT_STAGES
-        network = ResNeXt(model.RESNETS.DEPTH, freeze_at=model.BACKBONE.FREEZE_AT, **words)
+        network = ResNeXt(**words)
     classifier = ImageClassifier(network, model.PIXEL_MEAN, model.PIXEL_STD)
     keep_as_torchvision(classifier)
     classifier.to(torch.device(model.DEVICE))
-    precision = complete(cfg).MODEL.RESNEXT.PRECISION
+    precision = model.RESNEXT.PRECISION
     return classifier if precision == STOCK else accelerate(classifier, precision)
 
 

@@ -16,10 +16,12 @@ import torch
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from resnext_det import load_config
-from resnext_det.backbones import build_detector
+from resnext_det.backbones import build_classifier, build_detector
+from resnext_det.config import recipe
 from resnext_det.data.classification import Preprocessing, Views
+from resnext_det.engine.classifier import prepared
 from resnext_det.engine.recorded_config import check_classes, check_same_function
-from resnext_det.errors import DatasetError
+from resnext_det.errors import ConfigError, DatasetError, ResNeXtError
 from resnext_det.evaluation.classification import evaluate, load_classifier, validation_images
 from resnext_det.evaluation.classified import results_file
 from resnext_det.report.page import write_report
@@ -216,3 +218,37 @@ def test_report_of_a_classifier(trained: Path, tmp_path: Path) -> None:
         results_file(run).write_text(json.dumps({**written, key: value}))
         with pytest.raises(DatasetError, match=r"classification\.json is malformed"):
             write_report(run)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"], "this is no recipe of a classifier"),
+        (["DATASETS.TEST", "('a','b')"], r"DATASETS.TEST is \('a', 'b'\): name one split"),
+        (["DATALOADER.ASPECT_RATIO_GROUPING", "True"], "ASPECT_RATIO_GROUPING is True"),
+        (["DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"], "must be TrainingSampler"),
+        (["TEST.VALIDATION_LOSS", "True"], "VALIDATION_LOSS is True"),
+        (["CLASSIFICATION.RESIZE", "200"], "RESIZE is 200, and CROP 224"),
+        (["INPUT.FORMAT", "RGB"], "INPUT.FORMAT is RGB"),
+        (["MODEL.PIXEL_STD", "[1.0,1.0,1.0]"], "but weights for detectors are trained with BGR"),
+        (["CLASSIFICATION.LAYOUT", "cifar10", "CLASSIFICATION.SYNSETS", "a"], "SYNSETS needs"),
+        (["CLASSIFICATION.DATA", "/none"], "does not have one folder of images for each class"),
+        (["CLASSIFICATION.LAYOUT", "cifar10"], "cifar-10-batches-py does not exist"),
+    ],
+)
+def test_refuses_what_cannot_train(words: list[str], said: str) -> None:
+    with pytest.raises(ResNeXtError, match=said):
+        prepared(load_config(recipe("folder"), words))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["MODEL.RESNEXT.PRE_ACTIVATION", "True"],
+        ["MODEL.BACKBONE.FREEZE_AT", "1"],
+        ["MODEL.RESNEXT.CHECKPOINT_STAGES", "['res2']"],
+    ],
+)
+def test_cifars_network_refuses_settings_that_it_lacks(words: list[str]) -> None:
+    with pytest.raises(ConfigError, match="DEPTH is 29, the network for CIFAR"):
+        build_classifier(load_config(recipe("cifar10"), words))
