@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import traceback
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from detectron2.modeling.backbone import FPN
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from detectron2.modeling.backbone.resnet import ResNet
 from detectron2.modeling.roi_heads import Res5ROIHeads
+from detectron2.utils.logger import log_first_n
 from torch import nn
 
 from resnext_det.config import complete
 from resnext_det.config_rules import STOCK
+from resnext_det.environment import is_slow
 from resnext_det.errors import ConfigError, ResNeXtError, quoted
 from resnext_det.modeling import cifar
 from resnext_det.modeling.classifier import ImageClassifier
@@ -53,7 +56,32 @@ def build_detector(cfg: CfgNode) -> nn.Module:
             "features, sizes and thresholds with those of a shipped config."
         ) from error
     precision = complete(cfg).MODEL.RESNEXT.PRECISION
-    return model if precision == STOCK else accelerate(model, precision)
+    if str(cfg.MODEL.DEVICE).startswith("cpu") and is_slow(precision):
+        log_first_n(
+            logging.WARNING,
+            f"MODEL.RESNEXT.PRECISION is {precision}, which this processor computes more slowly "
+            f"than fp32: it has no amx_{precision}",
+            key="message",
+        )
+    if precision == STOCK:
+        return model
+    if str(cfg.MODEL.DEVICE).startswith("cuda"):
+        model.register_forward_pre_hook(_start_copies)
+    return accelerate(model, precision)
+
+
+def _start_copies(model: nn.Module, inputs: tuple[list[dict[str, Any]]]) -> tuple[Any]:
+    """Start copying all images from pinned memory at once; Detectron2 waits for each in turn.
+
+    Not run on a GPU.
+    """
+    device = next(model.parameters()).device
+    return (
+        [
+            {**record, "image": record["image"].to(device, non_blocking=True)}
+            for record in inputs[0]
+        ],
+    )
 
 
 def build_classifier(cfg: CfgNode) -> nn.Module:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from resnext_det import config_rules
+from resnext_det.config_rules import PRECISIONS
 from resnext_det.evaluation import coco, compare, detections
 from resnext_det.modeling.blocks import BLOCKS
 from resnext_det.weights import verifying
@@ -76,7 +76,7 @@ def test_choices_match_the_package() -> None:
     assert (detections.KINDS, tuple(coco.ENGINES)) == (evaluate.KINDS, evaluate.ENGINES)
     assert evaluate.RESAMPLES == compare.RESAMPLES
     assert tuple(sorted(BLOCKS)) == convert.FORMS
-    assert config_rules.PRECISIONS == flags.PRECISIONS
+    assert PRECISIONS == flags.PRECISIONS
     assert typing.get_args(verifying.Program) == convert.PROGRAMS
 
 
@@ -231,23 +231,60 @@ def test_training_names_a_truncated_image(tool: Tool, datasets: Path, tmp_path: 
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
-def test_demo_reaches_the_readmes_figures(tmp_path: Path) -> None:
-    run = tmp_path / "demo"
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of `make demo`; its toy data is in the folder above."""
+    folder = tmp_path_factory.mktemp("demo")
     done = subprocess.run(
-        ["make", "demo", f"RUN={run}"],
+        ["make", "demo", f"RUN={folder / 'run'}"],
         cwd=ROOT,
-        env={**os.environ, "DETECTRON2_DATASETS": str(tmp_path)},
+        env={**os.environ, "DETECTRON2_DATASETS": str(folder)},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == f"Report: {run / 'report.html'}"
-    metrics = json.loads((run / "inference" / "metrics.json").read_text())
+    assert done.stdout.splitlines()[-1] == f"Report: {folder / 'run' / 'report.html'}"
+    return folder / "run"
+
+
+@pytest.mark.slow
+def test_demo_reaches_the_readmes_figures(demo: Path) -> None:
+    metrics = json.loads((demo / "inference" / "metrics.json").read_text())
     figures = metrics["datasets"]["toy_coco_minival"]["figures"]
     assert figures["AP50"] >= 70
     assert None not in figures.values()
-    assert (run / "report.html").stat().st_size < 10_000_000
+    assert (demo / "report.html").stat().st_size < 10_000_000
+
+
+@pytest.mark.slow
+def test_every_precision_evaluates_alike(demo: Path, tool: Tool) -> None:
+    """AP within 0.3 in low precision; in fp32 every detection within 0.01 pixels and 1e-4."""
+    found, average = {}, {}
+    for precision in PRECISIONS:
+        output = demo.parent / precision
+        words = ["--run", demo, "--precision", precision, "--eval-only", "OUTPUT_DIR", output]
+        done = tool("train_net.py", words, demo.parent)
+        assert done.returncode == 0, done.stderr
+        inference = output / "inference"
+        metrics = json.loads((inference / "metrics.json").read_text())
+        assert metrics["precision"] == precision
+        average[precision] = metrics["datasets"]["toy_coco_minival"]["figures"]["AP"]
+        found[precision] = json.loads((inference / "detections_toy_coco_minival.json").read_text())
+    assert average["fp32"] == pytest.approx(average["stock"], abs=0.01)
+    assert average["bf16"] == pytest.approx(average["fp32"], abs=0.3)
+    assert average["fp16"] == pytest.approx(average["fp32"], abs=0.3)
+    places = {}
+    for one in found["fp32"]:
+        places.setdefault((one["image_id"], one["category_id"]), []).append(one)
+    sure = [each for each in found["stock"] if each["score"] > 0.05]
+    assert len(sure) > 500
+    for each in sure:
+        there = places[each["image_id"], each["category_id"]]
+        assert any(
+            one["bbox"] == pytest.approx(each["bbox"], abs=0.01)
+            and one["score"] == pytest.approx(each["score"], abs=1e-4)
+            for one in there
+        ), each
 
 
 PHOTOGRAPHS = [

@@ -1,4 +1,4 @@
-"""The commit that figures are measured at."""
+"""The commit that figures are measured at, and what the processor is slow at."""
 
 from __future__ import annotations
 
@@ -8,9 +8,28 @@ from pathlib import Path
 
 import pytest
 
-from resnext_det.environment import commit
+from resnext_det.environment import commit, is_slow
 
-pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="there is no git here")
+needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="there is no git here")
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "slow"),
+    [
+        ("flags\t\t: fpu avx512_bf16 avx512_fp16\n", {"bf16", "fp16"}),
+        ("flags\t\t: fpu amx_bf16 amx_tile\n", {"fp16"}),
+        ("processor: 0\nflags\t\t: amx_bf16 amx_fp16\nbugs: spectre\n", set()),
+        ("Features\t: fp asimd bf16\n", set()),  # ARM
+        (None, set()),
+    ],
+)
+def test_low_precision_is_slow_without_amx(
+    cpuinfo: str | None, slow: set[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "cpuinfo"
+    if cpuinfo is not None:
+        file.write_text(cpuinfo)
+    assert {each for each in ("stock", "fp32", "bf16", "fp16") if is_slow(each, file)} == slow
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -30,6 +49,7 @@ def source(tmp_path: Path) -> Path:
     return file
 
 
+@needs_git
 def test_commit_of_the_checkout(source: Path) -> None:
     assert commit(source) is None
     git(source.parent, "commit", "--quiet", "-m", "first")
@@ -41,6 +61,7 @@ def test_commit_of_the_checkout(source: Path) -> None:
     assert commit(source) == f"{head}+changes"
 
 
+@needs_git
 def test_no_commit_outside_of_a_checkout(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -54,6 +75,7 @@ def test_no_commit_outside_of_a_checkout(
     assert commit(source) is None
 
 
+@needs_git
 def test_commit_ignores_the_users_git_settings(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -234,6 +234,7 @@ def build_stream(
             num_workers=loader.NUM_WORKERS,
             collate_fn=_uncollated,
             generator=torch.Generator(),  # leaves the global generator untouched
+            pin_memory=cfg.MODEL.DEVICE.startswith("cuda"),
         )
     )
 
@@ -305,10 +306,12 @@ def build_test_stream(cfg: CfgNode, name: str, mapper: Mapper) -> DataLoader[Rec
         DatasetError: its proposals cannot be read, or are of other images.
     """
     serve([name])
-    if not cfg.MODEL.LOAD_PROPOSALS:
-        return with_lasting_workers(build_detection_test_loader(cfg, name, mapper=mapper))
-    records, workers = records_of_test(cfg, name), cfg.DATALOADER.NUM_WORKERS
-    loader = build_detection_test_loader(records, mapper=mapper, num_workers=workers)
+    if cfg.MODEL.LOAD_PROPOSALS:
+        records, workers = records_of_test(cfg, name), cfg.DATALOADER.NUM_WORKERS
+        loader = build_detection_test_loader(records, mapper=mapper, num_workers=workers)
+    else:
+        loader = build_detection_test_loader(cfg, name, mapper=mapper)
+    loader.pin_memory = cfg.MODEL.DEVICE.startswith("cuda")
     return with_lasting_workers(loader)
 
 

@@ -218,7 +218,7 @@ def check_solver(cfg: CfgNode) -> None:
     keys = [key for key in RULES if key.startswith(("SOLVER.", "TEST."))]
     refuse(*(wrong(key, value_of(cfg, key)) for key in keys))
     solver = cfg.SOLVER
-    steps, end_rate, half = None, None, None
+    steps, end_rate, half, twice = None, None, None, None
     if solver.LR_SCHEDULER_NAME == MULTI_STEP and any(
         later <= earlier for earlier, later in itertools.pairwise(solver.STEPS)
     ):
@@ -234,7 +234,14 @@ def check_solver(cfg: CfgNode) -> None:
             f"SOLVER.AMP.PRECISION float16 needs a GPU, and MODEL.DEVICE is {cfg.MODEL.DEVICE}. "
             "Set SOLVER.AMP.PRECISION bfloat16, or SOLVER.AMP.ENABLED False."
         )
-    refuse(steps, end_rate, half)
+    precision = complete(cfg).MODEL.RESNEXT.PRECISION
+    if solver.AMP.ENABLED and precision in ("bf16", "fp16"):
+        twice = (
+            f"SOLVER.AMP.ENABLED is True and MODEL.RESNEXT.PRECISION is {precision}, and both set "
+            "the precision of the training. Set SOLVER.AMP.ENABLED False, or MODEL.RESNEXT."
+            "PRECISION fp32."
+        )
+    refuse(steps, end_rate, half, twice)
 
 
 def shorten(cfg: CfgNode) -> tuple[CfgNode, list[str]]:

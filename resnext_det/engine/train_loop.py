@@ -59,6 +59,7 @@ class TrainLoop(SimpleTrainer):
         folder: Path,
         *,
         precision: torch.dtype | None = None,
+        scaled: bool = False,
         max_norm: float | None = None,
         ema_decay: float | None = None,
         skip: int = 0,
@@ -74,6 +75,7 @@ class TrainLoop(SimpleTrainer):
             seed: the same on all processes.
             folder: OUTPUT_DIR, where images with non-finite losses are saved.
             precision: autocast dtype, or None to disable autocast.
+            scaled: scale the losses, for gradients in float16.
             max_norm: maximum norm of all gradients together, or None to disable this clipping.
             ema_decay: decay of the weights' moving average, or None for no average.
             skip: how many updates with a non-finite loss to skip before aborting.
@@ -89,7 +91,6 @@ class TrainLoop(SimpleTrainer):
         self.skipped_updates = 0
         self.skipped_images = 0
         self._device = next(model.parameters()).device.type
-        scaled = self._device == "cuda" and precision == torch.float16
         self._scaler = torch.GradScaler(self._device, enabled=scaled)
         self.ema: AveragedModel | None = None
         if ema_decay is not None:

@@ -209,6 +209,7 @@ def with_values(values: dict[str, Any]) -> CfgNode:
     return cfg
 
 
+BRAIN = {"SOLVER.AMP.ENABLED": True, "SOLVER.AMP.PRECISION": "bfloat16"}
 HALF = {"SOLVER.AMP.ENABLED": True, "SOLVER.AMP.PRECISION": "float16"}
 COSINE = {"SOLVER.LR_SCHEDULER_NAME": "WarmupCosineLR"}
 
@@ -228,6 +229,10 @@ COSINE = {"SOLVER.LR_SCHEDULER_NAME": "WarmupCosineLR"}
         ({"TEST.BEST.PATIENCE": 0}, {"TEST.BEST.PATIENCE": 0.5}),
         ({**COSINE, "SOLVER.BASE_LR_END": 0.02}, {**COSINE, "SOLVER.BASE_LR_END": 0.03}),
         ({"SOLVER.BASE_LR_END": 0.03}, {**COSINE, "SOLVER.BASE_LR_END": -0.1}),
+        (
+            {**BRAIN, "MODEL.RESNEXT.PRECISION": "fp32"},
+            {**BRAIN, "MODEL.RESNEXT.PRECISION": "bf16"},
+        ),
         ({**HALF, "MODEL.DEVICE": "cuda"}, {"MODEL.DEVICE": "cpu", **HALF}),
     ],
 )
