@@ -1,6 +1,7 @@
 # make demo   set everything up in .venv and run the main job on the toy data
 # make test   the tests; make check: ruff and mypy; make test-slow: those that
 #             take minutes, such as the demonstration
+# make benchmark  time and memory beside stock Detectron2, and docs/performance.md: 20 minutes
 # make docs   the documentation as a site in output/site
 # make setup  only the installation; DETECTRON2=source builds upstream Detectron2 from GitHub
 
@@ -21,7 +22,7 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3.14 python
 IN_VENV := $(VENV)/bin/python
 CONFIG := configs/faster_rcnn_X_26_8x4d_FPN_toy.yaml
 
-.PHONY: setup demo test test-slow smoke check docs clean
+.PHONY: setup demo test test-slow smoke check benchmark docs clean
 
 setup:
 	@$(PYTHON) tools/install.py --folder $(VENV) --detectron2 $(DETECTRON2)
@@ -48,6 +49,10 @@ test-slow: setup
 smoke: setup
 	$(IN_VENV) -m pytest tests/test_install.py tests/test_config.py tests/modeling/test_resnext.py \
 		tests/engine/test_recorded_config.py
+
+benchmark: setup
+	$(IN_VENV) tools/benchmark.py --output output/benchmark
+	$(IN_VENV) tools/benchmark.py --output output/benchmark --page docs/performance.md
 
 docs: setup
 	$(IN_VENV) -m mkdocs build --quiet

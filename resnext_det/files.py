@@ -111,6 +111,16 @@ def write_text(target: Path, text: str) -> None:
         beside.write_text(text, encoding="utf-8", newline="\n")
 
 
+def write_bytes(target: Path, content: bytes) -> None:
+    """Write a binary file, whole or not at all.
+
+    Raises:
+        ResNeXtError: it cannot be written.
+    """
+    with written_beside(target) as beside:
+        beside.write_bytes(content)
+
+
 def write_json(target: Path, content: object, *, indent: int | None = 1) -> None:
     """Write a JSON file, whole or not at all.
 

@@ -30,6 +30,7 @@ COMMANDS = {
     "show-data": "show_data",
     "prepare-minival": "prepare_minival",
     "complexity": "complexity",
+    "benchmark": "benchmark",
     "curves": "curves",
     "make-toy-coco": "make_toy_coco",
     "pretrain": "pretrain",

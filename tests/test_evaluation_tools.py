@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -114,14 +113,3 @@ def test_evaluates_detections_without_model(
     assert json.loads((tmp_path / "inference" / written["details"]).read_text()) == details
     assert len(written["baseline"]["differences"]) == 12
     assert (tmp_path / "report.html").stat().st_size > 10_000
-
-
-def test_benchmark_times_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ["--images", "30", "--detections", "1500", "--rounds", "2"]
-    file = tmp_path / "times.json"
-    monkeypatch.setattr(sys, "argv", ["benchmark_evaluation.py", *words, "--output", str(file)])
-    runpy.run_path(str(ROOT / "tools" / "benchmark_evaluation.py"), run_name="__main__")
-    found = json.loads(file.read_text())
-    assert {"hotcoco", "pycocotools", "from files"} <= set(found["seconds"])
-    assert all(len(times) == 2 and min(times) > 0 for times in found["seconds"].values())
-    assert 0 < found["figures"][0] < 1
