@@ -1,8 +1,8 @@
 """Measure this package beside stock Detectron2, torchvision and OpenVINO.
 
-    %(prog)s --output output/benchmark                      everything, some 20 minutes
-    %(prog)s inference training --output output/benchmark   two sections
-    %(prog)s --output output/benchmark --page docs/performance.md    no run: the page of one
+    %(prog)s --output output/speed                       everything, some 20 minutes
+    %(prog)s inference training --output output/speed    two sections
+    %(prog)s --output output/speed --page page.md        no run: write the page of the last one
 
 Sections: inference, training, roi_align, loader, evaluation, roofline, growth. Contenders take
 turns, and peak memory is measured in fresh processes. Results go to OUTPUT/benchmark.json; sections
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config-file", metavar="FILE", help=f"or the name of a shipped config (default: {CONFIG})"
     )
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="for the JSON")
-    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="timed (default: 9)")
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="timed (default: 7)")
     parser.add_argument(
         "--images", type=Path, metavar="FOLDER", help="of JPEG files for the loader"
     )

@@ -72,7 +72,7 @@ class Contender:
     def backbone(self, cfg: CfgNode, inputs: Inputs) -> Callable[[], dict[str, Tensor]]:
         """Return a function that computes the feature maps of one image."""
         model: Any = self.build(cfg).eval()
-        batch = inputs[0]["image"][None].float().to(cfg.MODEL.DEVICE)
+        batch = normalized(cfg, inputs).to(cfg.MODEL.DEVICE)
 
         @torch.no_grad()
         def run() -> dict[str, Tensor]:
@@ -296,6 +296,13 @@ def example(height: int, width: int, seed: int = _SEED, objects: int = 8) -> dic
     return {"image": image, "height": height, "width": width, "instances": truth}
 
 
+def normalized(cfg: CfgNode, inputs: Inputs) -> Tensor:
+    """Return the first image as a backbone takes it, (1, 3, height, width)."""
+    mean, deviation = (torch.tensor(v) for v in (cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD))
+    image: Tensor = inputs[0]["image"]
+    return ((image - mean[:, None, None]) / deviation[:, None, None])[None]
+
+
 def photograph(random: np.random.Generator, height: int, width: int) -> Image.Image:
     """Return a picture of the toy data set, scaled to a size."""
     side = ToySpec(shortest_side=640, longest_side=640)
@@ -359,7 +366,7 @@ def openvino_backbone(
             features = self.backbone(x)
             return tuple(features[name] for name in names)
 
-    batch = inputs[0]["image"][None].float()
+    batch = normalized(cfg, inputs)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         converted = openvino.convert_model(Listed(), example_input=batch, input=list(batch.shape))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -14,6 +15,7 @@ from detectron2.config import CfgNode
 
 from resnext_det.benchmark.contenders import BF16, FP32, STOCK, Inputs, example, with_settings
 from resnext_det.benchmark.measure import Row, Run, Setup, Table, alternate
+from resnext_det.console import progress_bar
 
 CONTENDERS = (STOCK, FP32, BF16)
 _SHAPE = 1.36  # width by height, that of 800 x 1088
@@ -23,9 +25,9 @@ Variants = Iterable[tuple[str, CfgNode, Inputs]]
 
 
 def growth(setup: Setup) -> list[Table]:
-    """Measure inference along each axis, with a third of the rounds, but two at least."""
+    """Measure inference along each axis, with a quarter of the rounds, but two at least."""
     cfg, sizes = setup.cfg, setup.sizes
-    rounds = max(2, setup.rounds // 3)
+    rounds = max(2, setup.rounds // 4)
     one, small = [example(*sizes.image)], example(*sizes.training)
 
     def table(title: str, axis: str, note: str, variants: Variants) -> Table:
@@ -73,8 +75,9 @@ def growth(setup: Setup) -> list[Table]:
         )
         rows = [
             Row(str(count), each.name, _shared(partial(each.inference, cfg, one), count, rounds))
-            for count in (1, 2)
-            for each in CONTENDERS
+            for count, each in progress_bar(
+                [*itertools.product((1, 2), CONTENDERS)], desc="processes", unit="measurement"
+            )
         ]
         tables.append(Table("Growth with the processes", note, rows, axis="processes"))
     return tables

@@ -176,18 +176,21 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def peak_memory(build: Callable[[], Run]) -> float:
+def peak_memory(builds: Mapping[str, Callable[[], Run]]) -> dict[str, float]:
     """Return by how many MiB two runs raise the memory of a fresh process above what was built.
 
     Args:
-        build: returns what to run; a function or partial that pickle can name.
+        builds: by name, functions or partials that pickle can name; each returns what to run.
 
     Returns:
         The GPU's memory if there is one, else the resident memory.
     """
-    # A fork would start with the pages of its parent.
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_raised, build, torch.get_num_threads()).result() / 2**20
+    raised = {}
+    for name, build in progress_bar(builds.items(), desc="memory", unit="process"):
+        # A fork would start with the pages of its parent.
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            raised[name] = pool.submit(_raised, build, torch.get_num_threads()).result() / 2**20
+    return raised
 
 
 def _raised(build: Callable[[], Run], threads: int) -> int:

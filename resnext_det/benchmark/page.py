@@ -12,13 +12,14 @@ from tabulate import tabulate
 
 from resnext_det.benchmark.measure import Row, Table
 from resnext_det.benchmark.results import Results
+from resnext_det.benchmark.sections import SECTIONS
 from resnext_det.errors import plain
 from resnext_det.files import write_bytes, write_text
 from resnext_det.visualize.curves import Line, draw_lines, rendered
 
 HEAD = """# Performance
 
-`resnext-det benchmark` measured this and wrote this page from its JSON file, `performance.json`.
+`resnext-det benchmark` measured this; its `--page` wrote this page from the JSON file beside it.
 
 How to read it: contenders take turns in one process, after a warm-up, so that a change of the
 machine's pace hits all alike. A time is the median of the rounds, with the first and third quartile
@@ -41,8 +42,8 @@ def page(results: Results, figure: str | None = None) -> str:
     if results.settings["quick"]:
         parts.append(QUICK)
     parts += ["\n## Machine and command\n", *_machine(results)]
-    for tables in results.sections.values():
-        for table in tables:
+    for section in SECTIONS:
+        for table in results.sections.get(section, ()):
             parts += [f"\n## {table.title}\n", f"{table.note}\n", text(table, "pipe")]
     if figure:
         parts.append(f"\n## Growth\n\n![seconds by size, batch and network]({figure})")
@@ -60,7 +61,7 @@ def write_page(results: Results, target: Path) -> None:
 
 def growth_figure(results: Results) -> bytes | None:
     """Return a PNG with a panel for each growth, or None if none was measured."""
-    tables = [table for tables in results.sections.values() for table in tables if table.axis]
+    tables = [table for table in results.sections.get("growth", ()) if table.axis]
     if not tables:
         return None
     figure = Figure(figsize=(3.2 * 3, 2.6 * math.ceil(len(tables) / 3)), layout="constrained")

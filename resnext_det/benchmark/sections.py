@@ -40,6 +40,7 @@ from resnext_det.benchmark.evaluation import evaluation
 from resnext_det.benchmark.growth import growth
 from resnext_det.benchmark.measure import Row, Setup, Table, alternate, peak_memory
 from resnext_det.benchmark.roofline import roofline
+from resnext_det.console import progress_bar
 from resnext_det.data.mapper import NamingDatasetMapper
 from resnext_det.errors import DatasetError, quoted
 from resnext_det.images import read_header
@@ -53,14 +54,15 @@ def inference(setup: Setup) -> list[Table]:
     contenders = fitting((STOCK, TORCHVISION, FP32, BF16, FP16), cfg)
     size = f"One generated image of {height} x {width} pixels."
 
-    detect = {each.name: each.inference(cfg, inputs) for each in contenders}
+    building = partial(progress_bar, contenders, desc="building", unit="detector")
+    detect = {each.name: each.inference(cfg, inputs) for each in building()}
     found = {name: run()[0]["instances"] for name, run in detect.items()}
     seconds = alternate(detect, setup.rounds, "inference")
-    del detect
+    memory = peak_memory({each.name: partial(each.inference, cfg, inputs) for each in contenders})
     rows = []
     for each in contenders:
         more: dict[str, Any] = {
-            "memory, MiB": peak_memory(partial(each.inference, cfg, inputs)),
+            "memory, MiB": memory[each.name],
             "detections": int((found[each.name].scores > 0.05).sum()),
         }
         if each is not TORCHVISION:
@@ -81,7 +83,7 @@ def inference(setup: Setup) -> list[Table]:
     )
 
     runs: dict[str, Callable[[], dict[str, Tensor]]] = {
-        each.name: each.backbone(cfg, inputs) for each in contenders
+        each.name: each.backbone(cfg, inputs) for each in building()
     }
     if importlib.util.find_spec("openvino") and cfg.MODEL.DEVICE == "cpu":
         for precision, label in (("f32", "fp32"), ("bf16", "bf16")):
@@ -116,11 +118,11 @@ def training(setup: Setup) -> list[Table]:
     cfg, (height, width) = setup.cfg, setup.sizes.training
     inputs: Inputs = [example(height, width, seed) for seed in (0, 1)]
     contenders = fitting((STOCK, AUTOCAST, TORCHVISION, FP32, BF16), cfg)
-    steps = {each.name: each.training(cfg, inputs) for each in contenders}
+    building = progress_bar(contenders, desc="building", unit="detector")
+    steps = {each.name: each.training(cfg, inputs) for each in building}
     losses = {name: step() for name, step in steps.items()}
     seconds = alternate(steps, setup.rounds, "training")
-    del steps
-    memory = {each.name: peak_memory(partial(each.training, cfg, inputs)) for each in contenders}
+    memory = peak_memory({each.name: partial(each.training, cfg, inputs) for each in contenders})
     rows = [
         Row(
             "a step",
