@@ -7,14 +7,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 
 from resnext_det.benchmark.contenders import BF16, FP32, STOCK, Inputs, example, with_settings
-from resnext_det.benchmark.measure import Row, Run, Setup, Table, alternate
+from resnext_det.benchmark.measure import Row, Run, Setup, Table, alternate, fresh_processes
 from resnext_det.console import progress_bar
 
 CONTENDERS = (STOCK, FP32, BF16)
@@ -105,7 +104,7 @@ _own: dict[str, Any] = {}
 
 def _shared(build: Callable[[], Run], count: int, rounds: int) -> list[float]:
     """Return the seconds per image of `count` processes that work at the same time."""
-    context = get_context("spawn")
+    context = fresh_processes()
     arguments = (build, context.Barrier(count), max(1, torch.get_num_threads() // count))
     with ProcessPoolExecutor(count, context, _prepare, arguments) as pool:
         seconds = []

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import torch
@@ -187,10 +188,16 @@ def peak_memory(builds: Mapping[str, Callable[[], Run]]) -> dict[str, float]:
     """
     raised = {}
     for name, build in progress_bar(builds.items(), desc="memory", unit="process"):
-        # A fork would start with the pages of its parent.
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(1, fresh_processes()) as pool:
             raised[name] = pool.submit(_raised, build, torch.get_num_threads()).result() / 2**20
     return raised
+
+
+def fresh_processes() -> BaseContext:
+    """Return a context whose processes have imported this package, and nothing else."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["resnext_det.benchmark.contenders"])
+    return context
 
 
 def _raised(build: Callable[[], Run], threads: int) -> int:
