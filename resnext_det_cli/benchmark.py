@@ -58,9 +58,10 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure the sections and print their tables, or write the page."""
-    from resnext_det.benchmark import sections
+    from resnext_det.benchmark.measure import QUICK, Setup, Sizes
     from resnext_det.benchmark.page import growth_figure, text, write_page
     from resnext_det.benchmark.results import FILE, Results, machine
+    from resnext_det.benchmark.sections import SECTIONS as FUNCTIONS
     from resnext_det.config import load_config
     from resnext_det.files import check_writable, write_bytes
 
@@ -90,11 +91,9 @@ def run(arguments: argparse.Namespace) -> None:
             results = earlier
         else:
             print(f"{file} is of another machine or other settings, and is replaced.")
-    setup = sections.Setup(
-        cfg, arguments.rounds, sections.QUICK if quick else sections.Sizes(), arguments.images
-    )
+    setup = Setup(cfg, arguments.rounds, QUICK if quick else Sizes(), arguments.images)
     for name in arguments.sections:
-        tables = sections.SECTIONS[name](setup)
+        tables = FUNCTIONS[name](setup)
         results = results.adding(name, tables)
         results.write(file)
         for table in tables:
