@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -132,7 +133,8 @@ def with_settings(cfg: CfgNode, settings: Mapping[str, object]) -> CfgNode:
     """Return a changed copy of a config."""
     changed: CfgNode = cfg.clone()
     changed.defrost()
-    changed.merge_from_list([word for pair in settings.items() for word in pair])
+    words: list[Any] = [word for pair in settings.items() for word in pair]
+    changed.merge_from_list(words)
     changed.freeze()
     return changed
 
@@ -179,7 +181,8 @@ class Torchvision(nn.Module):
             box_detections_per_img=cfg.TEST.DETECTIONS_PER_IMAGE,
         )
         # Images come in the size to detect in.
-        self.network.transform.resize = lambda image, target=None: (image, target)
+        transform: Any = self.network.transform
+        transform.resize = lambda image, target=None: (image, target)
         self.backbone = self.network.backbone
         self.to(cfg.MODEL.DEVICE)
         self.device = torch.device(cfg.MODEL.DEVICE)
@@ -249,19 +252,19 @@ def spread(model: nn.Module, background: int) -> None:
         model: a detector, as built.
         background: the index of the background among its scores.
     """
-    handles = {}
+    handles: dict[str, Any] = {}
 
     def fit(norm: Any, inputs: tuple[Tensor]) -> None:
         norm.running_mean.copy_(inputs[0].mean((0, 2, 3)))
         norm.running_var.copy_(inputs[0].var((0, 2, 3)))
 
-    def scale(layer: Any, inputs: tuple[Tensor], output: Tensor, name: str) -> Tensor:
+    def scale(layer: Any, inputs: tuple[Tensor], output: Tensor, name: str) -> Any:
         handles.pop(name).remove()  # the first level of a pyramid is enough
         factor = _SPREADS[name] / output.std()
         layer.weight.mul_(factor)
         return output * factor
 
-    def scatter(layer: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    def scatter(layer: Any, inputs: tuple[Tensor], output: Tensor) -> Any:
         factor = 2.0 / output.std(0).mean()
         layer.weight.mul_(factor)
         layer.bias.copy_(-factor * output.mean(0))
@@ -335,7 +338,7 @@ class Agreement:
         ious[baseline.pred_classes[:, None] != other.pred_classes] = 0
         best, index = ious.max(1)
         found = best >= 0.5
-        pairs = baseline[found], other[index[found]]
+        pairs = baseline[found], cast(Any, other)[index[found]]
         boxes, scores = ([getattr(p, n) for p in pairs] for n in ("pred_boxes", "scores"))
         pixels = (boxes[0].tensor - boxes[1].tensor).abs()
         if not len(pixels):
@@ -350,8 +353,7 @@ def openvino_backbone(
     cfg: CfgNode, inputs: Inputs, precision: str
 ) -> Callable[[], dict[str, Tensor]]:
     """Return a function that computes the stock backbone by OpenVINO, in "f32" or "bf16"."""
-    import openvino
-
+    openvino: Any = importlib.import_module("openvino")  # without types, and optional
     model: Any = STOCK.build(cfg).eval()
     names = list(model.backbone.output_shape())
 

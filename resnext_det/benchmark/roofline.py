@@ -84,7 +84,7 @@ class Stopwatch:
 
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
         self.model, self._inputs = model, inputs
-        self._rounds: list[Counter[str]] = []
+        self._rounds: list[defaultdict[str, float]] = []
         self._started: dict[str, float] = {}
         for owned, excluded in _MODULES.values():
             for name in {*owned, *excluded}:
@@ -113,7 +113,7 @@ class Stopwatch:
     @torch.no_grad()
     def __call__(self) -> None:
         """Detect the objects in the inputs."""
-        self._rounds.append(Counter())
+        self._rounds.append(defaultdict(float))
         start = time.perf_counter()
         self.model(self._inputs)
         synchronize()
