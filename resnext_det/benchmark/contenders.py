@@ -329,8 +329,8 @@ class Agreement:
     score: float
 
     @classmethod
-    def of(cls, baseline: Instances, other: Instances) -> Agreement:
-        """Match each detection of the baseline with the most overlapping one."""
+    def of(cls, baseline: Any, other: Any) -> Agreement:
+        """Match each detection (of `Instances`) of the baseline with the most overlapping one."""
         baseline, other = (each.to("cpu")[each.scores.cpu() > 0.05] for each in (baseline, other))
         if not len(baseline) or not len(other):
             return cls(len(baseline), 0.0, math.inf, math.inf)
@@ -338,7 +338,7 @@ class Agreement:
         ious[baseline.pred_classes[:, None] != other.pred_classes] = 0
         best, index = ious.max(1)
         found = best >= 0.5
-        pairs = baseline[found], cast(Any, other)[index[found]]
+        pairs = baseline[found], other[index[found]]
         boxes, scores = ([getattr(p, n) for p in pairs] for n in ("pred_boxes", "scores"))
         pixels = (boxes[0].tensor - boxes[1].tensor).abs()
         if not len(pixels):
