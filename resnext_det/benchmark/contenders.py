@@ -53,11 +53,13 @@ class Contender:
         name: in the tables.
         build: returns the detector of a config.
         autocast: run under `torch.autocast` in bfloat16.
+        fused: train with torch's fused SGD, as this package's trainer does.
     """
 
     name: str
     build: Callable[[CfgNode], nn.Module]
     autocast: bool = False
+    fused: bool = False
 
     def inference(self, cfg: CfgNode, inputs: Inputs) -> Callable[[], list[dict[str, Any]]]:
         """Return a function that detects the objects of `inputs`."""
@@ -87,7 +89,8 @@ class Contender:
         model = self.build(cfg).train()
         learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # So slow that every step sees about the same network.
-        optimizer = torch.optim.SGD(learned, lr=1e-7, momentum=0.9, weight_decay=1e-4)
+        settings: Any = {"fused": True} if self.fused else {}
+        optimizer = torch.optim.SGD(learned, 1e-7, momentum=0.9, weight_decay=1e-4, **settings)
 
         def run() -> float:
             torch.manual_seed(_SEED)  # the same random samples of anchors and regions
@@ -221,7 +224,9 @@ class Torchvision(nn.Module):
 STOCK = Contender("stock Detectron2", _stock)
 AUTOCAST = Contender("stock Detectron2, autocast bf16", _stock, autocast=True)
 TORCHVISION = Contender("torchvision", Torchvision)
-FP32, BF16, FP16 = (Contender(f"ours {p}", partial(_ours, p)) for p in ("fp32", "bf16", "fp16"))
+FP32, BF16, FP16 = (
+    Contender(f"ours {p}", partial(_ours, p), fused=True) for p in ("fp32", "bf16", "fp16")
+)
 
 
 def fitting(contenders: Sequence[Contender], cfg: CfgNode) -> list[Contender]:

@@ -251,12 +251,9 @@ def loader(setup: Setup) -> list[Table]:
         # Each worker of a data loader has one core; OpenCV would take all.
         cv2.setNumThreads(1)
         mappers: dict[str, Any] = {"Detectron2": DatasetMapper(setup.cfg, True)}
-        if "DECODER" in setup.cfg.DATALOADER:
-            for decoder in ("fast", "pillow"):
-                cfg = with_settings(setup.cfg, {"DATALOADER.DECODER": decoder})
-                mappers[f"ours, {decoder}"] = NamingDatasetMapper(cfg, True)
-        else:
-            mappers["ours"] = NamingDatasetMapper(setup.cfg, True)
+        for decoder in ("fast", "pillow"):
+            cfg = with_settings(setup.cfg, {"DATALOADER.DECODER": decoder})
+            mappers[f"ours, {decoder}"] = NamingDatasetMapper(cfg, True)
         runs = {name: partial(_read, mapper, records) for name, mapper in mappers.items()}
         seconds = alternate(runs, setup.rounds, "loader")
     rows = []
