@@ -2,8 +2,7 @@
 
 from .base_rpn_c4 import dataloader, lr_multiplier, model, optimizer, train
 
-model.backbone.update(depth=26, template="8x4d", freeze_at=0)
-model.backbone.update(stem_out_channels=32, res2_out_channels=64)
+model.backbone.update(depth=26, template="8x4d", stem_out_channels=32, res2_out_channels=64)
 model.proposal_generator.head.update(in_channels=256, num_anchors=5)
 model.proposal_generator.anchor_generator.update(
     sizes=[[28, 48, 72, 112, 176]], aspect_ratios=[1.0]

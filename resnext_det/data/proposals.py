@@ -15,6 +15,8 @@ a data set hold a reference (`StoredProposals`), and the mapper reads the image'
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import json
 import os
@@ -32,8 +34,8 @@ from numpy.typing import NDArray
 from resnext_det.console import progress_bar
 from resnext_det.data.annotations import serve
 from resnext_det.data.records import Record
-from resnext_det.errors import ConfigError, DatasetError, plain, quoted
-from resnext_det.files import open_regular
+from resnext_det.errors import ConfigError, DatasetError, ResNeXtError, plain, quoted
+from resnext_det.files import free_bytes, open_regular, size_text
 
 FORMAT = "resnext_det proposals 1"
 STORED = "stored_proposals"
@@ -292,14 +294,33 @@ class ProposalWriter:
         return len(self._rows)
 
     def start(self) -> None:
-        """Create the partial file, unless it or the whole file is there; in one process."""
+        """Create the partial file, unless it or the whole file is there; in one process.
+
+        Raises:
+            ConfigError: the file exists, and is not one of proposals.
+            ResNeXtError: it cannot be written.
+        """
         if self._is_ours(self.target) or self._is_ours(self.partial):
             return
-        self.target.parent.mkdir(parents=True, exist_ok=True)
-        with self.partial.open("wb") as stream:
-            stream.truncate(self._size)
-            stream.write(self._index)
-            self._write(stream, "counts", 0, np.full(len(self._rows), _UNKNOWN, _INT))
+        if self.target.exists():
+            try:
+                ProposalFile(self.target)
+            except DatasetError as error:
+                raise ConfigError(
+                    f"{quoted(self.target)} exists, and holds no proposals: name a new file, or "
+                    "remove it."
+                ) from error
+        with self._explained():
+            folder = self.target.parent
+            folder.mkdir(parents=True, exist_ok=True)
+            # The file starts out with holes, which would be found missing hours later.
+            if (free := free_bytes(folder)) < self._size:
+                needed = f"{size_text(self._size)} are needed, and {size_text(free)} are free"
+                raise OSError(errno.ENOSPC, needed)
+            with self.partial.open("wb") as stream:
+                stream.truncate(self._size)
+                stream.write(self._index)
+                self._write(stream, "counts", 0, np.full(len(self._rows), _UNKNOWN, _INT))
 
     def _is_ours(self, file: Path) -> bool:
         if not file.is_file() or file.stat().st_size != self._size:
@@ -307,21 +328,36 @@ class ProposalWriter:
         with open_regular(file) as stream:
             return stream.read(len(self._index)) == self._index
 
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ResNeXtError(
+                f"{quoted(self.target)} cannot be written: {error.strerror or error}."
+            ) from error
+
     def open(self) -> frozenset[int]:
         """Open the file in this process; return the ids of the images that are done."""
         file = self.target if self._is_ours(self.target) else self.partial
-        self._stream = file.open("r+b", buffering=0)
-        self._stream.seek(self._start + self._offsets["counts"])
-        counts = np.frombuffer(self._stream.read(len(self._rows) * _INT.itemsize), _INT)
+        with self._explained():
+            self._stream = file.open("r+b", buffering=0)
+            self._stream.seek(self._start + self._offsets["counts"])
+            counts = np.frombuffer(self._stream.read(len(self._rows) * _INT.itemsize), _INT)
         return frozenset(image for image, row in self._rows.items() if counts[row] != _UNKNOWN)
 
     def add(self, image: int, boxes: Floats, scores: Floats) -> None:
-        """Write the proposals of one image: boxes (M, 4) and scores (M,)."""
-        row = self._rows[image]
-        self._write(self._stream, "boxes", row * self._most * 4, boxes[: self._most])
-        self._write(self._stream, "scores", row * self._most, scores[: self._most])
-        # Last: whoever kills this process finds a whole image or none.
-        self._write(self._stream, "counts", row, np.array([min(len(scores), self._most)], _INT))
+        """Write the proposals of one image: boxes (M, 4) and scores (M,), best first.
+
+        Raises:
+            ResNeXtError: the disk is full.
+        """
+        row, count = self._rows[image], min(len(scores), self._most)
+        with self._explained():
+            self._write(self._stream, "boxes", row * self._most * 4, boxes[:count])
+            self._write(self._stream, "scores", row * self._most, scores[:count])
+            # Last, so that a kill leaves a whole image or none.
+            self._write(self._stream, "counts", row, np.array([count], _INT))
 
     def _write(self, stream: Any, name: str, first: int, values: NDArray[Any]) -> None:
         kind, _ = _layout(0, 0)[name]
@@ -333,11 +369,16 @@ class ProposalWriter:
         self._stream.close()
 
     def finish(self) -> None:
-        """Give the file its name, once all images are written; in one process."""
+        """Give the file its name, once all images are written; in one process.
+
+        Raises:
+            ResNeXtError: it cannot be written.
+        """
         if not self._is_ours(self.target):
-            with self.partial.open("r+b") as stream:
-                os.fsync(stream.fileno())
-            self.partial.replace(self.target)
+            with self._explained():
+                with self.partial.open("r+b") as stream:
+                    os.fsync(stream.fileno())
+                self.partial.replace(self.target)
 
 
 def _layout(images: int, most: int) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:

@@ -55,6 +55,11 @@ def evaluate(
     refuse_impossible(cfg, comm.get_world_size(), training=False)
     if (warning := idle_warning(cfg)) is not None:
         logger.warning("%s", warning)
+    if save_proposals is not None and len(cfg.DATASETS.TEST) != 1:
+        raise ConfigError(
+            f"--save-proposals {quoted(save_proposals)} holds the proposals of one data set, and "
+            f"DATASETS.TEST names {len(cfg.DATASETS.TEST)}: name one."
+        )
     if resume:
         cfg = renamed(cfg, str(last_checkpoint(cfg)))
     check_same_function(cfg)

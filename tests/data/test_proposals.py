@@ -28,7 +28,7 @@ from resnext_det.data.proposals import (
     records_with_proposals,
 )
 from resnext_det.data.stream import Share, build_stream, build_test_stream, seeded
-from resnext_det.errors import ConfigError, DatasetError
+from resnext_det.errors import ConfigError, DatasetError, ResNeXtError
 
 SIZES = {7: (90, 60), 3: (40, 80), 2**53: (64, 64)}  # width and height by image id
 MOST = 5
@@ -38,12 +38,12 @@ Found = dict[int, tuple[NDArray[np.float32], NDArray[np.float32]]]
 
 
 def some_proposals() -> Found:
-    """More than fit, none, and some; scores repeat."""
+    """More than fit, none, and some, in no order; scores repeat."""
     generator = np.random.default_rng(0)
     found: Found = {}
     for (image, (width, height)), count in zip(SIZES.items(), (7, 0, 4)):
         corners = np.sort(generator.uniform(0, 1, (count, 2, 2)), axis=1) * (width, height)
-        scores = -np.sort(-generator.integers(-2, 2, count)).astype(np.float32)
+        scores = generator.integers(-2, 2, count).astype(np.float32)
         found[image] = corners.reshape(count, 4).astype(np.float32), scores
     return found
 
@@ -85,8 +85,9 @@ def test_a_file_holds_what_was_written(tmp_path: Path) -> None:
     read = read_proposals(file)
     for row, (boxes, scores) in enumerate(some_proposals().values()):
         found = read.of(row)
-        np.testing.assert_array_equal(found[0], boxes[:MOST])
-        np.testing.assert_array_equal(found[1], scores[:MOST])
+        order = sorted(range(min(len(scores), MOST)), key=lambda number: -scores[number])
+        np.testing.assert_array_equal(found[0], boxes[order])
+        np.testing.assert_array_equal(found[1], scores[order])
 
 
 def test_processes_share_a_file_and_the_next_run_completes_it(tmp_path: Path) -> None:
@@ -121,6 +122,38 @@ def test_another_model_or_other_images_start_over(change: str, tmp_path: Path) -
     )
     writer.start()
     assert writer.open() == frozenset()
+
+
+def test_an_image_that_a_kill_left_half_written_is_not_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = ProposalWriter(tmp_path / "p.safetensors", SIZES, MOST, "a")
+    writer.start()
+    writer.open()
+    write, events = ProposalWriter._write, iter(range(10))
+
+    def killed(*arguments: Any) -> None:
+        if next(events) == 2:
+            raise KeyboardInterrupt
+        write(*arguments)
+
+    monkeypatch.setattr(ProposalWriter, "_write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        writer.add(7, *some_proposals()[7])
+    assert ProposalWriter(tmp_path / "p.safetensors", SIZES, MOST, "a").open() == frozenset()
+
+
+def test_says_what_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "weights.pth").write_bytes(b"weights")
+    with pytest.raises(ConfigError, match=r"weights\.pth exists, and holds no proposals"):
+        written(tmp_path / "weights.pth")
+    assert (tmp_path / "weights.pth").read_bytes() == b"weights"
+    with pytest.raises(ResNeXtError, match=r"cannot be written: (File exists|Not a directory)"):
+        written(tmp_path / "weights.pth" / "p.safetensors")
+    monkeypatch.setattr("resnext_det.data.proposals.free_bytes", lambda folder: 100)
+    with pytest.raises(ResNeXtError, match=r"0\.0 MiB are needed, and 0\.0 MiB are free"):
+        written(tmp_path / "p.safetensors")
+    assert [each.name for each in tmp_path.iterdir()] == ["weights.pth"]
 
 
 def change(file: Path, **tensors: Any) -> None:
