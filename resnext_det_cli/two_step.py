@@ -117,6 +117,7 @@ def _overrides(words: Sequence[str], step: str) -> list[str]:
 def _report(folder: Path) -> dict[str, Any]:
     """Print the figures of both steps; return them by step and data set."""
     from resnext_det.data.annotations import read_json
+    from resnext_det.errors import plain
     from resnext_det.evaluation.results_file import metrics_file
 
     found = {}
@@ -130,5 +131,5 @@ def _report(folder: Path) -> dict[str, Any]:
             values = ", ".join(
                 f"{name} {entry[key][name]:.2f}" for name in names if entry[key][name] is not None
             )
-            print(f"{step} on {dataset}: {values}")
+            print(f"{step} on {plain(dataset)}: {values}")
     return found

@@ -73,7 +73,10 @@ assert run("two-step", "--output", whole, *words) == 0
 for kill in kills:
     assert run("two-step", "--output", killed, *words, kill=kill) == -signal.SIGKILL
 assert run("two-step", "--output", killed, *words) == 0
-assert run("two-step", "--output", shared, *words, "--share") == 0
+toy = Path(os.environ["DETECTRON2_DATASETS"]) / "toy_coco"
+own = "--train-json", toy / "annotations" / "instances_train2017.json"
+own += "--test-json", toy / "annotations" / "instances_val2017.json"
+assert run("two-step", "--output", shared, *words, "--share", *own) == 0
 again = "OUTPUT_DIR", folder / "again"
 saved = "--save-proposals", folder / "again.safetensors"
 assert run("eval", "--run", whole / "rpn", *saved, *again) == 0
@@ -146,10 +149,10 @@ def test_features_are_shared_on_demand_only(runs: Path) -> None:
 
 
 def test_shared_features_make_one_detector(runs: Path) -> None:
-    """It detects from an image what its steps detect by way of a file."""
+    """It detects in an image what its steps detect by way of a file."""
     scores = []
     for step in ("fast_rcnn", "faster_rcnn"):
-        file = runs / "shared" / step / "inference" / "detections_toy_coco_minival.json"
+        (file,) = (runs / "shared" / step / "inference").glob("detections_custom_coco_*.json")
         found = json.loads(file.read_text())
         scores.append(sorted(each["score"] for each in found))
     assert len(scores[0]) > 100
