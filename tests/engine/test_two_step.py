@@ -128,6 +128,9 @@ def test_a_killed_run_ends_with_the_same_bits(runs: Path) -> None:
         assert not list((runs / run).rglob("*.partial"))
         for step in ("rpn", "fast_rcnn"):
             assert (runs / run / step / "config.yaml").is_file()
+    logs = [(runs / "killed" / step / "log.txt").read_text() for step in ("rpn", "fast_rcnn")]
+    assert all("resumed from" in log for log in logs)  # not trained again
+    assert "resuming an evaluation that has predicted 7 images" in logs[0]
     (recall,) = figures(runs / "whole", "rpn").values()
     assert recall["proposals"]["AR@300"] > 0
     assert "AP50" in figures(runs / "killed", "fast_rcnn")["toy_coco_minival"]["figures"]
