@@ -222,10 +222,10 @@ def test_two_processes(datasets: Path, tool: Tool, tmp_path: Path) -> None:
 def test_toy_data_in_eight_minutes(tmp_path: Path) -> None:
     """On two cores; no test asserts on times."""
     environment = {**os.environ, "DETECTRON2_DATASETS": str(tmp_path)}
-    weights = tmp_path / "toy_resnext26.pth"
+    weights = tmp_path / "pretraining" / "model_final.pth"
     for words in (
         ["make_toy_coco.py"],
-        ["pretrain_toy.py", str(weights)],
+        ["pretrain.py", "--recipe", "toy", "--output", str(weights.parent)],
         ["two_step.py", "--config-file", TOY, "--output", str(tmp_path / "run")],
     ):
         more = ["MODEL.WEIGHTS", str(weights)] if words[0] == "two_step.py" else []
