@@ -113,9 +113,9 @@ QUICK = Sizes(
     photographs=2,
     evaluated=(30, 1500),
     shorter_sides=(64, 96),
-    batches=(1, 2),
-    proposals=(50, 100),
-    networks=((26, 8, 4), (26, 4, 4)),
+    batches=(2,),
+    proposals=(50,),
+    networks=((26, 4, 4),),
     matrix=256,
 )
 
