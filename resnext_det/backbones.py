@@ -99,6 +99,7 @@ def build_classifier(cfg: CfgNode) -> nn.Module:
         "num_classes": cfg.CLASSIFICATION.NUM_CLASSES,
         "stem_out_channels": model.RESNETS.STEM_OUT_CHANNELS,
         "freeze_at": model.BACKBONE.FREEZE_AT,
+        "shortcuts": model.RESNEXT.SHORTCUTS,
         "checkpoint_stages": model.RESNEXT.CHECKPOINT_STAGES,
     }
     network: ResNet

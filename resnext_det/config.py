@@ -46,6 +46,8 @@ def add_resnext_config(cfg: CfgNode) -> None:
     cfg.MODEL.RESNEXT.FORM = "grouped"
     # Norm and ReLU before each convolution, as in the paper's ResNet-200 (1603.05027).
     cfg.MODEL.RESNEXT.PRE_ACTIVATION = False
+    # In classifiers: False removes the blocks' shortcuts, for the paper's ablation (section 5.1).
+    cfg.MODEL.RESNEXT.SHORTCUTS = True
     # Stages with activation checkpointing, such as ["res3", "res4"]: less memory, more time, the
     # same gradients.
     cfg.MODEL.RESNEXT.CHECKPOINT_STAGES = []

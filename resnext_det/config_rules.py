@@ -202,7 +202,7 @@ _PATTERNS: tuple[tuple[str, Rule], ...] = (
 
 _OWN_KEYS = (
     *(f"MODEL.RESNEXT.{key}" for key in ("FORM", "CHECKPOINT_STAGES", "PRECISION")),
-    *(f"MODEL.RESNEXT.{key}" for key in ("ZERO_INIT_RESIDUAL", "PRE_ACTIVATION")),
+    *(f"MODEL.RESNEXT.{key}" for key in ("ZERO_INIT_RESIDUAL", "PRE_ACTIVATION", "SHORTCUTS")),
     *(f"MODEL.RESNEXT.ALLOW_{key}" for key in ("STRIDE_IN_1X1", "OTHER_FUNCTION")),
     *(f"CLASSIFICATION.{key}" for key in ("LAYOUT", "DATA", "SYNSETS", "NUM_CLASSES", "RESIZE")),
     *(f"CLASSIFICATION.{key}" for key in ("AUGMENTATION", "CROP", "COLOR_JITTER", "LIGHTING")),
@@ -380,7 +380,7 @@ _SWITCHED = ("TEST.AUG", "TEST.PRECISE_BN", "SOLVER.CLIP_GRADIENTS", "SOLVER.AMP
 # Patterns of keys; the keys that decide whether these are read; the values for which they are
 # (patterns too; "!" negates one).
 _NEEDS: tuple[tuple[str, str, str], ...] = (
-    ("CLASSIFICATION.* SOLVER.MAX_EPOCHS", _ARCHITECTURE, CLASSIFIER),
+    ("CLASSIFICATION.* SOLVER.MAX_EPOCHS MODEL.RESNEXT.SHORTCUTS", _ARCHITECTURE, CLASSIFIER),
     # What a classifier does not read.
     (
         "MODEL.ANCHOR_GENERATOR.* MODEL.RESNETS.OUT_FEATURES INPUT.M??_SIZE* "

@@ -31,6 +31,7 @@ COMMANDS = {
     "prepare-minival": "prepare_minival",
     "complexity": "complexity",
     "benchmark": "benchmark",
+    "paper": "paper",
     "curves": "curves",
     "make-toy-coco": "make_toy_coco",
     "pretrain": "pretrain",

@@ -121,6 +121,14 @@ BLOCKS: dict[str, type[CNNBlockBase]] = {
 """The block of each form: (a), (b) and (c) of Fig. 3."""
 
 
+class NoShortcut(nn.Module):
+    """Adds nothing to the residual, in place of a block's shortcut (ablation in section 5.1)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a zero."""
+        return x.new_zeros(())
+
+
 def block_class(form: str) -> type[CNNBlockBase]:
     """Return the block of a form.
 

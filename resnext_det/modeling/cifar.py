@@ -8,7 +8,7 @@ from fvcore.nn.weight_init import c2_msra_fill
 from torch import Tensor
 from torch.nn import functional as F
 
-from resnext_det.modeling.blocks import Norm, block_class
+from resnext_det.modeling.blocks import Norm, NoShortcut, block_class
 from resnext_det.modeling.resnext import check_norm
 from resnext_det.modeling.template import Template
 
@@ -48,6 +48,7 @@ class CifarResNeXt(ResNet):
         res2_out_channels: int = 256,
         norm: Norm = "BN",
         form: str = "grouped",
+        shortcuts: bool = True,
     ) -> None:
         """Build the network.
 
@@ -59,6 +60,7 @@ class CifarResNeXt(ResNet):
             res2_out_channels: output channels of the first stage, doubled in each later one (256).
             norm: any norm of `detectron2.layers.get_norm`.
             form: of the blocks: "grouped", "concatenated" or "aggregated".
+            shortcuts: False for the paper's ablation without them (section 5.1).
 
         Raises:
             ConfigError: a value outside its range.
@@ -78,6 +80,8 @@ class CifarResNeXt(ResNet):
                 norm=norm,
                 stride_in_1x1=False,
             )
+            for each in blocks if not shortcuts else ():
+                each.shortcut = NoShortcut()
             stages.append(blocks)
             channels = blocks[-1].out_channels
         stem = CifarStem(3, stem_out_channels, norm)

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from detectron2.modeling.backbone.resnet import ResNet
 from detectron2.structures import Boxes, Instances
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from resnext_det.errors import ConfigError
+from resnext_det.modeling import cifar
 from resnext_det.modeling.resnext import ResNeXt
 from resnext_det.modeling.template import Template, check_size
 
@@ -77,17 +79,32 @@ def network_complexity(
     height: int = 224,
     width: int = 224,
     num_classes: int = 1000,
+    **others: Any,
 ) -> Complexity:
-    """Count the stages of a built ImageNet classifier (Table 1 of the paper).
+    """Count the stages of a built classifier (Table 1 of the paper).
 
     `Template.network` computes parameters and multiply-adds without building anything.
+
+    Args:
+        depth: in layers; 29 is the network for CIFAR.
+        template: cardinality and width.
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+        num_classes: of the classifier.
+        others: arguments of `ResNeXt` or `CifarResNeXt`, such as pre_activation.
 
     Raises:
         ConfigError: an unknown depth or template, or an impossible image size.
     """
-    check_size(height, width)
+    if depth != cifar.DEPTH:
+        check_size(height, width)
     with torch.device("meta"):
-        network = ResNeXt(depth, template, norm="BN", num_classes=num_classes).eval()
+        network: ResNet
+        if depth == cifar.DEPTH:
+            network = cifar.CifarResNeXt(template, num_classes, **others)
+        else:
+            network = ResNeXt(depth, template, norm="BN", num_classes=num_classes, **others)
+        network.eval()
         image = torch.zeros(1, 3, height, width)
     counts = _count(network, lambda: network(image))
     return Complexity(_parts(network, counts), height, width)

@@ -13,7 +13,7 @@ from torch import nn
 
 from resnext_det.errors import ConfigError, quoted
 from resnext_det.modeling.activation_checkpointing import CheckpointedStage
-from resnext_det.modeling.blocks import Norm, block_class, last_norm
+from resnext_det.modeling.blocks import Norm, NoShortcut, block_class, last_norm
 from resnext_det.modeling.forms import load_any_form
 from resnext_det.modeling.partial_loads import refuse_partial_loads
 from resnext_det.modeling.preactivation import PreactivationBlock
@@ -53,6 +53,7 @@ class ResNeXt(ResNet):
         form: str = "grouped",
         pre_activation: bool = False,
         zero_init_residual: bool = False,
+        shortcuts: bool = True,
         checkpoint_stages: Sequence[str] = (),
     ) -> None:
         """Build the network.
@@ -80,6 +81,7 @@ class ResNeXt(ResNet):
             pre_activation: norm and ReLU before each convolution, as in the paper's ResNet-200.
             zero_init_residual: start the last norm of every block at 0 instead of 1, so that
                 blocks begin as their shortcuts (1706.02677, section 5.1).
+            shortcuts: False for the paper's ablation without them.
             checkpoint_stages: which of "res2" to "res5" keep only the inputs of their blocks in
                 training and recompute the rest: less memory, the same gradients.
 
@@ -122,6 +124,7 @@ class ResNeXt(ResNet):
                 dilation=res5_dilation if name == "res5" else 1,
                 deformable=deform if deformable else None,
                 zero_init_residual=zero_init_residual,
+                shortcuts=shortcuts,
             )
             for name, deformable in zip(STAGES, deform_on_per_stage)
         ]
@@ -156,6 +159,7 @@ def make_stage(
     dilation: int = 1,
     deformable: dict[str, Any] | None = None,
     zero_init_residual: bool = False,
+    shortcuts: bool = True,
     checkpointed: bool = False,
 ) -> nn.Sequential:
     """Build one of the stages res2 to res5; arguments that `ResNeXt` has too mean the same.
@@ -173,6 +177,7 @@ def make_stage(
         dilation: of the 3x3 convolutions; a dilated stage has stride 1 (DC5).
         deformable: arguments for `DeformBottleneckBlock`, to build the stage from these.
         zero_init_residual: start the last norm of every block at 0.
+        shortcuts: whether the blocks have any.
         checkpointed: keep only the inputs of the blocks.
 
     Returns:
@@ -233,7 +238,14 @@ def make_stage(
         dilation=dilation,
         **more,
     )
+    if not shortcuts and zero_init_residual:
+        raise ConfigError(
+            "MODEL.RESNEXT.SHORTCUTS and ZERO_INIT_RESIDUAL contradict each other: blocks without "
+            "shortcuts that start at 0 put out nothing. Set ZERO_INIT_RESIDUAL False."
+        )
     for each in blocks:
+        if not shortcuts:
+            each.shortcut = NoShortcut()
         each.register_load_state_dict_pre_hook(load_any_form)
         if zero_init_residual:
             weight = getattr(last_norm(each), "weight", None)

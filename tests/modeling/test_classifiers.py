@@ -38,6 +38,25 @@ def test_maps_of_appendix_a() -> None:
     assert (first.conv1.stride, first.conv2.stride) == ((1, 1), (2, 2))
 
 
+@pytest.mark.parametrize("form", ["grouped", "aggregated"])
+def test_without_shortcuts_only_residuals_are_left(form: str) -> None:
+    """As if the shortcuts of the same network, from the same seed, put out zeros."""
+    outputs = []
+    for shortcuts in (True, False):
+        torch.manual_seed(0)
+        network = CifarResNeXt(
+            "2x4d", 5, stem_out_channels=8, res2_out_channels=16, form=form, shortcuts=shortcuts
+        )
+        block: Any = network.res2[0]  # type: ignore[index]
+        assert ("shortcut.weight" in block.state_dict()) == shortcuts
+        if shortcuts:
+            block.shortcut.register_forward_hook(lambda module, inputs, output: 0 * output)
+        outputs.append(block(torch.ones(2, 8, 4, 4)))
+    assert torch.equal(*outputs) and outputs[0].std() > 0.01
+    with pytest.raises(ConfigError, match="put out nothing"):
+        ResNeXt(26, "2x4d", norm="BN", shortcuts=False, zero_init_residual=True)
+
+
 def reference(x: Tensor, state: dict[str, Tensor], counts: list[int], groups: int) -> Tensor:
     """fb.resnet.torch's preresnet, from its description, on the tensors of our network."""
 
