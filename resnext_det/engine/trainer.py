@@ -295,8 +295,10 @@ class Trainer(DefaultTrainer):
             cfg.defrost()
             cfg.SOLVER.CLIP_GRADIENTS.ENABLED = False
         optimizer: torch.optim.Optimizer = super().build_optimizer(cfg, model)  # type: ignore[no-untyped-call]
-        for group in optimizer.param_groups if fused else ():
-            group.update(foreach=False, fused=True)
+        if fused:
+            for group in optimizer.param_groups:
+                group.update(foreach=False, fused=True)
+            optimizer.register_step_post_hook(_mark_changed)
         return optimizer
 
     @classmethod
@@ -373,3 +375,12 @@ class Trainer(DefaultTrainer):
             Engine(test.ENGINE, test.CROSS_CHECK),
             test.KEYPOINT_OKS_SIGMAS,
         )
+
+
+def _mark_changed(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Tell accelerated layers, which keep folded weights, that a fused update changed them.
+
+    torch counts all other changes in place itself.
+    """
+    for group in optimizer.param_groups:
+        torch.autograd.graph.increment_version(group["params"])

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import CfgNode
+from detectron2.layers import Conv2d
 from detectron2.utils import logger as detectron2_logger
 from PIL import Image
 from torch import nn
@@ -24,6 +25,7 @@ from resnext_det.engine.evaluate import evaluate
 from resnext_det.engine.inference import precision_of
 from resnext_det.engine.predictor import Predictor
 from resnext_det.engine.trainer import Trainer
+from resnext_det.modeling.fast import accelerate
 
 TOY = "faster_rcnn_X_26_8x4d_FPN_toy"
 SMALL = "SOLVER.MAX_ITER 2 SOLVER.STEPS () SOLVER.WARMUP_ITERS 0 SOLVER.IMS_PER_BATCH 4"
@@ -109,20 +111,26 @@ CLIPPED = "SOLVER.CLIP_GRADIENTS.ENABLED True SOLVER.CLIP_GRADIENTS.CLIP_VALUE 0
 
 @pytest.mark.parametrize("more", ["", "SOLVER.NESTEROV True", CLIPPED])
 def test_the_fused_update_is_detectron2s(more: str, tmp_path: Path) -> None:
-    """Within rounding; bit for bit with stock arithmetic, where it is not used."""
-    weights = {}
+    """Within rounding; and a layer with its norm folded in computes with the new weights."""
+    weights, outputs = {}, {}
+    x = torch.randn(2, 8, 9, 9)
     for precision in ("stock", "fp32"):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+        model = Conv2d(8, 8, 3, norm=nn.BatchNorm2d(8))
         optimizer = Trainer.build_optimizer(config(tmp_path, precision, *more.split()), model)
+        if precision == "fp32":
+            accelerate(model)
         (fused,) = {group["fused"] for group in optimizer.param_groups}
         assert bool(fused) == (precision == "fp32")
         for _ in range(4):
+            with torch.no_grad():
+                outputs[precision] = model.eval()(x)
             for parameter in model.parameters():
                 parameter.grad = torch.randn_like(parameter)
             optimizer.step()
         weights[precision] = torch.cat([each.detach().flatten() for each in model.parameters()])
     torch.testing.assert_close(weights["fp32"], weights["stock"], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(outputs["fp32"], outputs["stock"], rtol=1e-4, atol=1e-5)
 
 
 def test_warns_once_of_a_slow_precision(

@@ -51,7 +51,9 @@ def detections(model: nn.Module) -> list[Tensor]:
 
 
 def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
-    return len(ours) == len(theirs) > 0 and all(map(torch.equal, ours, theirs))
+    """Tell whether all tensors are equal; there must be some numbers to compare."""
+    assert sum(each.numel() for each in theirs) > 20
+    return len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
 
 
 def saved_and_loaded(model: nn.Module) -> nn.Module:
@@ -72,7 +74,7 @@ def test_copies_compute_the_same(
     other = copied(model)
     assert same(detections(other), expected)
     for parameter in other.parameters():
-        parameter.detach().mul_(0.5)
+        parameter.detach().mul_(0.99)
     assert not same(detections(other), expected)
     assert same(detections(model), expected)  # a copy shares nothing
 
@@ -98,25 +100,25 @@ def test_loads_a_checkpoint_after_inference() -> None:
     assert not same(found, before)
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.shape == theirs.shape and difference(ours, theirs) < 1e-3
+    assert len(found[0]) > 5
 
 
-@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("norm", ["FrozenBN", "BN"])
-def test_evaluates_the_weights_of_the_last_update(norm: str, fused: bool) -> None:
+def test_evaluates_the_weights_of_the_last_update(norm: str) -> None:
     """Of the training and of its moving average; nothing prepared for earlier ones is left."""
     model = accelerate(model_of("FPN", norm))
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=fused)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5, momentum=0.9)
     for _ in range(2):
-        detections(model)
-        detections(average.module)
+        before = [detections(each) for each in (model, average.module)]
         model.train()
         optimizer.zero_grad()
         with EventStorage():
             sum(model(inputs(training=True)).values()).backward()
         optimizer.step()
         average.update_parameters(model)
-    for trained in (model, average.module):
+    for trained, old in zip((model, average.module), before, strict=True):
+        assert not same(detections(trained), old)
         fresh = accelerate(model_of("FPN", norm))
         fresh.load_state_dict(trained.state_dict())
         assert same(detections(trained), detections(fresh))
