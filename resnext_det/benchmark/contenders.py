@@ -121,6 +121,11 @@ def _ours(precision: Precision, cfg: CfgNode) -> nn.Module:
     return accelerate(_detector(cfg), precision)
 
 
+def _ours_checkpointed(cfg: CfgNode) -> nn.Module:
+    stages = ["res3", "res4", "res5"]
+    return _ours("fp32", with_settings(cfg, {"MODEL.RESNEXT.CHECKPOINT_STAGES": stages}))
+
+
 def _detector(cfg: CfgNode) -> nn.Module:
     """Build a detector of Detectron2's speed, with the weights of every contender."""
     torch.manual_seed(_SEED)
@@ -227,6 +232,7 @@ TORCHVISION = Contender("torchvision", Torchvision)
 FP32, BF16, FP16 = (
     Contender(f"ours {p}", partial(_ours, p), fused=True) for p in ("fp32", "bf16", "fp16")
 )
+CHECKPOINTED = Contender("ours fp32, res3 to res5 checkpointed", _ours_checkpointed, fused=True)
 
 
 def fitting(contenders: Sequence[Contender], cfg: CfgNode) -> list[Contender]:

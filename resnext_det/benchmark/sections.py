@@ -24,6 +24,7 @@ from torch import Tensor
 from resnext_det.benchmark.contenders import (
     AUTOCAST,
     BF16,
+    CHECKPOINTED,
     FP16,
     FP32,
     STOCK,
@@ -117,7 +118,7 @@ def training(setup: Setup) -> list[Table]:
     """Measure a step: forward, backward, SGD."""
     cfg, (height, width) = setup.cfg, setup.sizes.training
     inputs: Inputs = [example(height, width, seed) for seed in (0, 1)]
-    contenders = fitting((STOCK, AUTOCAST, TORCHVISION, FP32, BF16), cfg)
+    contenders = fitting((STOCK, AUTOCAST, TORCHVISION, FP32, CHECKPOINTED, BF16), cfg)
     building = progress_bar(contenders, desc="building", unit="detector")
     steps = {each.name: each.training(cfg, inputs) for each in building}
     losses = {name: step() for name, step in steps.items()}
@@ -140,7 +141,9 @@ def training(setup: Setup) -> list[Table]:
         f"Two generated images of {height} x {width} pixels with eight objects each: forward, "
         "backward and SGD with momentum. Memory is what two steps add to a process that has built "
         "the model: activations, gradients, momentum. The loss is that of the first step, with the "
-        "same random samples of anchors and regions; torchvision has its own weights and samples."
+        "same random samples of anchors and regions; torchvision has its own weights and samples. "
+        "Checkpointed: `MODEL.RESNEXT.CHECKPOINT_STAGES` recomputes activations instead of keeping "
+        "them."
     )
     return [Table("Training", note, rows)]
 
