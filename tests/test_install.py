@@ -119,7 +119,7 @@ def test_importing_only_registers(tmp_path: Path) -> None:
     """No file, no log handler, no environment variable, no warning (or filter of warnings)."""
     program = """
 import importlib, logging, os, warnings
-import torch, torchvision, pycocotools, matplotlib  # theirs is not ours
+import cv2, torch, torchvision, pycocotools, matplotlib  # theirs is not ours
 filters = list(warnings.filters)
 before = dict(os.environ), list(logging.getLogger().handlers)
 import resnext_det

@@ -298,7 +298,6 @@ class Trainer(DefaultTrainer):
         if fused:
             for group in optimizer.param_groups:
                 group.update(foreach=False, fused=True)
-            optimizer.register_step_post_hook(_mark_changed)
         return optimizer
 
     @classmethod
@@ -375,12 +374,3 @@ class Trainer(DefaultTrainer):
             Engine(test.ENGINE, test.CROSS_CHECK),
             test.KEYPOINT_OKS_SIGMAS,
         )
-
-
-def _mark_changed(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Tell accelerated layers, which keep folded weights, that a fused update changed them.
-
-    torch counts all other changes in place itself.
-    """
-    for group in optimizer.param_groups:
-        torch.autograd.graph.increment_version(group["params"])

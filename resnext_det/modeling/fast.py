@@ -172,9 +172,14 @@ class _Computed:
             self.__dict__["_kept"] = new
         return new
 
+    def forget(self) -> None:
+        """Drop what was kept: a fused optimizer changes parameters without a new version."""
+        self.__dict__.pop("_kept", None)
+
     def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         """Return the cast weight and bias, as part of the graph in training."""
         if torch.is_grad_enabled() and any(t.requires_grad for t in self.parameters_to_fold()):
+            self.forget()
             scale, bias = self.factor_and_bias()
             return self.folded(scale), bias
         kept = self.kept()
@@ -199,6 +204,7 @@ class _Convolving(_Computed):
         if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)):
             kept = self.kept()
             return self.computed(x, kept.weight, kept.bias, kept.matrices)
+        self.forget()
         scale, bias = self.factor_and_bias()
         if _is_special() or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
             return cast(Tensor, layer._conv_forward(x, self.folded(scale), bias))

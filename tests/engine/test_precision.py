@@ -125,6 +125,7 @@ def test_the_fused_update_is_detectron2s(more: str, tmp_path: Path) -> None:
         for _ in range(4):
             with torch.no_grad():
                 outputs[precision] = model.eval()(x)
+            model(x)  # an update follows a pass with gradients
             for parameter in model.parameters():
                 parameter.grad = torch.randn_like(parameter)
             optimizer.step()
