@@ -20,7 +20,7 @@ from torch import nn
 
 from resnext_det.config import complete
 from resnext_det.config_rules import STOCK
-from resnext_det.environment import is_slow
+from resnext_det.environment import is_slow, keep_freed_memory
 from resnext_det.errors import ConfigError, ResNeXtError, quoted
 from resnext_det.modeling import cifar
 from resnext_det.modeling.classifier import ImageClassifier
@@ -67,6 +67,8 @@ def build_detector(cfg: CfgNode) -> nn.Module:
         return model
     if str(cfg.MODEL.DEVICE).startswith("cuda"):
         model.register_forward_pre_hook(_start_copies)
+    else:
+        keep_freed_memory()
     return accelerate(model, precision)
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import os
 import platform
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
 
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # in glibc's malloc.h
 _PACKAGES = ("torch", "torchvision", "numpy", "hotcoco", "pycocotools")
 
 
@@ -50,6 +53,18 @@ def is_slow(precision: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
         and flags is not None
         and (f"amx_{precision}" not in flags[1].split())
     )
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory in this process for the next tensors.
+
+    By default it returns large blocks to the system, which clears their pages at the next request:
+    a fifth of the time of a detector on a CPU. Without glibc this does nothing.
+    """
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(library, "mallopt"):
+        library.mallopt(_M_MMAP_MAX, 0)
+        library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def commit(source: Path = Path(__file__)) -> str | None:

@@ -63,6 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
     from resnext_det.benchmark.results import FILE, Results, machine
     from resnext_det.benchmark.sections import SECTIONS as FUNCTIONS
     from resnext_det.config import load_config
+    from resnext_det.environment import keep_freed_memory
     from resnext_det.files import check_writable, write_bytes
 
     file = arguments.output / FILE
@@ -91,6 +92,7 @@ def run(arguments: argparse.Namespace) -> None:
             results = earlier
         else:
             print(f"{file} is of another machine or other settings, and is replaced.")
+    keep_freed_memory()  # for all contenders of the sections that run in this process
     setup = Setup(cfg, arguments.rounds, QUICK if quick else Sizes(), arguments.images)
     for name in arguments.sections:
         tables = FUNCTIONS[name](setup)

@@ -28,6 +28,7 @@ from torchvision.ops import box_iou
 
 from resnext_det.backbones import build_detector
 from resnext_det.data.toy import ToySpec, draw_image
+from resnext_det.environment import keep_freed_memory
 from resnext_det.modeling.fast import Precision, accelerate
 from resnext_det.weights.loading import load_weights
 
@@ -53,13 +54,21 @@ class Contender:
         name: in the tables.
         build: returns the detector of a config.
         autocast: run under `torch.autocast` in bfloat16.
-        fused: train with torch's fused SGD, as this package's trainer does.
+        as_commands: train and run as this package's commands do, with torch's fused SGD, and
+            keeping freed memory in a process of its own.
     """
 
     name: str
     build: Callable[[CfgNode], nn.Module]
     autocast: bool = False
-    fused: bool = False
+    as_commands: bool = False
+
+    def alone(self, kind: str, cfg: CfgNode, inputs: Inputs) -> Callable[[], Any]:
+        """Return what `inference` or `training` returns, in a process for this alone."""
+        if self.as_commands:
+            keep_freed_memory()
+        run: Callable[[], Any] = getattr(self, kind)(cfg, inputs)
+        return run
 
     def inference(self, cfg: CfgNode, inputs: Inputs) -> Callable[[], list[dict[str, Any]]]:
         """Return a function that detects the objects of `inputs`."""
@@ -89,7 +98,7 @@ class Contender:
         model = self.build(cfg).train()
         learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # So slow that every step sees about the same network.
-        settings: Any = {"fused": True} if self.fused else {}
+        settings: Any = {"fused": True} if self.as_commands else {}
         optimizer = torch.optim.SGD(learned, 1e-7, momentum=0.9, weight_decay=1e-4, **settings)
 
         def run() -> float:
@@ -230,9 +239,11 @@ STOCK = Contender("stock Detectron2", _stock)
 AUTOCAST = Contender("stock Detectron2, autocast bf16", _stock, autocast=True)
 TORCHVISION = Contender("torchvision", Torchvision)
 FP32, BF16, FP16 = (
-    Contender(f"ours {p}", partial(_ours, p), fused=True) for p in ("fp32", "bf16", "fp16")
+    Contender(f"ours {p}", partial(_ours, p), as_commands=True) for p in ("fp32", "bf16", "fp16")
 )
-CHECKPOINTED = Contender("ours fp32, res3 to res5 checkpointed", _ours_checkpointed, fused=True)
+CHECKPOINTED = Contender(
+    "ours fp32, res3 to res5 checkpointed", _ours_checkpointed, as_commands=True
+)
 
 
 def fitting(contenders: Sequence[Contender], cfg: CfgNode) -> list[Contender]:

@@ -8,17 +8,20 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.context import BaseContext
 from pathlib import Path
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 
 from resnext_det.console import ignore_others_warnings, progress_bar
 
-Run = Callable[[], object]
+Run = Callable[[], Any]
 """What is measured: one pass, one step."""
 
 
@@ -138,7 +141,12 @@ class Setup:
 
 
 def alternate(
-    runs: Mapping[str, Run], rounds: int, description: str, *, warm_up: int = 1
+    runs: Mapping[str, Run],
+    rounds: int,
+    description: str,
+    *,
+    warm_up: int = 1,
+    timer: Callable[[Run], float] | None = None,
 ) -> dict[str, list[float]]:
     """Time every run once a round, in turn, so that a change of the machine's pace hits all alike.
 
@@ -147,20 +155,88 @@ def alternate(
         rounds: timed ones.
         description: for the progress bar.
         warm_up: rounds that are not timed.
+        timer: takes the time of a run elsewhere than in this process.
 
     Returns:
         The seconds of each round, by name.
     """
+    timer = timer or _timed
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     total = (warm_up + rounds) * len(runs)
     with progress_bar(total=total, desc=description, unit="run") as bar:
         for number in range(-warm_up, rounds):
             for name, run in runs.items():
-                duration = _timed(run)
+                duration = timer(run)
                 if number >= 0:
                     seconds[name].append(duration)
                 bar.update()
     return seconds
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a contender took in a process of its own.
+
+    Attributes:
+        seconds: one for each round.
+        memory: MiB by which two runs raised the memory above what was built: the GPU's if there
+            is one, else the resident memory.
+        result: of the last run of the warm-up.
+    """
+
+    seconds: Sequence[float]
+    memory: float
+    result: Any
+
+
+def apart(
+    builds: Mapping[str, Callable[[], Run]], rounds: int, description: str
+) -> dict[str, Measured]:
+    """Measure each contender in a fresh process, in turn with the others.
+
+    So what one does to its process, such as keeping freed memory, does not serve another.
+
+    Args:
+        builds: by name, functions or partials that pickle can name; each returns what to run.
+        rounds: timed ones.
+        description: for the progress bar.
+    """
+    with ExitStack() as stack:
+        first, runs = {}, {}
+        for name, build in progress_bar(builds.items(), desc="building", unit="process"):
+            pool = stack.enter_context(ProcessPoolExecutor(1, fresh_processes()))
+            first[name] = pool.submit(_first, build, torch.get_num_threads()).result()
+            runs[name] = partial(_in, pool)
+        seconds = alternate(runs, rounds, description, warm_up=0, timer=lambda run: run())
+    return {name: Measured(seconds[name], *first[name]) for name in builds}
+
+
+def _in(pool: ProcessPoolExecutor) -> float:
+    return pool.submit(_again).result()
+
+
+_built: list[Run] = []  # in a process of `apart`
+
+
+def _first(build: Callable[[], Run], threads: int) -> tuple[float, Any]:
+    ignore_others_warnings()
+    torch.set_num_threads(threads)
+    run = build()
+    _built.append(run)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        before = _reset_peak_resident()
+    run()
+    result = run()  # the first may allocate what later ones keep, such as the momentum
+    after = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _peak_resident()
+    return (after - before) / 2**20, result
+
+
+def _again() -> float:
+    return _timed(_built[0])
 
 
 def _timed(run: Run) -> float:
@@ -177,43 +253,11 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def peak_memory(builds: Mapping[str, Callable[[], Run]]) -> dict[str, float]:
-    """Return by how many MiB two runs raise the memory of a fresh process above what was built.
-
-    Args:
-        builds: by name, functions or partials that pickle can name; each returns what to run.
-
-    Returns:
-        The GPU's memory if there is one, else the resident memory.
-    """
-    raised = {}
-    for name, build in progress_bar(builds.items(), desc="memory", unit="process"):
-        with ProcessPoolExecutor(1, fresh_processes()) as pool:
-            raised[name] = pool.submit(_raised, build, torch.get_num_threads()).result() / 2**20
-    return raised
-
-
 def fresh_processes() -> BaseContext:
     """Return a context whose processes have imported this package, and nothing else."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["resnext_det.benchmark.contenders"])
     return context
-
-
-def _raised(build: Callable[[], Run], threads: int) -> int:
-    ignore_others_warnings()
-    torch.set_num_threads(threads)
-    run = build()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    else:
-        before = _reset_peak_resident()
-    run()
-    run()  # the first may allocate what later ones keep, such as the momentum
-    after = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _peak_resident()
-    return after - before
 
 
 _STATUS = Path("/proc/self/status")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import itertools
 import math
@@ -16,9 +17,9 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-import torchvision
 from detectron2.data import DatasetMapper
-from detectron2.structures import BoxMode
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.structures import Boxes, BoxMode
 from torch import Tensor
 
 from resnext_det.benchmark.contenders import (
@@ -39,13 +40,13 @@ from resnext_det.benchmark.contenders import (
 )
 from resnext_det.benchmark.evaluation import evaluation
 from resnext_det.benchmark.growth import growth
-from resnext_det.benchmark.measure import Row, Setup, Table, alternate, peak_memory
+from resnext_det.benchmark.measure import Row, Setup, Table, alternate, apart
 from resnext_det.benchmark.roofline import roofline
 from resnext_det.console import progress_bar
 from resnext_det.data.mapper import NamingDatasetMapper
 from resnext_det.errors import DatasetError, quoted
 from resnext_det.images import read_header
-from resnext_det.modeling.roi_align import roi_align
+from resnext_det.modeling.fast import accelerate
 
 
 def inference(setup: Setup) -> list[Table]:
@@ -55,15 +56,16 @@ def inference(setup: Setup) -> list[Table]:
     contenders = fitting((STOCK, TORCHVISION, FP32, BF16, FP16), cfg)
     size = f"One generated image of {height} x {width} pixels."
 
-    building = partial(progress_bar, contenders, desc="building", unit="detector")
-    detect = {each.name: each.inference(cfg, inputs) for each in building()}
-    found = {name: run()[0]["instances"] for name, run in detect.items()}
-    seconds = alternate(detect, setup.rounds, "inference")
-    memory = peak_memory({each.name: partial(each.inference, cfg, inputs) for each in contenders})
+    measured = apart(
+        {each.name: partial(each.alone, "inference", cfg, inputs) for each in contenders},
+        setup.rounds,
+        "inference",
+    )
+    found = {name: each.result[0]["instances"] for name, each in measured.items()}
     rows = []
     for each in contenders:
         more: dict[str, Any] = {
-            "memory, MiB": memory[each.name],
+            "memory, MiB": measured[each.name].memory,
             "detections": int((found[each.name].scores > 0.05).sum()),
         }
         if each is not TORCHVISION:
@@ -72,10 +74,12 @@ def inference(setup: Setup) -> list[Table]:
             if difference.matched:
                 more["boxes off by, px"] = difference.pixels
                 more["scores off by"] = difference.score
-        rows.append(Row("whole detector", each.name, seconds[each.name], more))
+        rows.append(Row("whole detector", each.name, measured[each.name].seconds, more))
     whole = Table(
         "Inference",
-        f"{size} Memory is what a pass adds to a process that has built the model. Detections "
+        f"{size} Each has a process of its own; ours keeps freed memory for the next pass, as this "
+        "package's commands do. Memory is what a pass adds to a process that has built the model. "
+        "Detections "
         "score over 0.05; they are matched with stock Detectron2's by class and an IoU of at least "
         "0.5, and the columns after it have the largest differences. torchvision's RoIAlign and "
         "weights are its own, so its detections are not compared. "
@@ -84,7 +88,8 @@ def inference(setup: Setup) -> list[Table]:
     )
 
     runs: dict[str, Callable[[], dict[str, Tensor]]] = {
-        each.name: each.backbone(cfg, inputs) for each in building()
+        each.name: each.backbone(cfg, inputs)
+        for each in progress_bar(contenders, desc="building", unit="detector")
     }
     if importlib.util.find_spec("openvino") and cfg.MODEL.DEVICE == "cpu":
         for precision, label in (("f32", "fp32"), ("bf16", "bf16")):
@@ -119,31 +124,31 @@ def training(setup: Setup) -> list[Table]:
     cfg, (height, width) = setup.cfg, setup.sizes.training
     inputs: Inputs = [example(height, width, seed) for seed in (0, 1)]
     contenders = fitting((STOCK, AUTOCAST, TORCHVISION, FP32, CHECKPOINTED, BF16), cfg)
-    building = progress_bar(contenders, desc="building", unit="detector")
-    steps = {each.name: each.training(cfg, inputs) for each in building}
-    losses = {name: step() for name, step in steps.items()}
-    seconds = alternate(steps, setup.rounds, "training")
-    memory = peak_memory({each.name: partial(each.training, cfg, inputs) for each in contenders})
+    measured = apart(
+        {each.name: partial(each.alone, "training", cfg, inputs) for each in contenders},
+        setup.rounds,
+        "training",
+    )
     rows = [
         Row(
             "a step",
             name,
-            each_round,
+            each.seconds,
             {
-                "memory, MiB": memory[name],
-                "memory, share": memory[name] / memory[STOCK.name],
-                "loss": losses[name],
+                "memory, MiB": each.memory,
+                "memory, share": each.memory / measured[STOCK.name].memory,
+                "loss": each.result,
             },
         )
-        for name, each_round in seconds.items()
+        for name, each in measured.items()
     ]
     note = (
         f"Two generated images of {height} x {width} pixels with eight objects each: forward, "
         "backward and SGD with momentum. Memory is what two steps add to a process that has built "
-        "the model: activations, gradients, momentum. The loss is that of the first step, with the "
-        "same random samples of anchors and regions; torchvision has its own weights and samples. "
-        "Checkpointed: `MODEL.RESNEXT.CHECKPOINT_STAGES` recomputes activations instead of keeping "
-        "them."
+        "the model: activations, gradients, momentum. The loss is that of the second step, with "
+        "the same random samples of anchors and regions; torchvision has its own weights and "
+        "samples. Checkpointed: `MODEL.RESNEXT.CHECKPOINT_STAGES` recomputes activations instead "
+        "of keeping them."
     )
     return [Table("Training", note, rows)]
 
@@ -166,15 +171,18 @@ def pooling(setup: Setup) -> list[Table]:
         torch.randn(1, 256, math.ceil(height / s), math.ceil(width / s), generator=generator)
         for s in _STRIDES
     ]
+    scales = [1 / stride for stride in _STRIDES]
+    stock = ROIPooler((7, 7), scales, sampling_ratio=0, pooler_type="ROIAlignV2")
+    ours: Any = accelerate(copy.deepcopy(stock))
     rows = []
     for count, threads in itertools.product(
         setup.sizes.regions, sorted({1, torch.get_num_threads()})
     ):
-        boxes = _boxes_by_level(count, height, width, generator)
+        boxes = _boxes(count, height, width, generator)
         passes = {
-            "torchvision": _Pooling(torchvision.ops.roi_align, maps, boxes),
-            "ours fp32": _Pooling(roi_align, [each.to(**_LAST) for each in maps], boxes),
-            "ours bf16": _Pooling(roi_align, [m.to(torch.bfloat16, **_LAST) for m in maps], boxes),
+            "torchvision": _Pooling(stock, maps, boxes),
+            "ours fp32": _Pooling(ours, [each.to(**_LAST) for each in maps], boxes),
+            "ours bf16": _Pooling(ours, [m.to(torch.bfloat16, **_LAST) for m in maps], boxes),
         }
         with _threads(threads):
             for direction in ("forward", "backward"):
@@ -187,7 +195,8 @@ def pooling(setup: Setup) -> list[Table]:
                     rows.append(Row(case, name, seconds[name], {"off by": off}))
     note = (
         f"Boxes of all sizes on the four levels of an image of {height} x {width} pixels, 256 "
-        "channels, 7 x 7 bins, adaptive sampling, on the CPU. Ours includes building its index. "
+        "channels, 7 x 7 bins, adaptive sampling, on the CPU, by Detectron2's ROIPooler as it is "
+        "and accelerated. Ours includes building its index. "
         "The last column is the largest difference from torchvision, for values of deviation 1."
     )
     return [Table("RoIAlign", note, rows)]
@@ -197,46 +206,34 @@ _STRIDES = (4, 8, 16, 32)
 _LAST: Any = {"memory_format": torch.channels_last}
 
 
-def _boxes_by_level(
-    count: int, height: int, width: int, generator: torch.Generator
-) -> list[Tensor]:
-    """Return boxes (K, 5) for each level, assigned by size as in FPN."""
+def _boxes(count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+    """Return boxes of all sizes, (K, 4)."""
     random = torch.rand(4, count, generator=generator)
     limit = torch.tensor([width, height])
     sides = 16 * (limit[:, None] / 20) ** random[:2]
     corners = random[2:] * (limit[:, None] - sides)
-    boxes = torch.cat([torch.zeros(1, count), corners, corners + sides]).T
-    level = (4 + torch.log2(sides.prod(0).sqrt() / 224)).floor().clamp(2, 5)
-    return [boxes[level == number] for number in (2, 3, 4, 5)]
+    return torch.cat([corners, corners + sides]).T
 
 
 class _Pooling:
-    """An operator on all levels, and its backward pass."""
+    """The pooling of boxes from a pyramid, and its backward pass."""
 
-    def __init__(self, operator: Any, maps: list[Tensor], boxes: list[Tensor]) -> None:
-        self._operator, self._boxes = operator, boxes
+    def __init__(self, pooler: Any, maps: list[Tensor], boxes: Tensor) -> None:
+        self._pooler, self._boxes = pooler, [Boxes(boxes)]
         self._maps = [each.detach().requires_grad_() for each in maps]
-        self._pooled = self._pool()
+        self._pooled = pooler(self._maps, self._boxes)
         generator = torch.Generator().manual_seed(1)
-        self._gradients = []
-        for each in self._pooled:
-            values = torch.randn(each.shape, generator=generator)
-            self._gradients.append(torch.empty_like(each).copy_(values))
-
-    def _pool(self) -> list[Tensor]:
-        return [
-            self._operator(each, boxes, 7, 1 / stride, 0, True)
-            for each, boxes, stride in zip(self._maps, self._boxes, _STRIDES, strict=True)
-        ]
+        values = torch.randn(self._pooled.shape, generator=generator)
+        self._gradient = torch.empty_like(self._pooled).copy_(values)
 
     def forward(self) -> list[Tensor]:
         """Pool."""
         with torch.no_grad():
-            return self._pool()
+            return [self._pooler(self._maps, self._boxes)]
 
     def backward(self) -> Sequence[Tensor]:
         """Return the gradients of the maps."""
-        return torch.autograd.grad(self._pooled, self._maps, self._gradients, retain_graph=True)
+        return torch.autograd.grad(self._pooled, self._maps, self._gradient, retain_graph=True)
 
 
 def _difference(expected: Tensor, found: Tensor) -> float:

@@ -16,7 +16,7 @@ from detectron2.structures import Boxes, Instances
 
 from resnext_det.benchmark import contenders, sections
 from resnext_det.benchmark.contenders import Agreement
-from resnext_det.benchmark.measure import Row, Table, alternate, peak_memory
+from resnext_det.benchmark.measure import Row, Table, alternate, apart
 from resnext_det.benchmark.page import page, text
 from resnext_det.benchmark.results import Results
 from resnext_det.benchmark.roofline import multiply_adds_by_part, part_rows
@@ -57,8 +57,9 @@ def allocate(kept: int, passing: int) -> Any:
 def test_memory_is_that_of_the_run_alone() -> None:
     """Neither that of this process, nor what the building took at its peak."""
     here = torch.ones(500 << 20, dtype=torch.uint8)
-    raised = peak_memory({"a": partial(allocate, 50 << 20, 100 << 20)})
-    assert raised == {"a": pytest.approx(100, abs=25)}
+    measured = apart({"a": partial(allocate, 50 << 20, 100 << 20)}, 2, "memory")["a"]
+    assert measured.memory == pytest.approx(100, abs=25)
+    assert (len(measured.seconds), float(measured.result)) == (2, 2.0)
     assert here.sum() == len(here)
 
 
