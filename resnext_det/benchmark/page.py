@@ -23,10 +23,11 @@ HEAD = """# Performance
 
 `resnext-det benchmark` measured this; its `--page` wrote this page from the JSON file beside it.
 
-How to read it: contenders take turns in one process, after a warm-up, so that a change of the
-machine's pace hits all alike. A time is the median of the rounds, with the first and third quartile
-beside it; "times as fast" compares medians with the first row of the same case. Memory is measured
-in a fresh process for each contender. Other machines give other times; ratios travel better.
+How to read it: contenders take turns, after a warm-up, so that a change of the machine's pace hits
+all alike. In inference and training, where memory is measured too, each has a process of its own;
+elsewhere they share one, in which freed memory is kept for all. A time is the median of the rounds,
+with the first and third quartile beside it; "times as fast" compares medians with the first row of
+the same case. Other machines give other times; ratios travel better.
 """
 QUICK = """
 **This was a quick run on tiny inputs, to try the benchmark out: its figures mean nothing.**

@@ -58,9 +58,20 @@ def roofline(setup: Setup) -> list[Table]:
         "activations and additions of the other parts have none that are counted.",
         part_rows(seconds, multiply_adds_by_part(counted.parts), limits),
     )
+    total = multiply_adds_by_part(counted.parts)[_TOTAL]
+    limit = Table(
+        "The limit",
+        f"All {total / 1e9:.0f} G multiply-adds at the peak of each precision, and nothing else: "
+        "how fast a detector without Winograd's algorithm could be on this machine at best. If "
+        "bf16 is no faster than fp32 here, as without AMX, it saves memory only.",
+        [
+            Row("whole detector", STOCK.name, seconds[STOCK.name][_TOTAL]),
+            *(Row("whole detector", f"limit of {n}", [total / p]) for n, p in peaks.items()),
+        ],
+    )
     rows = [row for name, watch in watches.items() for row in _operators(name, watch.model, inputs)]
     note = "The operators that take the most time of one pass, by `torch.profiler`."
-    return [products, parts, Table("Profile", note, rows, compared=False)]
+    return [products, limit, parts, Table("Profile", note, rows, compared=False)]
 
 
 def _matrix_products(setup: Setup) -> Table:
