@@ -111,7 +111,8 @@ def propose(
             proposal_generator=rpn,
             pixel_mean=cfg.MODEL.PIXEL_MEAN,
             pixel_std=cfg.MODEL.PIXEL_STD,
-        ).to(detector.device)
+        )
+        model.to(detector.device).train(detector.training)
     cfg = cfg.clone()
     cfg.defrost()
     cfg.DATASETS.TEST = tuple(files)

@@ -19,7 +19,9 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from resnext_det import load_config
-from resnext_det.engine.evaluate import check_expectations
+from resnext_det.data.mapper import NamingDatasetMapper
+from resnext_det.data.proposals import read_proposals
+from resnext_det.engine.evaluate import check_expectations, evaluate, propose
 from resnext_det.engine.trainer import Trainer
 from resnext_det.errors import ConfigError
 
@@ -136,6 +138,34 @@ def test_resumes_computing_figures(
         assert 0 < recall["AR@100"] <= recall["AR@1000"] <= 100
         written = document(tmp_path)["datasets"][NAMES[0]]["proposals"]
         assert written["AR@300"] == recall["AR@300"]
+
+
+def test_saves_the_proposals_of_one_rpn_for_one_data_set(
+    cfg: CfgNode, model: nn.Module, tmp_path: Path
+) -> None:
+    """Those of Faster R-CNN are the proposals of its RPN."""
+    file = tmp_path / "proposals.safetensors"
+    found = propose(cfg, model.eval(), {NAMES[0]: file})
+    assert 0 < found["box_proposals"]["AR@100"] <= 100
+    saved = read_proposals(file)
+    for row, record in enumerate(DatasetCatalog.get(NAMES[0])):
+        image = NamingDatasetMapper(cfg, False)(record)
+        assert image is not None
+        with torch.no_grad():
+            images = model.preprocess_image([image])
+            features = model.backbone(images.tensor)
+            (rpn,), _ = model.proposal_generator(images, features, None)
+        scale = record["width"] / images.image_sizes[0][1]
+        boxes, scores = saved.of(row)
+        assert saved.image_ids[row] == record["image_id"]
+        np.testing.assert_allclose(boxes, rpn.proposal_boxes.tensor * scale, rtol=0.02, atol=0.5)
+        np.testing.assert_array_equal(scores, rpn.objectness_logits)
+    with pytest.raises(ConfigError, match="RetinaNet, whose detector has no RPN"):
+        cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
+        propose(cfg, model.backbone, {NAMES[0]: file})
+    cfg.DATASETS.TEST = NAMES
+    with pytest.raises(ConfigError, match=r"of one data set, and DATASETS\.TEST names 2"):
+        evaluate(cfg, save_proposals=file)
 
 
 @pytest.mark.parametrize("change", ["weight", "statistics", "size", "limit", "image"])

@@ -133,6 +133,8 @@ def test_refuses_other_networks(config: CfgNode) -> None:
     proposals = changed(config, "MODEL.META_ARCHITECTURE", "ProposalNetwork")
     with pytest.raises(ConfigError, match="ProposalNetwork does not detect objects"):
         Predictor(proposals)
+    with pytest.raises(ConfigError, match="LOAD_PROPOSALS is True"):
+        Predictor(changed(config, "MODEL.LOAD_PROPOSALS", "True"))
     predictor = Predictor(config)
     predictor.model = build_model(proposals).eval()
     with pytest.raises(ConfigError, match="does not detect objects"):

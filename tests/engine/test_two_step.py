@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 from resnext_det.config import load_config
 from resnext_det.engine.two_step import RECORD, TwoStep
 from resnext_det.errors import ConfigError
-from resnext_det_cli.two_step import _overrides
+from resnext_det_cli.two_step import _both, _overrides
 from tests.conftest import ROOT, Tool
 
 TOY = "fast_rcnn_X_26_8x4d_C4_toy"
@@ -196,6 +196,20 @@ def test_another_run_in_the_same_folder_is_refused(runs: Path, tmp_path: Path) -
     (tmp_path / "rpn" / "last_checkpoint").touch()
     with pytest.raises(ConfigError, match="a training of another command"):
         run_of(tmp_path).finished()
+
+
+def test_finds_the_config_of_the_other_step(tmp_path: Path) -> None:
+    names = ("rpn_X_50_32x4d_C4_paper", "fast_rcnn_X_50_32x4d_C4_paper")
+    for name in names:
+        assert tuple(path.stem for path in _both(name)) == names
+    (tmp_path / "rpn_mine.yaml").touch()
+    (tmp_path / "mine.yaml").touch()
+    for name, message in (
+        ("rpn_mine", "fast_rcnn_mine.yaml does not exist"),
+        ("mine", "begin with"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            _both(str(tmp_path / f"{name}.yaml"))
 
 
 def test_refuses_configs_of_other_detectors(tmp_path: Path) -> None:

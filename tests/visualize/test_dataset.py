@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,26 @@ def test_evaluation_images_are_resized_only(datasets: Path) -> None:
         scale = 48 / min(plain.picture.size)
         assert labels_of(each) == labels_of(plain)
         assert np.allclose(boxes_of(each), scale * np.array(boxes_of(plain)), atol=0.6)
+
+
+class Program:
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return exec, ("raise SystemExit('executed')",)
+
+
+def test_does_not_open_proposals(datasets: Path, tmp_path: Path) -> None:
+    """Detectron2's loader would execute these."""
+    file = tmp_path / "proposals.pkl"
+    file.write_bytes(pickle.dumps(Program()))
+    words = [f"DATASETS.PROPOSAL_FILES_{use}" for use in ("TRAIN", "TEST")]
+    more = [word for key in words for word in (key, f"('{file}',)")]
+    cfg, plain = config(datasets, "MODEL.LOAD_PROPOSALS", "True", *more), config(datasets)
+    for images in (
+        lambda cfg: evaluation_images(cfg, 2),
+        lambda cfg: training_images(cfg, 2, SEED),
+    ):
+        for found, expected in zip(images(cfg), images(plain), strict=True):
+            np.testing.assert_array_equal(found.picture, expected.picture)
 
 
 def test_writes_images_and_a_contact_sheet(datasets: Path, tmp_path: Path) -> None:
