@@ -74,9 +74,11 @@ def run(arguments: argparse.Namespace) -> None:
             for step, file in zip(STEPS, files)
         )
         steps = TwoStep.of(arguments.output, rpn, fast_rcnn, arguments, share=arguments.share)
-        steps.finished()  # refuses a folder of another run
+        done = steps.finished()  # refuses a folder of another run
         for cfg in (steps.rpn, steps.fast_rcnn):
             check_run(cfg, arguments, job.world_size)
+        if not done:
+            steps.check_weights()
         if job.world_size > 1:
             forget()  # each process reads the annotations itself
         run_everywhere(train_two_steps, job, (steps,))

@@ -155,6 +155,18 @@ class TwoStep:
             )
         return done
 
+    def check_weights(self) -> None:
+        """Load the weights of the second step once, since it may start days later.
+
+        Raises:
+            WeightsError: they do not fill its backbone, which includes res5.
+            ConfigError: no detector can be built from its config.
+        """
+        cfg = self.fast_rcnn.clone()
+        cfg.defrost()
+        cfg.MODEL.DEVICE = "cpu"
+        load_weights(build_detector(cfg), cfg)
+
     def record(self, finished: list[str]) -> None:
         """Write the record of this run, in the main process."""
         if comm.is_main_process():

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 
 from resnext_det.config import load_config
 from resnext_det.engine.two_step import RECORD, TwoStep
-from resnext_det.errors import ConfigError
+from resnext_det.errors import ConfigError, WeightsError
 from resnext_det_cli.two_step import _both, _overrides
 from tests.conftest import ROOT, Tool
 
@@ -210,6 +210,12 @@ def test_finds_the_config_of_the_other_step(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             _both(str(tmp_path / f"{name}.yaml"))
+
+
+def test_refuses_weights_that_only_fill_the_first_step(runs: Path, tmp_path: Path) -> None:
+    weights = runs / "whole" / "rpn" / "model_final.pth"
+    with pytest.raises(WeightsError, match=r"roi_heads\.res5"):
+        run_of(tmp_path, "MODEL.WEIGHTS", str(weights)).check_weights()
 
 
 def test_refuses_configs_of_other_detectors(tmp_path: Path) -> None:
