@@ -9,8 +9,9 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from resnext_det.checkpoint_file import read_run
+from resnext_det.checkpoint_file import Run, read_run
 from resnext_det.config import Tree, parse_config, read_config
+from resnext_det.config_rules import CLASSIFIER
 from resnext_det.data.checks import CUSTOM
 from resnext_det.errors import ConfigError, ResNeXtError, quoted
 from resnext_det.evaluation.results_file import INFERENCE, Scalars
@@ -171,13 +172,27 @@ def _origin(run: Path, weights: str) -> Facts:
         return []
     try:
         record = Record.of(read_checkpoint(file).record)
+        run = None if record else read_run(file)
     except (ResNeXtError, OSError) as error:
         logger.warning("%s: the source is unknown: %s", quoted(file), error)
         return []
     if record is None:
-        return []
+        return _pretraining(run)
     source = _source(record.name or record.source, record.licence, record.top1)
     return [("Source", f"{source}; sha256 {record.sha256[:16]}\u2026")]
+
+
+def _pretraining(run: Run | None) -> Facts:
+    """Return what a classifier was trained on, if it was one of this package."""
+    try:
+        config = parse_config(run.config, "the recorded config") if run else {}
+    except ConfigError:
+        return []
+    if run is None or value_of(config, "MODEL.META_ARCHITECTURE") != CLASSIFIER:
+        return []
+    data = Path(value_of(config, "CLASSIFICATION.DATA")).name
+    iterations = f", {run.iteration + 1:,} iterations" if run.iteration is not None else ""
+    return [("Source", f"pretrained on {len(run.class_names):,} classes of {data}{iterations}")]
 
 
 def _source(source: str, licence: str | None, top1: float | None) -> str:

@@ -24,6 +24,7 @@ from resnext_det.engine.recorded_config import check_classes, check_same_functio
 from resnext_det.errors import ConfigError, DatasetError, ResNeXtError
 from resnext_det.evaluation.classification import evaluate, load_classifier, validation_images
 from resnext_det.evaluation.classified import results_file
+from resnext_det.report.facts import weights_facts
 from resnext_det.report.page import write_report
 from resnext_det.weights.loading import load_weights
 from resnext_det_cli import main
@@ -137,7 +138,7 @@ def test_torchvision_gives_the_validation_figure(trained: Path) -> None:
     assert weights.keys() == network.state_dict().keys()
 
 
-def test_detectors_start_from_it(trained: Path) -> None:
+def test_detectors_start_from_it(trained: Path, tmp_path: Path) -> None:
     """MODEL.WEIGHTS takes a checkpoint, and its other task raises no objection."""
     file = trained / "whole" / "model_final.pth"
     sizes = "MODEL.RESNETS.STEM_OUT_CHANNELS 8 MODEL.RESNETS.RES2_OUT_CHANNELS 16"
@@ -147,6 +148,8 @@ def test_detectors_start_from_it(trained: Path) -> None:
     assert "torchvision layout" in load_weights(detector, cfg)
     check_same_function(cfg)
     check_classes(cfg)
+    facts = dict(weights_facts(tmp_path, str(file), {}, trained=False))
+    assert facts["Source"] == "pretrained on 10 classes of data, 6 iterations"
     stem: Any = detector.backbone.bottom_up.stem.conv1  # type: ignore[union-attr]
     ours = content(trained / "whole")["model"]["conv1.weight"].flip(1)  # RGB
     assert torch.equal(stem.weight, ours)
