@@ -61,7 +61,9 @@ def keep_freed_memory() -> None:
     By default it returns large blocks to the system, which clears their pages at the next request:
     a fifth of the time of a detector on a CPU. Without glibc this does nothing.
     """
-    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if sys.platform != "linux":
+        return
+    library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):
         library.mallopt(_M_MMAP_MAX, 0)
         library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

@@ -172,12 +172,12 @@ def _origin(run: Path, weights: str) -> Facts:
         return []
     try:
         record = Record.of(read_checkpoint(file).record)
-        run = None if record else read_run(file)
+        pretraining = None if record else read_run(file)
     except (ResNeXtError, OSError) as error:
         logger.warning("%s: the source is unknown: %s", quoted(file), error)
         return []
     if record is None:
-        return _pretraining(run)
+        return _pretraining(pretraining)
     source = _source(record.name or record.source, record.licence, record.top1)
     return [("Source", f"{source}; sha256 {record.sha256[:16]}\u2026")]
 

@@ -19,7 +19,6 @@ from resnext_det.engine.schedule import Plan, _decays, check_solver, in_epochs, 
 from resnext_det.errors import ConfigError
 
 PAPER = "faster_rcnn_X_50_32x4d_FPN_paper"
-TOY = "faster_rcnn_X_26_8x4d_FPN_toy"
 SHORT = ["SOLVER.MAX_ITER", 90, "SOLVER.STEPS", "(40,60)", "SOLVER.WARMUP_ITERS", 10]
 COCO_IMAGES = 118_287  # of train2017
 
@@ -30,6 +29,7 @@ SCHEDULES = {
     "1x": (16, 8, 0.02, (60_000, 80_000), 90_000),
     "3x": (16, 8, 0.02, (210_000, 250_000), 270_000),
     "128": (128, 8, 0.16, (15_000,), 22_500),
+    "fast_rcnn": (8, 8, 0.005, (120_000,), 180_000),  # appendix B; its RPN is as "paper"
 }
 
 
@@ -89,8 +89,9 @@ def test_shipped_configs_have_the_schedule_in_their_name(name: str) -> None:
     for processes in (1, 2, 8):
         scaled, plan = scale(cfg, processes)
         assert plan.warnings == () and solver(scaled)[2:] == solver(cfg)[2:]
-    if name != TOY:
-        assert solver(cfg) == SCHEDULES[name.rpartition("_")[2]]
+    if not name.endswith("_toy"):
+        schedule = "fast_rcnn" if name.startswith("fast_rcnn") else name.rpartition("_")[2]
+        assert solver(cfg) == SCHEDULES[schedule]
         assert (cfg.SOLVER.WARMUP_ITERS, cfg.SOLVER.WARMUP_FACTOR) == (1000, 0.001)
         assert (cfg.SOLVER.GAMMA, cfg.SOLVER.MOMENTUM, cfg.SOLVER.WEIGHT_DECAY) == (0.1, 0.9, 1e-4)
         assert cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupMultiStepLR"
