@@ -2,6 +2,7 @@
 # make test   the tests; make check: ruff and mypy; make test-slow: those that
 #             take minutes, such as the demonstration
 # make benchmark  time and memory beside stock Detectron2, and docs/performance.md: 20 minutes
+# make paper  the paper's experiments in miniature, 10 to 20 minutes, into docs/paper.md
 # make docs   the documentation as a site in output/site
 # make setup  only the installation; DETECTRON2=source builds upstream Detectron2 from GitHub
 
@@ -22,7 +23,7 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3.14 python
 IN_VENV := $(VENV)/bin/python
 CONFIG := configs/faster_rcnn_X_26_8x4d_FPN_toy.yaml
 
-.PHONY: setup demo test test-slow smoke check benchmark docs clean
+.PHONY: setup demo test test-slow smoke paper check benchmark docs clean
 
 setup:
 	@$(PYTHON) tools/install.py --folder $(VENV) --detectron2 $(DETECTRON2)
@@ -53,6 +54,9 @@ smoke: setup
 benchmark: setup
 	$(IN_VENV) tools/benchmark.py --output output/benchmark
 	$(IN_VENV) tools/benchmark.py --output output/benchmark --page docs/performance.md
+
+paper: setup
+	$(IN_VENV) tools/paper.py --run output/paper --output docs
 
 docs: setup
 	$(IN_VENV) -m mkdocs build --quiet

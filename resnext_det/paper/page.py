@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from resnext_det.paper.miniatures import definitions
+from resnext_det.paper.statistics import MOST_SEEDS, interval, seeds_needed
 from resnext_det.paper.tables import commands, markdown, published, table_rows
 
 _HEAD = """# The paper, table by table
@@ -27,8 +30,12 @@ occurs in several tables: train it once. The data are described in [Pretraining]
 """
 
 
-def page() -> str:
-    """Return the whole page, in Markdown."""
+def page(results: Mapping[str, Any]) -> str:
+    """Return the whole page, in Markdown.
+
+    Args:
+        results: of the miniatures that have been run, by name, from `miniatures.collect`.
+    """
     paper = published()
     timing = paper["timing"]
     seconds = " and ".join(
@@ -36,10 +43,15 @@ def page() -> str:
         for name, value in timing["seconds"].items()
     )
     head = _HEAD.format(seconds=seconds, gpus=timing["gpus"], images=timing["images"])
-    return "\n".join([head, *(_section(table, paper) for table in paper["tables"])])
+    return "\n".join([head, *(_section(table, paper, results) for table in paper["tables"])])
 
 
-def _section(table: dict[str, Any], paper: dict[str, Any]) -> str:
+def picture_name(name: str) -> str:
+    """Return the file of an experiment's picture, beside the page."""
+    return f"paper_{name}.png"
+
+
+def _section(table: dict[str, Any], paper: dict[str, Any], results: Mapping[str, Any]) -> str:
     parts = [f"## {table['name']}: {table['title']}", table["claim"]]
     if "misread" in table:
         parts.append("\n".join(["Often misread:\n", *(f"- {each}" for each in table["misread"])]))
@@ -47,4 +59,74 @@ def _section(table: dict[str, Any], paper: dict[str, Any]) -> str:
         parts.append(markdown(table_rows(table, paper)))
     parts += table.get("notes", ())
     parts.append("\n".join(["```bash", *commands(table, paper), "```"]))
+    if "miniature" in table:
+        parts += _miniature(table["miniature"], results)
     return "\n\n".join(parts) + "\n"
+
+
+def _miniature(name: str, results: Mapping[str, Any]) -> list[str]:
+    """Return the paragraphs of an experiment in miniature."""
+    defined = definitions()
+    experiment = next(each for each in defined["experiments"] if each["name"] == name)
+    about = defined["data"][experiment["data"]]["about"]
+    parts = ["### In miniature", f"On {about}"]
+    parts += [experiment["note"]] if "note" in experiment else []
+    command = f"`resnext-det paper --run output/paper --only {name}`"
+    if name not in results:
+        return [*parts, f"Not run here yet: {command}."]
+    result = results[name]
+    networks = {each["network"]: each for each in result["networks"]}
+    metric = experiment.get("metric", "error")
+    seeds = len(result["networks"][0]["error"])
+    rows = [
+        {
+            "network": label,
+            "parameters": f"{each['parameters']:,}",
+            "multiply-adds": f"{each['multiply_adds'] / 1e6:.2f} M",
+            "test error, mean": _mean(each["error"]),
+            "training error, mean": _mean(each["train_error"]),
+        }
+        for label, each in networks.items()
+    ]
+    parts += [f"![errors]({picture_name(name)})", markdown(rows)]
+    differences = [
+        _difference(claim, networks, metric) for claim in experiment["claims"] if seeds > 1
+    ]
+    parts += ["\n".join(f"- {sentence}" for sentence in differences)] if differences else []
+    minutes = sum(sum(each["seconds"]) for each in result["networks"]) / 60
+    parts.append(
+        f"{seeds} seeds, the same for each network; intervals are Student's, 95 %, over seeds. "
+        f"Training errors are those of the last tenth of the updates. {command} took "
+        f"{minutes:.1f} min of training in all on {result['hardware']}, {result['date']}."
+    )
+    if result["quick"]:
+        parts.append("With `--quick`: a check that it runs. These errors mean nothing.")
+    return parts
+
+
+def _mean(errors: list[float]) -> str:
+    mean, half = interval(errors)
+    return f"{mean:.2f} \u00b1 {half:.2f}" if len(errors) > 1 else f"{mean:.2f}"
+
+
+def _difference(claim: Mapping[str, str], networks: Mapping[str, Any], metric: str) -> str:
+    """Return a sentence that says whether a claim of the paper shows, and what would show it."""
+    worse, better = (networks[claim[side]][metric] for side in ("worse", "better"))
+    differences = [one - other for one, other in zip(worse, better)]
+    mean, half = interval(differences)
+    kind = "test" if metric == "error" else "training"
+    measured = (
+        f"From {claim['worse']} to {claim['better']}, the {kind} error falls by {mean:.2f} points "
+        f"(95 % interval {mean - half:.2f} to {mean + half:.2f}). "
+    )
+    if mean - half > 0:
+        return measured + "The paper's order shows."
+    if mean + half < 0:
+        return measured + "The opposite of the paper's order."
+    needed = seeds_needed(differences)
+    seeds = f"{needed:,}" if needed else f"more than {MOST_SEEDS:,}"
+    order = "The paper's order in the mean, but" if mean > 0 else "Not the paper's order, but"
+    return (
+        f"{measured}{order} within chance: with this spread, a difference of {abs(mean):.2f} "
+        f"points takes {seeds} seeds to show (paired t-test, 5 %, power 80 %)."
+    )
