@@ -150,7 +150,8 @@ def _write_digits(folder: Path, seed: int, train: int, most: int | None) -> None
     digits = load_digits()
     order = np.random.default_rng(seed).permutation(len(digits.target))[:most]
     pictures = [Image.fromarray(each) for each in (digits.images[order] * 15.9375).astype(np.uint8)]
-    large = np.stack([each.resize((32, 32), Image.Resampling.BICUBIC) for each in pictures])
+    size, method = (32, 32), Image.Resampling.BICUBIC
+    large = np.stack([np.asarray(each.resize(size, method)) for each in pictures])
     pixels = np.repeat(large.reshape(len(large), 1, -1), 3, axis=1).reshape(len(large), -1)
     labels = digits.target[order].tolist()
     contents: dict[str, Any] = {"batches.meta": {"label_names": [str(each) for each in range(10)]}}
