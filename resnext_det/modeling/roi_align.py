@@ -122,7 +122,7 @@ class _Matrix:
     """The sparse matrix of one level, bins x pixels.
 
     Attributes:
-        boxes: (K,) which boxes are pooled from this level.
+        boxes: (K,) which boxes are pooled from this level, in the order of their bins.
         pixels: the flat index (image, y, x) of each entry.
         weights: the weight of each entry.
         starts: the first entry of each bin, and the end.
@@ -168,11 +168,12 @@ def _matrices(
     height, width = shape.unbind(1)
     top = ((boxes[:, 0].long() * height)[:, None, None] + rows.pixel) * width[:, None, None]
 
-    # Boxes that need as many pixels by height and width form one group, whose entries are an
-    # outer product of rows and columns.
+    # Boxes of a level that need as many pixels by height and width form one group, whose entries
+    # are an outer product of rows and columns.
     bins = size[0] * size[1]
-    key, grouped = (rows.used * (2 * MOST_SAMPLES + 1) + columns.used).sort(stable=True)
-    entries = rows.used * columns.used * bins
+    most = 2 * MOST_SAMPLES + 1
+    key, grouped = ((level_of_box * most + rows.used) * most + columns.used).sort(stable=True)
+    level, entries = level_of_box[grouped], (rows.used * columns.used * bins)[grouped]
     pixels = torch.empty(int(entries.sum()), dtype=torch.int32)
     weights = torch.empty(len(pixels), dtype=exact)
     top, row_weight = top[grouped].int(), rows.weight[grouped]
@@ -195,21 +196,16 @@ def _matrices(
         )
         start, first = end, first + count
 
-    # From groups back to the order of the boxes, level by level.
-    begin = torch.empty_like(entries)
-    begin[grouped] = entries[grouped].cumsum(0) - entries[grouped]
     matrices = []
-    for level in range(len(levels)):
-        chosen = (level_of_box == level).nonzero()[:, 0]
-        counts = entries[chosen]
-        ends = counts.cumsum(0)
-        moved = (begin[chosen] - (ends - counts)).int().repeat_interleave(counts)
-        moved += torch.arange(len(moved), dtype=torch.int32)
-        starts = torch.zeros(len(chosen) * bins + 1, dtype=torch.int32)
+    start = 0
+    for number in range(len(levels)):
+        counts = entries[level == number]
+        end = start + int(counts.sum())
+        starts = torch.zeros(len(counts) * bins + 1, dtype=torch.int32)
         starts[1:] = (counts // bins).repeat_interleave(bins).cumsum(0)
-        matrices.append(
-            _Matrix(chosen, pixels.index_select(0, moved), weights.index_select(0, moved), starts)
-        )
+        chosen = grouped[level == number]
+        matrices.append(_Matrix(chosen, pixels[start:end], weights[start:end], starts))
+        start = end
     return matrices
 
 
@@ -281,8 +277,6 @@ class _Pool(torch.autograd.Function):
             )
             for matrix, feature in zip(matrices, features, strict=True)
         ]
-        if len(pooled) == 1:
-            return pooled[0].view(boxes, bins, channels)
         result = features[0].new_empty(boxes, bins, channels)
         for matrix, part in zip(matrices, pooled, strict=True):
             result[matrix.boxes] = part.view(-1, bins, channels)
