@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,17 @@ PHOTOGRAPHS = os.environ.get("RESNEXT_DET_PHOTOGRAPHS")
 
 Tool = Callable[..., "subprocess.CompletedProcess[str]"]
 StockEvaluation = Callable[[Path, list[dict[str, Any]]], COCOeval]
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    """Commands add handlers, whose streams end with the test."""
+    logs = [logging.getLogger(name) for name in ("resnext_det", "detectron2", "fvcore")]
+    before = [(list(log.handlers), log.propagate, log.level) for log in logs]
+    yield
+    for log, (handlers, propagate, level) in zip(logs, before):
+        log.handlers[:], log.propagate = handlers, propagate
+        log.setLevel(level)
 
 
 @pytest.fixture(scope="session")
