@@ -72,7 +72,7 @@ def test_experiments_compare_like_with_like() -> None:
         assert max(sizes) / min(sizes) < 1.25
 
 
-def test_digits_are_drawn_anew_for_each_seed(
+def test_each_seed_splits_the_digits_differently(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []

@@ -120,7 +120,7 @@ def predict(
             each = scores(crops.flatten(0, 1)).cpu()
             if not torch.isfinite(each).all():
                 raise WeightsError("the network gives scores that are NaN or infinite.")
-            # The mean of one crop would be the same, but for -0.
+            # Averaging one crop would only turn -0.0 into 0.0.
             mean = each.view(len(labels), -1, each.shape[1]).mean(1) if crops.shape[1] > 1 else each
             for kept, classes in zip(found, among):
                 kept.append((labels, *_likeliest(mean, labels, classes)))

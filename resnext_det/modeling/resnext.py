@@ -197,28 +197,23 @@ def make_stage(
         _refuse("RESNETS.RES2_OUT_CHANNELS", res2_out_channels, "1 or more")
     out_channels = res2_out_channels << (number - 2)
     check_norm(norm, (template.bottleneck_channels(number), out_channels))
+    if not shortcuts and zero_init_residual:
+        raise ConfigError(
+            "MODEL.RESNEXT.SHORTCUTS and ZERO_INIT_RESIDUAL contradict each other: blocks without "
+            "shortcuts that start at 0 put out nothing. Set ZERO_INIT_RESIDUAL False."
+        )
+    if pre_activation and (form != "grouped" or deformable or zero_init_residual):
+        raise ConfigError(
+            "MODEL.RESNEXT.PRE_ACTIVATION is True, which needs MODEL.RESNEXT.FORM grouped, "
+            "ZERO_INIT_RESIDUAL False and no deformable stage in "
+            "MODEL.RESNETS.DEFORM_ON_PER_STAGE."
+        )
     block = block_class(form)
-    if deformable is not None:
-        if find_spec("detectron2._C") is None:
-            raise ConfigError(
-                f"MODEL.RESNETS.DEFORM_ON_PER_STAGE names {name}, and this Detectron2 lacks its "
-                "compiled part, which deformable convolutions need. Build Detectron2 from source "
-                "(make setup DETECTRON2=source), or set it False."
-            )
-        if form != "grouped":
-            raise ConfigError(
-                f"MODEL.RESNEXT.FORM is {form}, and MODEL.RESNETS.DEFORM_ON_PER_STAGE names "
-                f"{name}: deformable convolutions exist only in the grouped form."
-            )
-        block = DeformBottleneckBlock
     more: dict[str, Any] = deformable or {}
+    if deformable is not None:
+        _check_deformable(name, form)
+        block = DeformBottleneckBlock
     if pre_activation:
-        if form != "grouped" or deformable or zero_init_residual:
-            raise ConfigError(
-                "MODEL.RESNEXT.PRE_ACTIVATION is True, which needs MODEL.RESNEXT.FORM grouped, "
-                "ZERO_INIT_RESIDUAL False and no deformable stage in "
-                "MODEL.RESNETS.DEFORM_ON_PER_STAGE."
-            )
         block = PreactivationBlock
         places = range(count)
         more["takes_activated_per_block"] = [number == 2 and place == 0 for place in places]
@@ -238,25 +233,38 @@ def make_stage(
         dilation=dilation,
         **more,
     )
-    if not shortcuts and zero_init_residual:
-        raise ConfigError(
-            "MODEL.RESNEXT.SHORTCUTS and ZERO_INIT_RESIDUAL contradict each other: blocks without "
-            "shortcuts that start at 0 put out nothing. Set ZERO_INIT_RESIDUAL False."
-        )
     for each in blocks:
         if not shortcuts:
             each.shortcut = NoShortcut()
         each.register_load_state_dict_pre_hook(load_any_form)
         if zero_init_residual:
-            weight = getattr(last_norm(each), "weight", None)
-            if not isinstance(weight, nn.Parameter):
-                raise ConfigError(
-                    "MODEL.RESNEXT.ZERO_INIT_RESIDUAL is True, and MODEL.RESNETS.NORM is "
-                    f"{norm!r}, which has no trainable weight, so blocks would stay at 0. Choose "
-                    "BN, SyncBN, GN or LN, or set ZERO_INIT_RESIDUAL False."
-                )
-            nn.init.zeros_(weight)
+            _start_at_zero(each, norm)
     return CheckpointedStage(*blocks) if checkpointed else nn.Sequential(*blocks)
+
+
+def _check_deformable(stage: str, form: str) -> None:
+    if find_spec("detectron2._C") is None:
+        raise ConfigError(
+            f"MODEL.RESNETS.DEFORM_ON_PER_STAGE names {stage}, and this Detectron2 lacks its "
+            "compiled part, which deformable convolutions need. Build Detectron2 from source "
+            "(make setup DETECTRON2=source), or set it False."
+        )
+    if form != "grouped":
+        raise ConfigError(
+            f"MODEL.RESNEXT.FORM is {form}, and MODEL.RESNETS.DEFORM_ON_PER_STAGE names "
+            f"{stage}: deformable convolutions exist only in the grouped form."
+        )
+
+
+def _start_at_zero(block: CNNBlockBase, norm: Norm) -> None:
+    weight = getattr(last_norm(block), "weight", None)
+    if not isinstance(weight, nn.Parameter):
+        raise ConfigError(
+            f"MODEL.RESNEXT.ZERO_INIT_RESIDUAL is True, and MODEL.RESNETS.NORM is {norm!r}, which "
+            "has no trainable weight, so blocks would stay at 0. Choose BN, SyncBN, GN or LN, or "
+            "set ZERO_INIT_RESIDUAL False."
+        )
+    nn.init.zeros_(weight)
 
 
 def check_norm(norm: Norm, channels: Sequence[int], key: str = "MODEL.RESNETS.NORM") -> None:

@@ -65,7 +65,7 @@ def chosen(names: Sequence[str]) -> list[dict[str, Any]]:
     """Return the experiments of these names, or all.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: no experiment has this name.
     """
     experiments: list[dict[str, Any]] = definitions()["experiments"]
     known = [each["name"] for each in experiments]
