@@ -59,8 +59,8 @@ def _section(table: dict[str, Any], paper: dict[str, Any], results: Mapping[str,
         parts.append(markdown(table_rows(table, paper)))
     parts += table.get("notes", ())
     parts.append("\n".join(["```bash", *commands(table, paper), "```"]))
-    if "miniature" in table:
-        parts += _miniature(table["miniature"], results)
+    for name in table.get("miniatures", ()):
+        parts += _miniature(name, results)
     return "\n\n".join(parts) + "\n"
 
 
@@ -69,7 +69,7 @@ def _miniature(name: str, results: Mapping[str, Any]) -> list[str]:
     defined = definitions()
     experiment = next(each for each in defined["experiments"] if each["name"] == name)
     about = defined["data"][experiment["data"]]["about"]
-    parts = ["### In miniature", f"On {about}"]
+    parts = [f"### In miniature, on {experiment['data']}", f"On {about}"]
     parts += [experiment["note"]] if "note" in experiment else []
     command = f"`resnext-det paper --run output/paper --only {name}`"
     if name not in results:
