@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
@@ -72,18 +71,6 @@ def print_above_bars(log: logging.Logger) -> None:
     """Keep a logger's lines on the terminal clear of progress bars."""
     for handler in terminal_handlers(log):
         handler.setStream(_AboveBars(handler.stream))
-
-
-def ignore_others_warnings() -> None:
-    """Silence warnings from torch to the authors of its callers, unless Python was started with -W.
-
-    Only commands call this: importing the package leaves the warning filters alone.
-    """
-    if not sys.warnoptions:
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|detectron2)\.")
-        warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.functional")
-    for name in ("torch.utils.cpp_extension", "torch.fx._symbolic_trace"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @contextlib.contextmanager

@@ -7,10 +7,9 @@ import logging
 import re
 import reprlib
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import PurePath
-
-from resnext_det.console import ignore_others_warnings
 
 _LONGEST = 4000  # longer messages are mostly the content of a hostile file
 _COLOUR = re.compile("(\x1b\\[[0-9;]*m)")
@@ -97,6 +96,18 @@ class InertMessages(logging.Filter):
         parts[::2] = [_escaped(part, but="\n\t") for part in parts[::2]]  # between the colours
         record.msg, record.args = "".join(parts), None
         return True
+
+
+def ignore_others_warnings() -> None:
+    """Silence warnings from torch to the authors of its callers, unless Python was started with -W.
+
+    Only commands call this: importing the package leaves the warning filters alone.
+    """
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|detectron2)\.")
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.functional")
+    for name in ("torch.utils.cpp_extension", "torch.fx._symbolic_trace"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,8 @@ from detectron2.config import CfgNode
 
 from resnext_det.benchmark.contenders import BF16, FP32, STOCK, Inputs, example, with_settings
 from resnext_det.benchmark.measure import Row, Run, Setup, Table, alternate, fresh_processes
-from resnext_det.console import ignore_others_warnings, progress_bar
+from resnext_det.console import progress_bar
+from resnext_det.errors import ignore_others_warnings
 
 CONTENDERS = (STOCK, FP32, BF16)
 _SHAPE = 1.36  # width by height, that of 800 x 1088

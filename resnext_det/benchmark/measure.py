@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 
-from resnext_det.console import ignore_others_warnings, progress_bar
+from resnext_det.console import progress_bar
+from resnext_det.errors import ignore_others_warnings
 
 Run = Callable[[], Any]
 """What is measured: one pass, one step."""

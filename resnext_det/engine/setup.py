@@ -13,9 +13,9 @@ from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
-from resnext_det.console import ignore_others_warnings, print_above_bars, terminal_handlers
+from resnext_det.console import print_above_bars, terminal_handlers
 from resnext_det.engine.explanations import explain
-from resnext_det.errors import ConfigError, InertMessages
+from resnext_det.errors import ConfigError, InertMessages, ignore_others_warnings
 from resnext_det.evaluation.results_file import INFERENCE
 from resnext_det.files import check_writable, write_text
 

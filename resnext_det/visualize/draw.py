@@ -18,6 +18,7 @@ from torchvision import ops, utils
 from torchvision.transforms.functional import pil_to_tensor
 
 from resnext_det.files import written_beside
+from resnext_det.prediction import Prediction
 
 Colour = tuple[int, int, int]
 
@@ -97,6 +98,24 @@ def draw_objects(
                 visibility=points[..., 2] > _LOWEST_KEYPOINT_SCORE,
             )
     return Image.fromarray(canvas.permute(1, 2, 0).numpy())
+
+
+def draw_prediction(picture: Image.Image, found: Prediction) -> Image.Image:
+    """Return an RGB copy of an image with the objects found in it."""
+    boxes = found.boxes.tolist()
+    objects = [
+        Drawn(
+            (x0, y0, x1 - x0, y1 - y0),
+            f"{name} {score:.2f}",
+            class_colour(label),
+            None if found.masks is None else found.masks[row],
+            None if found.keypoints is None else found.keypoints[row],
+        )
+        for row, ((x0, y0, x1, y1), name, score, label) in enumerate(
+            zip(boxes, found.names, found.scores.tolist(), found.labels.tolist())
+        )
+    ]
+    return draw_objects(picture, objects, found.connections)
 
 
 def class_colour(category: int) -> Colour:
