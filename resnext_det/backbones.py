@@ -14,6 +14,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, ROI_HEADS_REGISTRY, build_mod
 from detectron2.modeling.backbone import FPN
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from detectron2.modeling.backbone.resnet import ResNet
+from detectron2.modeling.proposal_generator import RPN_HEAD_REGISTRY
 from detectron2.modeling.roi_heads import Res5ROIHeads
 from detectron2.utils.logger import log_first_n
 from torch import nn
@@ -23,6 +24,7 @@ from resnext_det.config_rules import STOCK
 from resnext_det.environment import is_slow, keep_freed_memory
 from resnext_det.errors import ConfigError, ResNeXtError, quoted
 from resnext_det.modeling import cifar
+from resnext_det.modeling.activation_checkpointing import CheckpointedRPNHead
 from resnext_det.modeling.classifier import ImageClassifier
 from resnext_det.modeling.fast import accelerate
 from resnext_det.modeling.partial_loads import refuse_partial_loads
@@ -34,6 +36,8 @@ from resnext_det.weights.loading import check_named_weights
 _NOT_IN_CIFARS = (
     *("stride_in_1x1", "zero_init_residual", "pre_activation", "freeze_at", "checkpoint_stages"),
 )
+
+RPN_HEAD_REGISTRY.register(CheckpointedRPNHead)
 
 
 def build_detector(cfg: CfgNode) -> nn.Module:

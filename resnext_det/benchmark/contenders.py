@@ -130,9 +130,12 @@ def _ours(precision: Precision, cfg: CfgNode) -> nn.Module:
     return accelerate(_detector(cfg), precision)
 
 
-def _ours_checkpointed(cfg: CfgNode) -> nn.Module:
-    stages = ["res3", "res4", "res5"]
-    return _ours("fp32", with_settings(cfg, {"MODEL.RESNEXT.CHECKPOINT_STAGES": stages}))
+def _ours_checkpointed(precision: Precision, cfg: CfgNode) -> nn.Module:
+    settings = {
+        "MODEL.RESNEXT.CHECKPOINT_STAGES": ["res3", "res4", "res5"],
+        "MODEL.RPN.HEAD_NAME": "CheckpointedRPNHead",
+    }
+    return _ours(precision, with_settings(cfg, settings))
 
 
 def _detector(cfg: CfgNode) -> nn.Module:
@@ -241,8 +244,9 @@ TORCHVISION = Contender("torchvision", Torchvision)
 FP32, BF16, FP16 = (
     Contender(f"ours {p}", partial(_ours, p), as_commands=True) for p in ("fp32", "bf16", "fp16")
 )
-CHECKPOINTED = Contender(
-    "ours fp32, res3 to res5 checkpointed", _ours_checkpointed, as_commands=True
+FP32_CHECKPOINTED, BF16_CHECKPOINTED = (
+    Contender(f"ours {p}, checkpointed", partial(_ours_checkpointed, p), as_commands=True)
+    for p in ("fp32", "bf16")
 )
 
 

@@ -25,9 +25,10 @@ from torch import Tensor
 from resnext_det.benchmark.contenders import (
     AUTOCAST,
     BF16,
-    CHECKPOINTED,
+    BF16_CHECKPOINTED,
     FP16,
     FP32,
+    FP32_CHECKPOINTED,
     STOCK,
     TORCHVISION,
     Agreement,
@@ -123,7 +124,8 @@ def training(setup: Setup) -> list[Table]:
     """Measure a step: forward, backward, SGD."""
     cfg, (height, width) = setup.cfg, setup.sizes.training
     inputs: Inputs = [example(height, width, seed) for seed in (0, 1)]
-    contenders = fitting((STOCK, AUTOCAST, TORCHVISION, FP32, CHECKPOINTED, BF16), cfg)
+    ours = (FP32, FP32_CHECKPOINTED, BF16, BF16_CHECKPOINTED)
+    contenders = fitting((STOCK, AUTOCAST, TORCHVISION, *ours), cfg)
     measured = apart(
         {each.name: partial(each.alone, "training", cfg, inputs) for each in contenders},
         setup.rounds,
@@ -147,8 +149,9 @@ def training(setup: Setup) -> list[Table]:
         "backward and SGD with momentum. Memory is what two steps add to a process that has built "
         "the model: activations, gradients, momentum. The loss is that of the second step, with "
         "the same random samples of anchors and regions; torchvision has its own weights and "
-        "samples. Checkpointed: `MODEL.RESNEXT.CHECKPOINT_STAGES` recomputes activations instead "
-        "of keeping them."
+        "samples. Checkpointed: with `MODEL.RESNEXT.CHECKPOINT_STAGES` res3 to res5 and "
+        "`MODEL.RPN.HEAD_NAME` CheckpointedRPNHead, which recompute activations instead of keeping "
+        "them."
     )
     return [Table("Training", note, rows)]
 

@@ -50,6 +50,8 @@ _NO_FUNCTION = re.compile(
 )
 # Norms that compute the same once their statistics are fixed.
 _BATCH_NORMS = ("BN", "SyncBN", "FrozenBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
+# RPN heads that compute the same.
+_RPN_HEADS = ("StandardRPNHead", "CheckpointedRPNHead")
 
 _PRECISION = "MODEL.RESNEXT.PRECISION"
 
@@ -98,6 +100,7 @@ def function_changes(recorded: str, cfg: CfgNode) -> Changes:
         for key, (before, now) in changes(recorded, cfg).items()
         if (key.startswith("MODEL.") and not _NO_FUNCTION.fullmatch(key)) or key == "INPUT.FORMAT"
         if not (key.endswith("NORM") and before in _BATCH_NORMS and now in _BATCH_NORMS)
+        if not (key == "MODEL.RPN.HEAD_NAME" and before in _RPN_HEADS and now in _RPN_HEADS)
     }
 
 

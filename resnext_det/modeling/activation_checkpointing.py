@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from types import TracebackType
+from typing import Any, cast
 
 import torch
+from detectron2.modeling.proposal_generator.rpn import StandardRPNHead
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -31,6 +34,21 @@ class CheckpointedStage(nn.Sequential):
             else:
                 x = block(x)
         return x
+
+
+class CheckpointedRPNHead(StandardRPNHead):
+    """Detectron2's RPN head, which recomputes its hidden maps in backward: MODEL.RPN.HEAD_NAME.
+
+    They are as large as the whole pyramid. Gradients are the same to the last bit.
+    """
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return scores and box deltas of each level, as `StandardRPNHead` does."""
+        forward: Any = super().forward
+        if self.training:
+            forward = partial(checkpoint, forward, use_reentrant=False)
+        return cast(tuple[list[Tensor], list[Tensor]], forward(features))
 
 
 class _FrozenStatistics(AbstractContextManager[None]):

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from detectron2.modeling.proposal_generator.rpn import StandardRPNHead
 from torch import Tensor, nn
 
 from resnext_det import ResNeXt
-from resnext_det.modeling.activation_checkpointing import CheckpointedStage
+from resnext_det.modeling.activation_checkpointing import CheckpointedRPNHead, CheckpointedStage
 from resnext_det.modeling.resnext import STAGES
 
 
@@ -111,3 +112,19 @@ def test_checkpoints_the_named_stages_only_and_freezes_them() -> None:
     assert kinds == [nn.Sequential, CheckpointedStage, nn.Sequential, CheckpointedStage]
     assert model.stages[1] is model.res3
     assert not any(each.requires_grad for each in model.res3.parameters())
+
+
+def test_rpn_head_computes_its_hidden_maps_twice() -> None:
+    """And gives Detectron2's outputs and gradients, bit for bit."""
+    results, calls = [], []
+    for kind in (StandardRPNHead, CheckpointedRPNHead):
+        torch.manual_seed(0)
+        head = kind(in_channels=8, num_anchors=3).train()
+        head.conv.register_forward_hook(lambda *_, kind=kind: calls.append(kind))
+        pyramid = [torch.randn(2, 8, side, side).requires_grad_() for side in (16, 8)]
+        scores, deltas = head(pyramid)
+        sum(output.square().sum() for output in (*scores, *deltas)).backward()
+        results.append([*scores, *deltas, *(each.grad for each in (*pyramid, *head.parameters()))])
+        head.eval()(pyramid)
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    assert (calls.count(StandardRPNHead), calls.count(CheckpointedRPNHead)) == (4, 6)

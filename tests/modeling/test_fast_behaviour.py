@@ -145,6 +145,7 @@ def test_activation_checkpointing_changes_nothing(name: str, precision: Precisio
         add_resnext_config(cfg)
         cfg.MODEL.RESNEXT.CHECKPOINT_STAGES = stages
         cfg.MODEL.BACKBONE.NAME = cfg.MODEL.BACKBONE.NAME.replace("resnet", "resnext")
+        cfg.MODEL.RPN.HEAD_NAME = "CheckpointedRPNHead" if stages else "StandardRPNHead"
         if name == "C4":
             cfg.MODEL.ROI_HEADS.NAME = "ResNeXtRes5ROIHeads"
         torch.manual_seed(0)
