@@ -1,17 +1,20 @@
 """ResNeXt for Detectron2. Importing this package registers its backbones and data sets.
 
-It does nothing else: no download, no logging setup, no change of the environment.
+It does nothing else: no download, no logging setup, no change of the environment. Without
+Detectron2 it imports nothing, as in an environment that only runs exported detectors:
+`resnext_det.runtime` needs neither Detectron2 nor torch.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import warnings
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
 
-def _require_detectron2() -> None:
+def require_detectron2() -> None:
     """Raise one error that says what to do if Detectron2 is missing or does not import."""
     try:
         if importlib.util.find_spec("pkg_resources") is None:
@@ -40,24 +43,25 @@ def _require_detectron2() -> None:
         ) from error
 
 
-_require_detectron2()
+if importlib.util.find_spec("detectron2") is not None:
+    require_detectron2()
 
-# Imported for what they register.
-from resnext_det import data as data  # noqa: E402
-from resnext_det import model_zoo as model_zoo  # noqa: E402
-from resnext_det.backbones import (  # noqa: E402
-    ResNeXtRes5ROIHeads,
-    build_resnext_backbone,
-    build_resnext_fpn_backbone,
-    build_retinanet_resnext_fpn_backbone,
-)
-from resnext_det.config import add_resnext_config, load_config  # noqa: E402
-from resnext_det.data import registered as registered  # noqa: E402
-from resnext_det.modeling.resnext import ResNeXt  # noqa: E402
-from resnext_det.modeling.template import Template  # noqa: E402
-from resnext_det.weights import fetching as fetching  # noqa: E402
+    # Imported for what they register.
+    from resnext_det import data as data
+    from resnext_det import model_zoo as model_zoo
+    from resnext_det.backbones import (
+        ResNeXtRes5ROIHeads,
+        build_resnext_backbone,
+        build_resnext_fpn_backbone,
+        build_retinanet_resnext_fpn_backbone,
+    )
+    from resnext_det.config import add_resnext_config, load_config
+    from resnext_det.data import registered as registered
+    from resnext_det.modeling.resnext import ResNeXt
+    from resnext_det.modeling.template import Template
+    from resnext_det.weights import fetching as fetching
 
-fetching.register()
+    fetching.register()
 
 __all__ = [
     "ResNeXt",
@@ -69,3 +73,11 @@ __all__ = [
     "build_retinanet_resnext_fpn_backbone",
     "load_config",
 ]
+
+if not TYPE_CHECKING:  # a checker would take every name for known
+
+    def __getattr__(name: str) -> object:
+        """Explain why a public name is missing."""
+        if name in __all__:
+            require_detectron2()
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,22 +1,12 @@
 """The image reader of data sets, predictions, drawings and thumbnails.
 
 It returns the same bytes as Detectron2's for images of 8 bits a channel, but is safe with files
-from outside and keeps more of the pixels:
-
-- Only regular files of the formats in FORMATS are opened. Pillow knows others, and starts
-  Ghostscript for one of them.
-- A TIFF is rotated once; Detectron2 repeats the rotation that Pillow did while loading.
-- Of 16 bits a channel, the upper 8 are kept, with a warning. Pillow does so in colour images;
-  Detectron2 clips grey ones, so that everything above 255 is white.
-- 32-bit integers and floats are refused, because their range is unknown.
-- Every error names the file.
+from outside and keeps more of the pixels; see `resnext_det.image_files`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,23 +17,17 @@ import simplejpeg
 from detectron2.data import detection_utils
 from detectron2.utils.file_io import PathManager
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile
 
-from resnext_det.errors import ConfigError, DatasetError, quoted
-from resnext_det.files import open_regular
+from resnext_det.errors import ConfigError, quoted
+from resnext_det.image_files import bits_of, loaded, naming, opened, orientation, turned
 
-logger = logging.getLogger(__name__)
-
-# MPO, which phones write, is opened as JPEG. TGA has no magic number, so it comes last.
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP", "JPEG2000", "AVIF", "TGA")
-"""Pillow's names of the formats that are opened."""
 CHANNELS = {
     **{"BGR": 3, "RGB": 3, "YUV-BT.601": 3, "HSV": 3, "LAB": 3, "YCbCr": 3},
     **{"L": 1, "LA": 2, "RGBA": 4, "CMYK": 4},
 }
 """The pixel formats that INPUT.FORMAT may name, and their channels."""
 
-_BITS_PER_SAMPLE = 258  # TIFF 6.0, section 8
 _TRANSPOSING = (5, 6, 7, 8)  # EXIF orientations
 _TURNED = (2, 3, 4, *_TRANSPOSING)
 _MOST_JPEG_BYTES = 2**26  # to read into memory; of 8 bits a pixel, 64 megapixels
@@ -66,9 +50,9 @@ def read_header(file: str | Path) -> Header:
     """
     with _opened(file) as image:
         width, height = image.size
-        if _orientation(image) in _TRANSPOSING:
+        if orientation(image) in _TRANSPOSING:
             width, height = height, width
-        return Header(width, height, _bits(image))
+        return Header(width, height, bits_of(image))
 
 
 def read_image(file: str | Path, pixel_format: str = "RGB", *, fast: bool = False) -> NDArray[Any]:
@@ -87,9 +71,9 @@ def read_image(file: str | Path, pixel_format: str = "RGB", *, fast: bool = Fals
         DatasetError: the file cannot be read, is of another format, or has floats or 32-bit
             integers as pixels.
     """
-    with _naming(file), _opened(file) as image:
+    with _opened(file) as image:
         pixels = _decoded(image, pixel_format) if fast else None
-        return as_array(_loaded(image), pixel_format) if pixels is None else pixels
+        return as_array(loaded(image), pixel_format) if pixels is None else pixels
 
 
 def read_picture(file: str | Path, *, upright: bool = True) -> Image.Image:
@@ -103,7 +87,7 @@ def read_picture(file: str | Path, *, upright: bool = True) -> Image.Image:
         DatasetError: as for `read_image`.
     """
     with _opened(file) as image:
-        return _loaded(image, upright=upright)
+        return loaded(image, upright=upright)
 
 
 def read_labels(file: str | Path) -> NDArray[np.uint8]:
@@ -120,7 +104,7 @@ def read_labels(file: str | Path) -> NDArray[np.uint8]:
     """
     with _opened(file) as image:
         image.load()
-        picture = detection_utils._apply_exif_orientation(image)
+        picture = turned(image)
         if image.mode.startswith("I") and (largest := int(np.asarray(picture).max())) > 255:
             raise ValueError(f"it has class {largest}, but at most 255 can be read")
         labels: NDArray[np.uint8] = detection_utils.convert_PIL_to_numpy(picture, "L").squeeze(2)
@@ -164,39 +148,8 @@ def check_pixel_format(pixel_format: str, channels: int) -> None:
 
 @contextlib.contextmanager
 def _opened(file: str | Path) -> Iterator[ImageFile.ImageFile]:
-    Image.init()
-    formats = [name for name in FORMATS if name in Image.OPEN]
-    with _naming(file), open_regular(PathManager.get_local_path(str(file))) as stream:
-        try:
-            image = Image.open(stream, formats=formats)
-        except UnidentifiedImageError:
-            raise ValueError(
-                f"it is damaged, or in none of the formats {', '.join(formats)}"
-            ) from None
-        # Pillow reads some formats with 16 bits of grey as mode I, which also is 32-bit integers.
-        integers = image.mode == "I" and image.format not in ("PNG", "PPM")
-        if image.mode == "F" or integers:
-            what = "signed or 32-bit integers" if integers else "floats"
-            raise ValueError(
-                f"its pixels are {what}, whose range is unknown. Convert it to 8 bits, or to 16 "
-                "bits that use the whole range"
-            )
-        with image:
-            yield image
-
-
-def _loaded(image: ImageFile.ImageFile, *, upright: bool = True) -> Image.Image:
-    """Decode an opened image with Pillow; see `read_picture`."""
-    bits = _bits(image)
-    image.load()  # rotates a TIFF, and removes its orientation
-    # Detectron2's own function, because Pillow's fails on some EXIF data.
-    picture = detection_utils._apply_exif_orientation(image) if upright else image
-    if bits > 8:
-        _warn_of_deep_images(bits)
-    if bits > 8 and image.mode.startswith("I"):
-        values = np.asarray(picture).astype(np.int64) >> (bits - 8)
-        return Image.fromarray(values.clip(0, 255).astype(np.uint8))
-    return cast(Image.Image, picture)
+    with naming(file), opened(PathManager.get_local_path(str(file))) as image:
+        yield image
 
 
 def _decoded(image: ImageFile.ImageFile, pixel_format: str) -> NDArray[np.uint8] | None:
@@ -212,7 +165,7 @@ def _decoded(image: ImageFile.ImageFile, pixel_format: str) -> NDArray[np.uint8]
     ):
         return None
     try:
-        if _orientation(image) in _TURNED:
+        if orientation(image) in _TURNED:
             return None
         stream = cast(BinaryIO, image.fp)
         stream.seek(0)
@@ -223,43 +176,3 @@ def _decoded(image: ImageFile.ImageFile, pixel_format: str) -> NDArray[np.uint8]
     except Exception:  # Pillow tells what is wrong, or accepts it
         return None
     return pixels if found.shape == pixels.shape else None
-
-
-@contextlib.contextmanager
-def _naming(file: str | Path) -> Iterator[None]:
-    """Turn every error of the body into a DatasetError that names the file."""
-    try:
-        yield
-    except (MemoryError, DatasetError):
-        raise
-    except Exception as error:  # damaged files make Pillow raise errors of any class
-        reason = error.strerror if isinstance(error, OSError) else None
-        reason = reason or quoted(error) or type(error).__name__
-        name = quoted(Path(file))
-        raise DatasetError(f"the image {name} cannot be read: {reason.rstrip('.')}.") from error
-
-
-def _bits(image: ImageFile.ImageFile) -> int:
-    """Return the bits of a channel in the file; Pillow keeps 8 of them in colour images."""
-    if image.format == "TIFF":
-        return int(max(cast(Any, image).tag_v2.get(_BITS_PER_SAMPLE, (1,))))
-    if image.mode.startswith("I"):
-        return 16
-    # Only Pillow's name for how the pixels are packed shows it.
-    return 16 if image.format == "PNG" and ";16" in str(image.tile) else 8
-
-
-def _orientation(image: ImageFile.ImageFile) -> Any:
-    # Pillow gives the size of a TIFF upright. It would decode a PNG to find EXIF behind the pixels.
-    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
-        return None
-    return image.getexif().get(ExifTags.Base.Orientation)
-
-
-@functools.cache
-def _warn_of_deep_images(bits: int) -> None:
-    logger.warning(
-        "Images have %d bits a channel, of which only the upper 8 are used. If they do not use the "
-        "whole range, scale them to 8 bits first; resnext-det check-data names them.",
-        bits,
-    )

@@ -74,7 +74,10 @@ def run(command: str, program: str, words: Sequence[str]) -> int:
     if hasattr(module, "check"):
         module.check(parser, arguments)
     try:
+        from resnext_det import require_detectron2
         from resnext_det.errors import reported
+
+        require_detectron2()
     except KeyboardInterrupt:  # the import takes seconds
         return 130
     with reported():

@@ -17,7 +17,7 @@ from detectron2.data.detection_utils import read_image as detectron2_reads
 from numpy.typing import NDArray
 from PIL import EpsImagePlugin, Image
 
-from resnext_det import images
+from resnext_det import image_files, images
 from resnext_det.errors import ConfigError, DatasetError
 from resnext_det.images import (
     CHANNELS,
@@ -158,7 +158,7 @@ def test_keeps_the_upper_8_of_12_bits(tmp_path: Path) -> None:
 
 
 def test_warns_once_of_16_bits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    images._warn_of_deep_images.cache_clear()
+    image_files._warn_of_deep_images.cache_clear()
     file = write_deep(tmp_path / "a.png")
     with caplog.at_level(logging.WARNING):
         read_image(file)

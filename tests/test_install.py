@@ -149,6 +149,21 @@ def test_importing_explains_a_broken_detectron2(tmp_path: Path) -> None:
     assert "make setup" in last and "sal-detectron2==0.7.2" in last
 
 
+def test_importing_without_detectron2_is_harmless_until_it_is_needed(tmp_path: Path) -> None:
+    program = """
+import sys
+for name in ("torch", "torchvision", "detectron2"):
+    sys.modules[name] = None
+import resnext_det
+assert not hasattr(resnext_det, "no_such_name")
+from resnext_det import prediction, image_files
+from resnext_det import load_config
+"""
+    done = python(program, tmp_path)
+    assert done.returncode != 0
+    assert "resnext_det needs Detectron2" in done.stderr and "make setup" in done.stderr
+
+
 def test_wheel(tmp_path: Path) -> None:
     """It holds every module, config and marker; installed, it finds its configs."""
     source, output, installed = tmp_path / "source", tmp_path / "wheel", tmp_path / "installed"
