@@ -57,13 +57,17 @@ if importlib.util.find_spec("detectron2") is not None:
     )
     from resnext_det.config import add_resnext_config, load_config
     from resnext_det.data import registered as registered
+    from resnext_det.engine.predictor import Predictor
     from resnext_det.modeling.resnext import ResNeXt
     from resnext_det.modeling.template import Template
+    from resnext_det.prediction import Prediction
     from resnext_det.weights import fetching as fetching
 
     fetching.register()
 
 __all__ = [
+    "Prediction",
+    "Predictor",
     "ResNeXt",
     "ResNeXtRes5ROIHeads",
     "Template",

@@ -165,19 +165,29 @@ def load_config(file: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
     one where a list is expected.
 
     Args:
-        file: a path, or the name of a shipped config (see `resnext_det.model_zoo.names`).
+        file: a path, or the name of a shipped config (see `resnext_det.model_zoo.names`), or of one
+            of Detectron2's, such as "COCO-Detection/retinanet_R_50_FPN_1x.yaml".
         overrides: KEY, VALUE, KEY, VALUE, ... as on the command line.
 
     Raises:
         ConfigError: the file is missing or not a config, or keys or values are refused; the
             error names all of them.
     """
+    return config_of(read_config(locate_config(file)), overrides)
+
+
+def config_of(values: Tree, overrides: Sequence[str] = ()) -> CfgNode:
+    """Return a frozen config of the values of `read_config` or `parse_config`; see `load_config`.
+
+    Raises:
+        ConfigError: as for `load_config`.
+    """
     if len(overrides) % 2:
         raise ConfigError(
             f"overrides come in pairs, KEY VALUE, and these are {len(overrides)} words: "
             f"{quoted(' '.join(overrides))}"
         )
-    given = dict(leaves(read_config(locate_config(file))))
+    given = dict(leaves(values))
     given.update(zip(overrides[::2], overrides[1::2]))
     cfg, problems = _all_keys(), []
     for key, value in given.items():
@@ -367,7 +377,7 @@ def _overlay(values: Mapping[str, Any], under: Tree) -> None:
 
 
 def locate_config(file: str | Path) -> Path:
-    """Return the path of a config, given its path or the name of a shipped one.
+    """Return the path of a config, given its path or the name of a shipped one or Detectron2's.
 
     Raises:
         ConfigError: it is neither.
@@ -375,6 +385,9 @@ def locate_config(file: str | Path) -> Path:
     with contextlib.suppress(ValueError, OSError):  # a name that no file can have
         if Path(file).is_file():
             return Path(file)
+    if str(file).endswith(".yaml"):
+        with contextlib.suppress(RuntimeError, ValueError, OSError):
+            return Path(detectron2.model_zoo.get_config_file(str(file)))
     name = str(file).removeprefix("configs/").removesuffix(".yaml")
     return shipped_config(name)
 

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
-from resnext_det.errors import DatasetError, quoted
+from resnext_det.errors import ConfigError, DatasetError, quoted
 from resnext_det.files import open_regular
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,13 @@ logger = logging.getLogger(__name__)
 # MPO, which phones write, is opened as JPEG. TGA has no magic number, so it comes last.
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP", "JPEG2000", "AVIF", "TGA")
 """Pillow's names of the formats that are opened."""
+# fmt: off
+SUFFIXES = {
+    ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".pnm",
+    ".ppm", ".tga", ".tif", ".tiff", ".webp",
+}
+# fmt: on
+"""The suffixes, in lower case, of the files in a folder that are read as images."""
 
 _BITS_PER_SAMPLE = 258  # TIFF 6.0, section 8
 _TURNS = {
@@ -43,6 +51,10 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """What makes an image upright, by its EXIF orientation."""
+_METADATA = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # with an orientation
+
+ImageSource = str | Path | Image.Image | NDArray[Any] | Any
+"""What `picture_of` takes; Any is a tensor, as torch is not imported here."""
 
 
 @contextlib.contextmanager
@@ -98,7 +110,67 @@ def turned(image: Image.Image) -> Image.Image:
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # damaged EXIF data make Pillow raise errors of any class
         return image
-    return image if turn is None else image.transpose(turn)
+    if turn is None:
+        return image
+    upright = image.transpose(turn)
+    for key in _METADATA:  # or the next reader would turn it again
+        upright.info.pop(key, None)
+    return upright
+
+
+def picture_of(image: ImageSource, order: str | None = None) -> Image.Image:
+    """Return an image of any kind in Pillow's form, upright, with 8 bits a channel.
+
+    Args:
+        image: a file, as for `opened`; Pillow's image; an array of uint8, (height, width, 3),
+            or (height, width) for grey; or a tensor of uint8, (3 or 1, height, width).
+        order: "RGB" or "BGR": the channels of an array or a tensor. Other images know theirs.
+
+    Raises:
+        ConfigError: `order` is missing or unknown.
+        DatasetError: the image cannot be read, or is none of these.
+    """
+    if isinstance(image, str | Path):
+        with naming(image), opened(image) as file:
+            return loaded(file)
+    if isinstance(image, Image.Image):
+        with naming(Path(getattr(image, "filename", "") or f"in memory, of mode {image.mode}")):
+            if not (image.width and image.height):
+                raise ValueError(f"it has {image.width} x {image.height} pixels")
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(unknown_range(image))
+            image.load()
+            return turned(image)
+    if hasattr(image, "detach"):
+        kind, form = "a tensor", "(3, height, width)"
+        planar = image.detach().cpu()
+        planes: NDArray[Any] = planar.movedim(0, -1).numpy() if planar.ndim == 3 else np.empty(0)
+    elif isinstance(image, np.ndarray):
+        kind, form = "an array", "(height, width, 3)"
+        planes = image[..., None] if image.ndim == 2 else image
+    else:
+        raise DatasetError(
+            f"{type(image).__name__} is no image: give a file, Pillow's image, an array or a tensor"
+        )
+    if planes.dtype != np.uint8 or planes.shape[2:] not in ((1,), (3,)) or not planes.size:
+        scale = " Scale floats to 0..255 and round them." if planes.dtype.kind == "f" else ""
+        raise DatasetError(
+            f"{kind} of {str(image.dtype).removeprefix('torch.')} and shape {tuple(image.shape)} "
+            f"is no image: give uint8, 0 to 255, of shape {form}.{scale}"
+        )
+    if planes.shape[2] == 1:
+        return Image.fromarray(np.ascontiguousarray(planes[..., 0]))
+    if order not in ("RGB", "BGR"):
+        raise ConfigError(
+            f'the channel order of arrays and tensors is {quoted(order)}: pass order="BGR" for '
+            'images from OpenCV, order="RGB" for those from Pillow or torchvision.'
+        )
+    return Image.fromarray(np.ascontiguousarray(planes if order == "RGB" else planes[..., ::-1]))
+
+
+def unknown_range(picture: Image.Image) -> str:
+    """Return why pixels of mode I or F are refused."""
+    return f"its mode is {picture.mode}, whose range is unknown: convert it to 8 bits a channel"
 
 
 def bits_of(image: ImageFile.ImageFile) -> int:

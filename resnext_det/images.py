@@ -20,7 +20,15 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
 from resnext_det.errors import ConfigError, quoted
-from resnext_det.image_files import bits_of, loaded, naming, opened, orientation, turned
+from resnext_det.image_files import (
+    bits_of,
+    loaded,
+    naming,
+    opened,
+    orientation,
+    turned,
+    unknown_range,
+)
 
 CHANNELS = {
     **{"BGR": 3, "RGB": 3, "YUV-BT.601": 3, "HSV": 3, "LAB": 3, "YCbCr": 3},
@@ -118,10 +126,7 @@ def as_array(picture: Image.Image, pixel_format: str) -> NDArray[Any]:
         ValueError: the picture has more than 8 bits a channel.
     """
     if picture.mode.startswith(("I", "F")):
-        raise ValueError(
-            f"the picture has mode {picture.mode}, whose range is unknown: convert it to 8 bits a "
-            "channel."
-        )
+        raise ValueError(unknown_range(picture))
     pixels: NDArray[Any] = detection_utils.convert_PIL_to_numpy(picture, pixel_format)
     # Detectron2 returns float64, which none of its models accept.
     return pixels.astype(np.float32) if pixels.dtype == np.float64 else pixels

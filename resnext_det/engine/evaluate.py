@@ -156,8 +156,8 @@ def of_run(folder: Path) -> tuple[Path, Path]:
     if not config.is_file() or not weights.is_file():
         missing = "checkpoint" if config.is_file() else "config.yaml"
         raise ConfigError(
-            f"--run {quoted(folder)} holds no {missing}: use OUTPUT_DIR of a training, or "
-            "--config-file and MODEL.WEIGHTS."
+            f"the folder {quoted(folder)} holds no {missing}: name the OUTPUT_DIR of a training, "
+            "or a config and MODEL.WEIGHTS."
         )
     return config, weights
 

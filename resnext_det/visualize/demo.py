@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import io
 import itertools
 import json
 import os
@@ -15,29 +16,23 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
-import numpy as np
-import pycocotools.mask as mask_util
 from PIL import Image
 
 from resnext_det.console import progress_bar
-from resnext_det.engine.predictor import Detection, Predictor, Record
+from resnext_det.engine.predictor import Predictor, Record, batches
 from resnext_det.errors import ConfigError, DatasetError, quoted
 from resnext_det.files import written_beside
+from resnext_det.image_files import SUFFIXES
 from resnext_det.images import read_picture
-from resnext_det.visualize.draw import Drawn, class_colour, draw_objects, save_picture
+from resnext_det.prediction import Prediction
+from resnext_det.visualize.draw import draw_prediction, save_picture
 from resnext_det.visualize.video import VideoReader, open_video, written_video
-
-T = TypeVar("T")
 
 RESULTS = "detections.jsonl"
 
 # fmt: off
-IMAGE_SUFFIXES = {
-    ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".pnm",
-    ".ppm", ".tga", ".tif", ".tiff", ".webp",
-}
 VIDEO_SUFFIXES = {
     ".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg",
     ".mts", ".ogv", ".webm", ".wmv",
@@ -64,7 +59,7 @@ class MediaFile:
     drawn: str
 
 
-def find_sources(inputs: Sequence[str], output: Path) -> list[MediaFile]:
+def find_sources(inputs: Sequence[str], output: Path | None) -> list[MediaFile]:
     """Return the images and videos that files, folders and patterns name, each once.
 
     Subfolders and hidden files of a folder are skipped, and so is the output folder, so a second
@@ -74,15 +69,14 @@ def find_sources(inputs: Sequence[str], output: Path) -> list[MediaFile]:
     Raises:
         ConfigError: an input names no image or video outside the output folder.
     """
-    output = output.expanduser().resolve()
+    output = None if output is None else output.expanduser().resolve()
     files: dict[Path, Path] = {}
     for given in inputs:
         found = _matches(given, output)
         if not found:
             raise ConfigError(
-                f"--input {quoted(Path(given))} names no image or video outside the output folder. "
-                "Pass files, folders, or patterns such as 'folder/**/*.jpg'; put config overrides "
-                "after --opts."
+                f"{quoted(Path(given))} names no image or video outside the output folder. Pass "
+                "files, folders, or patterns such as 'folder/**/*.jpg'."
             )
         for file in found:
             files.setdefault(file.resolve(), file)
@@ -100,7 +94,7 @@ def find_sources(inputs: Sequence[str], output: Path) -> list[MediaFile]:
     return sources
 
 
-def _matches(given: str, output: Path) -> list[Path]:
+def _matches(given: str, output: Path | None) -> list[Path]:
     path = Path(given).expanduser()
     try:
         if path.is_file():
@@ -109,12 +103,12 @@ def _matches(given: str, output: Path) -> list[Path]:
         names = path.iterdir() if path.is_dir() else glob.iglob(str(path), recursive=True)  # noqa: PTH207
         found = sorted(map(Path, names))
     except OSError as error:
-        raise ConfigError(f"--input {quoted(path)} cannot be read: {error.strerror}.") from error
+        raise ConfigError(f"{quoted(path)} cannot be read: {error.strerror}.") from error
     return [
         file
         for file in found
         if not file.name.startswith(".")
-        and file.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES
+        and file.suffix.lower() in SUFFIXES | VIDEO_SUFFIXES
         and file.is_file()
         and file.resolve().parent != output
     ]
@@ -138,20 +132,27 @@ class Demo:
     """
 
     def __init__(
-        self, predictor: Predictor, output: Path, threshold: float = 0.5, batch: int = 1
+        self,
+        predictor: Predictor,
+        output: Path | None,
+        threshold: float = 0.5,
+        batch: int = 1,
+        show: Callable[[MediaFile, Prediction], None] = lambda source, found: None,
     ) -> None:
         """Prepare.
 
         Args:
             predictor: the detector.
-            output: folder to write to.
+            output: folder to write to; None to write nothing, which excludes videos.
             threshold: lowest score to draw and save.
             batch: images per batch.
+            show: called with every image and what was found in it.
         """
         self._predictor = predictor
         self._output = output
         self._threshold = threshold
         self._batch = batch
+        self._show = show
         self.images = self.videos = self.frames = 0
         self.problems: list[str] = []
         self.seconds: deque[float] = deque(maxlen=_MOST_TIMINGS)
@@ -204,6 +205,9 @@ class Demo:
     @contextlib.contextmanager
     def _results(self) -> Iterator[BinaryIO]:
         """Yield the stream of detections.jsonl, which is kept after errors and Ctrl-C."""
+        if self._output is None:
+            yield io.BytesIO()
+            return
         raised: BaseException | None = None
         with written_beside(self._output / RESULTS) as beside, beside.open("wb") as stream:
             try:
@@ -215,11 +219,13 @@ class Demo:
 
     def _draw_images(self, sources: Sequence[MediaFile], results: BinaryIO) -> None:
         bar = progress_bar(sources, desc="drawing", unit="image")
-        for batch in _batches(self._readable(bar, results), self._batch):
-            found = self._detect([record for _, _, record in batch])
-            for (source, picture, _), detections in zip(batch, found):
-                save_picture(self._drawn(picture, detections), self._output / source.drawn)
-                _write(results, source, picture, detections)
+        for batch in batches(self._readable(bar, results), self._batch):
+            predictions = self._detect([record for _, _, record in batch])
+            for (source, picture, _), found in zip(batch, predictions):
+                if self._output is not None:
+                    save_picture(draw_prediction(picture, found), self._output / source.drawn)
+                _write(results, source, picture, found)
+                self._show(source, found)
                 self.images += 1
 
     def _readable(
@@ -244,15 +250,16 @@ class Demo:
     ) -> None:
         name = quoted(Path(source.file.name), 40)
         bar = progress_bar(frames, desc=name, total=reader.frame_count, unit="frame")
+        assert self._output is not None
         start, count = results.tell(), 0
         try:
             with written_video(self._output / source.drawn, reader.rate) as writer:
-                for batch in _batches(iter(bar), self._batch):
-                    found = self._detect([self._predictor.record(each.picture) for each in batch])
-                    for frame, detections in zip(batch, found):
-                        writer.write(self._drawn(frame.picture, detections), frame.seconds)
+                for batch in batches(iter(bar), self._batch):
+                    records = [self._predictor.record(each.picture) for each in batch]
+                    for frame, found in zip(batch, self._detect(records)):
+                        writer.write(draw_prediction(frame.picture, found), frame.seconds)
                         when = {"frame": count, "seconds": round(frame.seconds, 6)}
-                        _write(results, source, frame.picture, detections, **when)
+                        _write(results, source, frame.picture, found, **when)
                         count += 1
         except BaseException:  # the video was not written, so neither are its detections
             results.seek(start)
@@ -268,59 +275,43 @@ class Demo:
         line = {"file": str(source.file), "problem": message}
         results.write(f"{json.dumps(line)}\n".encode())
 
-    def _detect(self, records: Sequence[Record]) -> list[list[Detection]]:
+    def _detect(self, records: Sequence[Record]) -> list[Prediction]:
         start = time.perf_counter()
         found = self._predictor.detect(records)  # in CPU memory, so a GPU has finished
         if self._is_warm:
             self.seconds.append((time.perf_counter() - start) / len(records))
         self._is_warm = True
-        return [[each for each in one if each.score >= self._threshold] for one in found]
-
-    def _drawn(self, picture: Image.Image, detections: Sequence[Detection]) -> Image.Image:
-        objects = [
-            Drawn(
-                each.box,
-                f"{each.name} {each.score:.2f}",
-                class_colour(each.category_index),
-                each.mask,
-                each.keypoints,
-            )
-            for each in detections
-        ]
-        return draw_objects(picture, objects, self._predictor.connections)
+        return [each.above(self._threshold) for each in found]
 
 
 def _write(
     results: BinaryIO,
     source: MediaFile,
     picture: Image.Image,
-    detections: Sequence[Detection],
+    found: Prediction,
     **when: float,
 ) -> None:
     width, height = picture.size
     line = {"file": str(source.file), "drawn": source.drawn, "width": width, "height": height}
-    entries = [_entry(each) for each in detections]
-    results.write(f"{json.dumps({**line, **when, 'detections': entries})}\n".encode())
+    results.write(f"{json.dumps({**line, **when, 'detections': _entries(found)})}\n".encode())
 
 
-def _entry(detection: Detection) -> dict[str, Any]:
-    entry: dict[str, Any] = {
-        "box": [round(value, 3) for value in detection.box],
-        "name": detection.name,
-        "category_index": detection.category_index,
-        "score": round(detection.score, 6),
-    }
-    if detection.mask is not None:
-        encoded = mask_util.encode(np.asfortranarray(detection.mask, dtype=np.uint8))
-        entry["mask"] = {"size": encoded["size"], "counts": encoded["counts"].decode("ascii")}
-    if detection.keypoints is not None:
-        entry["keypoints"] = detection.keypoints.astype(float).round(3).tolist()
-    return entry
-
-
-def _batches(items: Iterator[T], size: int) -> Iterator[list[T]]:
-    while batch := list(itertools.islice(items, size)):
-        yield batch
+def _entries(found: Prediction) -> list[dict[str, Any]]:
+    entries = []
+    rows = found.to_coco(0, range(found.labels.max(initial=0) + 1))
+    for place, (row, name) in enumerate(zip(rows, found.names)):
+        entry = {
+            "box": [round(value, 3) for value in row["bbox"]],
+            "name": name,
+            "category_index": row["category_id"],
+            "score": round(row["score"], 6),
+        }
+        if found.masks is not None:
+            entry["mask"] = row["segmentation"]
+        if found.keypoints is not None:
+            entry["keypoints"] = found.keypoints[place].astype(float).round(3).tolist()
+        entries.append(entry)
+    return entries
 
 
 @contextlib.contextmanager

@@ -1,20 +1,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torchvision
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from detectron2.engine import DefaultPredictor
-from detectron2.modeling import build_model
+from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
 from PIL import Image
 
-from resnext_det import load_config
+from resnext_det import Prediction, Predictor, load_config
 from resnext_det.data.mapper import NamingDatasetMapper
 from resnext_det.engine.checkpoints import Checkpointer
-from resnext_det.engine.predictor import Predictor, with_threshold
-from resnext_det.errors import ConfigError, DatasetError
+from resnext_det.engine.predictor import with_threshold
+from resnext_det.errors import ConfigError, DatasetError, WeightsError
+from resnext_det.image_files import picture_of
 from resnext_det.images import CHANNELS, read_picture
 
 CLASSES = ("a", "b", "c", "d", "e", "f")
@@ -74,7 +80,7 @@ def test_record_matches_dataset_mapper(kind: str, config: CfgNode, tmp_path: Pat
         mapper = NamingDatasetMapper(cfg, False)
         expected = mapper({"file_name": str(file), "width": width, "height": height})
         predictor._format = pixel_format
-        found = predictor.record(read_picture(file))
+        found = predictor.record(picture_of(file))
         assert found["image"].dtype == expected["image"].dtype
         assert torch.equal(found["image"], expected["image"])
         assert (found["width"], found["height"]) == (width, height)
@@ -82,71 +88,237 @@ def test_record_matches_dataset_mapper(kind: str, config: CfgNode, tmp_path: Pat
 
 @pytest.mark.parametrize("pixel_format", ["BGR", "RGB"])
 @pytest.mark.parametrize("head", ["", "MASK", "KEYPOINT"])
-def test_matches_default_predictor(head: str, pixel_format: str, tmp_path: Path) -> None:
+def test_equals_default_predictor(head: str, pixel_format: str, tmp_path: Path) -> None:
+    """In stock arithmetic, bit for bit."""
     words = ["INPUT.FORMAT", pixel_format, "DATASETS.TEST", "('keypoints_coco_2017_val',)"]
-    words += ["MODEL.RESNEXT.PRECISION", "stock"]
     words += ["DATALOADER.DECODER", "pillow"]
     if head:
         words += [f"MODEL.{head}_ON", "True"]
     cfg = saved(tmp_path, *words)
     picture = noise(0)
     expected = DefaultPredictor(cfg)(np.asarray(picture)[:, :, ::-1])["instances"]
-    predictor = Predictor(cfg)
+    predictor = Predictor(cfg, precision="stock")
     found = predictor(picture)
+    assert isinstance(found, Prediction)
     assert len(found) == len(expected) == 8
-    corners = expected.pred_boxes.tensor
-    sizes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1)
-    torch.testing.assert_close(torch.tensor([each.box for each in found]), sizes)
-    torch.testing.assert_close(torch.tensor([each.score for each in found]), expected.scores)
-    assert [each.category_index for each in found] == expected.pred_classes.tolist()
-    assert [each.name for each in found] == [CLASSES[n] for n in expected.pred_classes]
-    for number, each in enumerate(found):
-        assert (each.mask is None) == (head != "MASK")
-        assert (each.keypoints is None) == (head != "KEYPOINT")
-        if each.mask is not None:
-            assert np.array_equal(each.mask, expected.pred_masks[number].numpy())
-        if each.keypoints is not None:
-            assert np.array_equal(each.keypoints, expected.pred_keypoints[number].numpy())
+    assert np.array_equal(found.boxes, expected.pred_boxes.tensor.numpy())
+    assert np.array_equal(found.scores, expected.scores.numpy())
+    assert np.array_equal(found.labels, expected.pred_classes.numpy())
+    assert found.names == [CLASSES[n] for n in expected.pred_classes]
+    assert (found.width, found.height) == picture.size
+    assert (found.masks is None) == (head != "MASK")
+    assert (found.keypoints is None) == (head != "KEYPOINT")
+    if found.masks is not None:
+        assert np.array_equal(found.masks, expected.pred_masks.numpy())
+    if found.keypoints is not None:
+        assert np.array_equal(found.keypoints, expected.pred_keypoints.numpy())
     # A left ear, number 3, and a left eye.
-    assert ((3, 1) in predictor.connections) == (head == "KEYPOINT")
+    assert ((3, 1) in found.connections) == (head == "KEYPOINT")
+    fast = Predictor(cfg)(picture)
+    assert fast.boxes == pytest.approx(found.boxes, abs=0.01)
+    assert fast.scores == pytest.approx(found.scores, abs=1e-4)
 
 
-def test_batch_matches_single_pictures(predictor: Predictor) -> None:
+def test_augmented_detections_equal_detectron2s(config: CfgNode) -> None:
+    words = ["TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", "(48, 80)", "TEST.AUG.MAX_SIZE", 120]
+    cfg = changed(config, *words, "MODEL.RESNEXT.PRECISION", "stock")
+    predictor = Predictor(cfg)
+    found = predictor(noise(0))
+    model = build_model(cfg).eval()
+    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    with torch.no_grad():
+        expected = GeneralizedRCNNWithTTA(cfg, model)([predictor.record(noise(0))])[0]["instances"]
+    assert len(found) == 8
+    assert np.array_equal(found.boxes, expected.pred_boxes.tensor.numpy())
+    assert np.array_equal(found.scores, expected.scores.numpy())
+    assert not np.array_equal(found.boxes, Predictor(config, precision="stock")(noise(0)).boxes)
+    with pytest.raises(ConfigError, match=r"TEST\.AUG\.ENABLED is True.*Set TEST\.AUG\.ENABLED"):
+        Predictor(changed(cfg, "MODEL.KEYPOINT_ON", True))
+
+
+def equal(one: Prediction, other: Prediction) -> bool:
+    return np.array_equal(one.boxes, other.boxes) and np.array_equal(one.scores, other.scores)
+
+
+def test_images_of_every_kind_give_the_same(predictor: Predictor, tmp_path: Path) -> None:
+    picture = noise(0)
+    pixels = np.asarray(picture)
+    picture.save(tmp_path / "b.png")
+    expected = predictor(tmp_path / "b.png")
+    assert expected.source == tmp_path / "b.png"
+    tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+    given = {"RGB": [str(tmp_path / "b.png"), picture, pixels, tensor]}
+    given["BGR"] = [pixels[..., ::-1], tensor.flip(0)]
+    for order, images in given.items():
+        found = [*predictor(images, order=order), *(predictor(one, order=order) for one in images)]
+        assert len(found) == 2 * len(images) and all(equal(one, expected) for one in found)
+    assert not equal(predictor(pixels, order="BGR"), expected)
+    grey = picture.convert("L")
+    greys = [np.asarray(grey), np.asarray(grey)[..., None], torch.from_numpy(np.array(grey))[None]]
+    assert all(equal(predictor(one), predictor(grey)) for one in greys)
+    noise(1).save(tmp_path / "A.PNG")
+    (tmp_path / "notes.txt").write_text("no image")
+    in_folder = predictor(str(tmp_path))
+    assert isinstance(in_folder, list)
+    assert [Path(str(one.source)).name for one in in_folder] == ["A.PNG", "b.png"]
+    assert equal(in_folder[1], expected)
+    assert predictor([]) == []
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
+def test_exif_orientation_is_applied_once(
+    suffix: str, predictor: Predictor, tmp_path: Path
+) -> None:
+    file, upright = tmp_path / f"a.{suffix}", noise(0)
+    exif = Image.Exif()
+    exif[274] = 6  # shown after a quarter turn clockwise
+    quarter = upright.transpose(Image.Transpose.ROTATE_90)
+    quarter.save(file, exif=exif, **({"quality": 100, "subsampling": 0} if suffix == "jpg" else {}))
+    found = predictor(file)
+    assert (found.width, found.height) == upright.size
+    if suffix != "jpg":
+        assert equal(found, predictor(upright))
+    with Image.open(file) as opened:
+        assert equal(predictor(opened), found)
+    assert equal(predictor(read_picture(file)), found)  # a picture that is upright already
+    assert found.draw(threshold=2).size == upright.size
+
+
+def test_batches_equal_single_images(predictor: Predictor) -> None:
     pictures = [noise(1), noise(2), noise(3)]  # of equal size, since padding affects the network
-    together = predictor.detect([predictor.record(each) for each in pictures])
-    assert len(together) == 3
-    for picture, found in zip(pictures, together):
-        alone = predictor(picture)
-        assert [each.box for each in found] == [pytest.approx(e.box, abs=0.01) for e in alone]
+    alone = [predictor(each) for each in pictures]
+    for batch in (1, 2, 3):
+        together = predictor(pictures, batch=batch)
+        assert [one.boxes.tolist() for one in together] == [
+            [pytest.approx(box, abs=0.01) for box in one.boxes.tolist()] for one in alone
+        ]
+        assert batch > 1 or all(map(equal, together, alone))
+    with pytest.raises(ConfigError, match="a batch of 0 images"):
+        predictor(pictures, batch=0)
 
 
-@pytest.mark.parametrize("picture", [Image.new("RGB", (1, 2000)), Image.new("F", (90, 60))])
-def test_refuses_pictures(predictor: Predictor, picture: Image.Image) -> None:
-    with pytest.raises(DatasetError, match=r"a picture of \d+ x \d+ pixels cannot be"):
-        predictor(picture)
+def test_stream_reads_as_it_goes(predictor: Predictor, tmp_path: Path) -> None:
+    (tmp_path / "broken.jpg").write_bytes(b"")
+    stream = predictor.stream(iter([noise(1), noise(2), tmp_path / "broken.jpg"]))
+    assert [next(stream).width, next(stream).width] == [90, 90]
+    with pytest.raises(DatasetError, match=r"broken\.jpg"):
+        next(stream)
+
+
+PIXELS = np.asarray(noise(0))
+
+
+@pytest.mark.parametrize(
+    ("image", "order", "message"),
+    [
+        (PIXELS, None, 'the channel order of arrays and tensors is None: pass order="BGR"'),
+        (PIXELS, "GRB", "the channel order of arrays and tensors is 'GRB'"),
+        (PIXELS / 255, "RGB", r"an array of float64 and shape \(60, 90, 3\).*Scale floats"),
+        (PIXELS.astype(np.int64), "RGB", "an array of int64"),
+        (PIXELS.transpose(2, 0, 1), "RGB", r"shape \(3, 60, 90\).*\(height, width, 3\)"),
+        (PIXELS[None], "RGB", r"shape \(1, 60, 90, 3\)"),
+        (PIXELS[:0], "RGB", r"shape \(0, 90, 3\)"),
+        (torch.tensor(PIXELS), "RGB", r"a tensor of uint8 .*\(3, height, width\)"),
+        (torch.zeros(3, 60, 90), "RGB", r"a tensor of float32 .*Scale floats"),
+        (b"bytes", None, "bytes is no image: give a file"),
+        (Image.new("RGB", (0, 5)), None, "0 x 5 pixels"),
+        (Image.new("F", (90, 60)), None, "its mode is F, whose range is unknown"),
+        (Image.new("RGB", (1, 2000)), None, "a picture of 1 x 2000 pixels cannot be"),
+        ("nowhere.jpg", None, r"nowhere\.jpg cannot be read: No such file"),
+        (__file__, None, r"test_predictor\.py cannot be read: it is damaged, or in none of"),
+    ],
+)
+def test_refuses_what_is_no_image(
+    image: Any, order: str | None, message: str, predictor: Predictor
+) -> None:
+    with pytest.raises((ConfigError, DatasetError), match=message) as caught:
+        predictor(image, order=order)
+    assert "\n" not in str(caught.value)
+
+
+def test_refuses_truncated_files_and_empty_folders(predictor: Predictor, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no image"):
+        predictor(tmp_path)
+    file = tmp_path / "cut.jpg"
+    noise(0).save(file)
+    file.write_bytes(file.read_bytes()[:1500])
+    with pytest.raises(DatasetError, match=r"cut\.jpg cannot be read: .*truncated"):
+        predictor(file)
+    with Image.open(file) as opened, pytest.raises(DatasetError, match=r"cut\.jpg.*truncated"):
+        predictor(opened)
+
+
+def test_finds_the_config_of_a_detector(predictor: Predictor, config: CfgNode) -> None:
+    """Of a run folder, a checkpoint, or given beside a checkpoint."""
+    weights, expected = Path(config.MODEL.WEIGHTS), predictor(noise(0))
+    (weights.parent / "config.yaml").write_text(config.dump())
+    for detector in (weights.parent, str(weights)):
+        assert equal(Predictor(detector)(noise(0)), expected)
+    bare = weights.with_name("bare.pth")
+    torch.save({"model": predictor.model.state_dict()}, bare)
+    words = ["INPUT.MIN_SIZE_TEST", "64", "INPUT.MAX_SIZE_TEST", "96"]
+    words += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "TEST.DETECTIONS_PER_IMAGE", "8"]
+    found = Predictor(bare, config="faster_rcnn_X_26_8x4d_FPN_toy", overrides=words)(noise(0))
+    assert np.array_equal(found.boxes, expected.boxes)
+    assert found.names[0] in MetadataCatalog.get("toy_coco_minival").thing_classes
+    with pytest.raises(ConfigError, match=r"bare\.pth' records no config.*pass config="):
+        Predictor(bare)
+
+
+def test_refuses_what_is_no_detector(config: CfgNode, tmp_path: Path) -> None:
+    weights, backbone = Path(config.MODEL.WEIGHTS), tmp_path / "backbone.pth"
+    torch.save(torchvision.models.resnext50_32x4d().state_dict(), backbone)
+    refused: list[tuple[Any, dict[str, Any], str]] = [
+        (tmp_path, {}, r"holds no config\.yaml: name the OUTPUT_DIR"),
+        ("nowhere", {}, "'nowhere' is neither the folder of a run nor a checkpoint"),
+        ("resnext://resnext50_32x4d.tv_in1k", {}, "trained on ImageNet, not a detector"),
+        (backbone, {}, "records no config, so another program wrote it, or it holds a backbone"),
+        (backbone, {"config": "faster_rcnn_X_50_32x4d_FPN_1x"}, "holds a bare backbone"),
+        (weights, {"device": "tpu"}, "device 'tpu' cannot be used"),
+        (weights, {"precision": "int8"}, "MODEL.RESNEXT.PRECISION is 'int8'"),
+    ]
+    if not torch.cuda.is_available():
+        refused.append((weights, {"device": "cuda"}, "device 'cuda' cannot be used"))
+    for detector, more, message in refused:
+        with pytest.raises((ConfigError, WeightsError), match=message):
+            Predictor(detector, **more)
+    (tmp_path / "config.yaml").write_text(config.dump())
+    with pytest.raises(ConfigError, match="holds no checkpoint"):
+        Predictor(tmp_path)
 
 
 def test_refuses_other_networks(config: CfgNode) -> None:
     for use in (Predictor, lambda cfg: NamingDatasetMapper(cfg, False)):
         with pytest.raises(ConfigError, match=r"INPUT\.FORMAT L has 1 channels"):
             use(changed(config, "INPUT.FORMAT", "L"))
-    proposals = changed(config, "MODEL.META_ARCHITECTURE", "ProposalNetwork")
-    with pytest.raises(ConfigError, match="ProposalNetwork does not detect objects"):
-        Predictor(proposals)
+    for name in ("ProposalNetwork", "ImageClassifier"):
+        with pytest.raises(ConfigError, match=f"{name} does not detect objects"):
+            Predictor(changed(config, "MODEL.META_ARCHITECTURE", name))
     with pytest.raises(ConfigError, match="LOAD_PROPOSALS is True"):
         Predictor(changed(config, "MODEL.LOAD_PROPOSALS", "True"))
     predictor = Predictor(config)
-    predictor.model = build_model(proposals).eval()
+    predictor._detect = lambda records: [{"proposals": None}]
     with pytest.raises(ConfigError, match="does not detect objects"):
         predictor(noise(0))
+
+
+def test_category_ids_are_those_of_the_data_set(config: CfgNode, tmp_path: Path) -> None:
+    names = MetadataCatalog.get("coco_2017_val").thing_classes
+    cfg = saved(tmp_path, "MODEL.ROI_HEADS.NUM_CLASSES", 80, "DATASETS.TEST", "coco_2017_val")
+    run = torch.load(cfg.MODEL.WEIGHTS, weights_only=False)
+    run["resnext_det_run"]["class_names"] = names
+    torch.save(run, cfg.MODEL.WEIGHTS)
+    found = Predictor(cfg)(noise(0))
+    ids = {each["name"]: each["id"] for each in COCO_CATEGORIES}
+    assert [row["category_id"] for row in found.to_coco(1)] == [ids[name] for name in found.names]
 
 
 def test_low_threshold_applies_to_detector(config: CfgNode) -> None:
     key = "MODEL.ROI_HEADS.SCORE_THRESH_TEST"
     usual = changed(config, key, 0.6, "TEST.DETECTIONS_PER_IMAGE", 1000)
-    assert min(each.score for each in Predictor(usual)(noise(0))) > 0.6
-    low = with_threshold(usual, 0.1)
-    assert 0.1 < min(each.score for each in Predictor(low)(noise(0))) < 0.3
+    assert Predictor(usual)(noise(0)).scores.min() > 0.6
+    assert 0.1 < Predictor(usual, threshold=0.1)(noise(0)).scores.min() < 0.3
+    assert Predictor(usual, threshold=0.7)(noise(0)).scores.min() >= 0.7
     assert with_threshold(usual, 0.01).MODEL.RETINANET.SCORE_THRESH_TEST == 0.01
     assert with_threshold(usual, 0.9) == usual
     assert usual.MODEL.ROI_HEADS.SCORE_THRESH_TEST == 0.6

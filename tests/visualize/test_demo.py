@@ -15,8 +15,9 @@ import pytest
 from detectron2.config import CfgNode
 from PIL import Image
 
-from resnext_det.engine.predictor import Detection, Predictor
+from resnext_det.engine.predictor import Predictor
 from resnext_det.errors import ConfigError, DatasetError
+from resnext_det.prediction import Prediction
 from resnext_det.visualize.demo import RESULTS, Demo, find_sources
 from resnext_det.visualize.video import open_video
 from resnext_det_cli import main
@@ -82,51 +83,67 @@ def test_saves_the_predictors_detections(
 ) -> None:
     with Image.open(folder / "a.png") as picture:
         everything = predictor(picture)
-    middle = sorted(each.score for each in everything)[len(everything) // 2]
+    middle = float(np.sort(everything.scores)[len(everything) // 2])
     demo = Demo(predictor, tmp_path / "out", threshold=middle)
     demo.run(find_sources([str(folder / "a.png")], tmp_path / "out"))
     (line,) = results(tmp_path / "out")
-    kept = [each for each in everything if each.score >= middle]
+    kept = everything.above(middle)
     assert 0 < len(kept) < len(everything)
-    for saved, each in zip(line["detections"], kept, strict=True):
-        assert saved["score"] == pytest.approx(each.score, abs=1e-5)
-        assert saved["box"] == pytest.approx(each.box, abs=1e-3)
-        assert (saved["name"], saved["category_index"]) == (each.name, each.category_index)
+    saved = line["detections"]
+    assert [each["score"] for each in saved] == pytest.approx(kept.scores, abs=1e-5)
+    corner, far = kept.boxes[:, :2], kept.boxes[:, 2:]
+    assert [each["box"][:2] for each in saved] == pytest.approx(corner, abs=1e-3)
+    assert [each["box"][2:] for each in saved] == pytest.approx(far - corner, abs=1e-3)
+    assert [each["name"] for each in saved] == kept.names
+    assert [each["category_index"] for each in saved] == kept.labels.tolist()
     assert demo.median_seconds is None  # the first batch, which is slower, is not measured
+
+
+NOTHING = {
+    "boxes": np.empty((0, 4), np.float32),
+    "scores": np.empty(0, np.float32),
+    "labels": np.empty(0, np.int64),
+    "class_names": ["\ud800<b>"],
+}
 
 
 class Fake(Predictor):
     """Another predictor with other detections, or a signal in its n-th batch."""
 
-    def __init__(self, other: Predictor, found: list[Detection], signal_in: int = 0) -> None:
+    def __init__(self, other: Predictor, signal_in: int = 0, **found: Any) -> None:
         vars(self).update(vars(other))
-        self.found, self.signal_in = found, signal_in
+        self.found, self.signal_in = {**NOTHING, **found}, signal_in
 
-    def detect(self, records: Any) -> list[list[Detection]]:
+    def detect(self, records: Any) -> list[Prediction]:
         self.signal_in -= 1
         if self.signal_in == 0:
             os.kill(os.getpid(), signal.SIGINT)
-        return [self.found for _ in records]
+        return [Prediction(width=90, height=60, **self.found) for _ in records]
 
 
 def test_saves_masks_and_keypoints(predictor: Predictor, folder: Path, tmp_path: Path) -> None:
     mask = np.random.default_rng(0).random((60, 90)) > 0.5
     points = np.array([[1.5, 2.25, 0.5]], np.float32)
-    found = [
-        Detection((1, 2, 3, 4), "a", 0.5, 0, mask),
-        Detection((1, 2, 3, 4), "\ud800<b>", 0.5, 0, keypoints=points),
-    ]
-    demo = Demo(Fake(predictor, found), tmp_path / "out")
+    fake = Fake(
+        predictor,
+        boxes=np.array([[1, 2, 4, 6]], np.float32),
+        scores=np.array([0.5], np.float32),
+        labels=np.array([0]),
+        masks=mask[None],
+        keypoints=points[None],
+    )
+    demo = Demo(fake, tmp_path / "out")
     demo.run(find_sources([str(folder / "a.png")], tmp_path / "out"))
     (line,) = results(tmp_path / "out")
-    masked, pointed = line["detections"]
-    assert np.array_equal(mask_util.decode(masked["mask"]), mask)
-    assert pointed["keypoints"] == points.tolist()
+    (saved,) = line["detections"]
+    assert (saved["box"], saved["name"], saved["score"]) == ([1, 2, 3, 4], "\ud800<b>", 0.5)
+    assert np.array_equal(mask_util.decode(saved["mask"]), mask)
+    assert saved["keypoints"] == points.tolist()
 
 
 def test_ctrl_c_keeps_what_is_finished(predictor: Predictor, folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    demo = Demo(Fake(predictor, [], signal_in=4), output)
+    demo = Demo(Fake(predictor, signal_in=4), output)
     with pytest.raises(KeyboardInterrupt):
         demo.run(find_sources([str(folder)], output))
     assert sorted(each.name for each in output.iterdir()) == ["a.jpg", "b.jpg", RESULTS]
@@ -137,7 +154,7 @@ def test_ctrl_c_keeps_what_is_finished(predictor: Predictor, folder: Path, tmp_p
 def test_ctrl_c_finishes_the_recording_of_a_camera(predictor: Predictor, tmp_path: Path) -> None:
     file = write_frames(tmp_path / "camera.mkv", [n / 10 for n in range(30)])
     before = signal.getsignal(signal.SIGINT)
-    demo = Demo(Fake(predictor, [], signal_in=3), tmp_path / "out")
+    demo = Demo(Fake(predictor, signal_in=3), tmp_path / "out")
     with open_video(file) as reader:
         demo.record(reader, "webcam.mp4")
         list(reader)
@@ -214,6 +231,24 @@ def test_refuses_images_that_no_jpeg_can_hold(predictor: Predictor, tmp_path: Pa
     demo = Demo(predictor, tmp_path / "out")
     demo.run(find_sources([str(tmp_path / "a.png")], tmp_path / "out"))
     assert "at most 65500 a side" in demo.problems[0]
+
+
+def test_predict_command_prints_or_saves_beside_the_run(
+    detector: CfgNode, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(detector.MODEL.WEIGHTS).parent
+    (run / "config.yaml").write_text(detector.dump())
+    (tmp_path / "photos").mkdir()
+    for name in ("a.jpg", "B.PNG"):
+        Image.new("RGB", (60, 40), (90, 120, 30)).save(tmp_path / "photos" / name)
+    words = ["predict", "--run", str(run), str(tmp_path / "photos"), "--threshold", "0"]
+    assert main([*words, "MODEL.RPN.NMS_THRESH", "0.8"]) == 0
+    said = capsys.readouterr().out
+    assert f"{tmp_path}/photos/B.PNG: 60 x 40 pixels: " in said
+    assert sorted(run.glob("predicted*")) == [] and "drawn" not in said
+    assert main([*words, "--save", "--device", "cpu"]) == 0
+    assert {each.name for each in (run / "predicted").iterdir()} == {"a.jpg", "B.jpg", RESULTS}
+    assert "pixels" not in capsys.readouterr().out
 
 
 def test_predict_command(
