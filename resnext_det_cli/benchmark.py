@@ -4,9 +4,9 @@
     %(prog)s inference training --output output/speed    two sections
     %(prog)s --output output/speed --page page.md        no run: write the page of the last one
 
-Sections: inference, training, roi_align, loader, evaluation, roofline, growth. Contenders take
-turns, and peak memory is measured in fresh processes. Results go to OUTPUT/benchmark.json; sections
-that an earlier run with the same settings measured stay there.
+Sections: inference, training, roi_align, loader, classification, evaluation, roofline, growth.
+Contenders take turns, and peak memory is measured in fresh processes. Results go to
+OUTPUT/benchmark.json; sections that an earlier run with the same settings measured stay there.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ import argparse
 import shlex
 from pathlib import Path
 
-SECTIONS = ("inference", "training", "roi_align", "loader", "evaluation", "roofline", "growth")
+SECTIONS = (
+    *("inference", "training", "roi_align", "loader", "classification"),
+    *("evaluation", "roofline", "growth"),
+)
 CONFIG = "faster_rcnn_X_50_32x4d_FPN_paper"
 QUICK_CONFIG = "faster_rcnn_X_26_8x4d_FPN_toy"
 # As wide as torchvision builds it.

@@ -42,7 +42,7 @@ _STOCK = {
     "build_retinanet_resnext_fpn_backbone": "build_retinanet_resnet_fpn_backbone",
     "ResNeXtRes5ROIHeads": "Res5ROIHeads",
 }
-_BLOCKS = {26: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+BLOCKS = {26: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 _STATISTICS = 320  # pixels of a side, for the statistics of random weights
 
 
@@ -168,7 +168,7 @@ class Torchvision(nn.Module):
         resnets, rpn, heads = cfg.MODEL.RESNETS, cfg.MODEL.RPN, cfg.MODEL.ROI_HEADS
         network = ResNet(
             Bottleneck,
-            list(_BLOCKS[resnets.DEPTH]),
+            list(BLOCKS[resnets.DEPTH]),
             groups=resnets.NUM_GROUPS,
             width_per_group=resnets.WIDTH_PER_GROUP,
             norm_layer=torchvision.ops.FrozenBatchNorm2d,
@@ -216,7 +216,7 @@ class Torchvision(nn.Module):
         return (
             wanted == ("GeneralizedRCNN", "StandardROIHeads", "FrozenBN")
             and not (cfg.MODEL.MASK_ON or cfg.MODEL.KEYPOINT_ON or resnets.STRIDE_IN_1X1)
-            and resnets.DEPTH in _BLOCKS
+            and resnets.DEPTH in BLOCKS
             and (resnets.STEM_OUT_CHANNELS, resnets.RES2_OUT_CHANNELS) == (64, 256)
         )
 

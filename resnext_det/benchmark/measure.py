@@ -96,6 +96,7 @@ class Sizes:
         proposals: regions that the heads classify.
         networks: depth, cardinality and width per group.
         matrix: side of the matrices whose product gives the machine's peak.
+        classified: images of an update of a classifier, and the side of their crops.
     """
 
     image: tuple[int, int] = (800, 1088)
@@ -108,6 +109,7 @@ class Sizes:
     proposals: tuple[int, ...] = (100, 300, 1000, 2000)
     networks: tuple[tuple[int, int, int], ...] = ((50, 32, 4), (101, 32, 4), (101, 32, 8))
     matrix: int = 2048
+    classified: tuple[int, int] = (16, 224)
 
 
 QUICK = Sizes(
@@ -121,6 +123,7 @@ QUICK = Sizes(
     proposals=(50,),
     networks=((26, 4, 4),),
     matrix=256,
+    classified=(2, 64),
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,8 +38,8 @@ def roofline(setup: Setup) -> list[Table]:
     """Compare each part's multiply-adds per second with the peak of matrix products."""
     cfg, (height, width) = setup.cfg, setup.sizes.image
     inputs: Inputs = [example(height, width)]
-    products = _matrix_products(setup)
-    peaks = {row.name: setup.sizes.matrix**3 / min(row.seconds) for row in products.rows}
+    products = matrix_products(setup)
+    peaks = peaks_of(products)
 
     models: dict[str, Any] = {each.name: each.build(cfg).eval() for each in CONTENDERS}
     counted = detector_complexity(
@@ -69,12 +70,14 @@ def roofline(setup: Setup) -> list[Table]:
             *(Row("whole detector", f"limit of {n}", [total / p]) for n, p in peaks.items()),
         ],
     )
-    rows = [row for name, watch in watches.items() for row in _operators(name, watch.model, inputs)]
+    rows = []
+    for name, watch in watches.items():
+        rows += operators(name, torch.no_grad()(partial(watch.model, inputs)))
     note = "The operators that take the most time of one pass, by `torch.profiler`."
     return [products, limit, parts, Table("Profile", note, rows, compared=False)]
 
 
-def _matrix_products(setup: Setup) -> Table:
+def matrix_products(setup: Setup) -> Table:
     """Measure the machine's peak in each precision."""
     side, device = setup.sizes.matrix, setup.cfg.MODEL.DEVICE
     runs: dict[str, Run] = {}
@@ -88,6 +91,11 @@ def _matrix_products(setup: Setup) -> Table:
     ]
     note = "The product of two square matrices by `torch.matmul`; the last column is the fastest."
     return Table("The machine's peak", note, rows)
+
+
+def peaks_of(products: Table) -> dict[str, float]:
+    """Return the multiply-adds per second of each precision."""
+    return {row.name: 1e9 * float(row.more["G multiply-adds/s"]) for row in products.rows}
 
 
 class Stopwatch:
@@ -182,10 +190,10 @@ def part_rows(
     return rows
 
 
-@torch.no_grad()
-def _operators(name: str, model: nn.Module, inputs: Inputs) -> list[Row]:
+def operators(name: str, run: Run) -> list[Row]:
+    """Return the operators that take the most time of one run."""
     with profile() as profiler:
-        model(inputs)
+        run()
         synchronize()
     cuda = torch.cuda.is_available()
     own = [

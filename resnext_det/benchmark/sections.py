@@ -22,6 +22,7 @@ from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes, BoxMode
 from torch import Tensor
 
+from resnext_det.benchmark.classification import classification
 from resnext_det.benchmark.contenders import (
     AUTOCAST,
     BF16,
@@ -300,6 +301,7 @@ SECTIONS: Mapping[str, Callable[[Setup], list[Table]]] = {
     "training": training,
     "roi_align": pooling,
     "loader": loader,
+    "classification": classification,
     "evaluation": evaluation,
     "roofline": roofline,
     "growth": growth,

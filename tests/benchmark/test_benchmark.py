@@ -118,6 +118,15 @@ def test_quick_run_measures_every_section(quick: Path) -> None:
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert losses[2] == pytest.approx(losses[0], rel=0.05)
     assert all(r.more["off by"] < 1e-3 for r in tables["RoIAlign"].rows if r.name == "ours fp32")
+    updates = [(row.case, row.name) for row in tables["Classification"].rows]
+    names = ["torchvision, a plain loop", "ours fp32", "ours bf16"]
+    assert updates == [
+        *(("images in memory", name) for name in [*names, "limit of fp32"]),
+        *(("JPEG files", name) for name in names),
+        *(("reading alone", name) for name in (names[0], "ours")),
+    ]
+    for row in tables["Classification"].rows:
+        assert row.more["images/s"] == pytest.approx(2 / row.median)
     measured = {row.case: row.more for row in tables["Roofline"].rows}
     assert measured["backbone"]["% of peak"] > 0
     assert measured["RoIAlign"] == {}
