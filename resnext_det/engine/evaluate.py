@@ -204,6 +204,11 @@ def check_expectations(cfg: CfgNode) -> None:
             "proposals can be evaluated: set DATASETS.TEST () and use Detectron2's "
             "SemSegEvaluator."
         )
+    if cfg.MODEL.META_ARCHITECTURE == "PanopticFPN":
+        logger.warning(
+            "MODEL.META_ARCHITECTURE is PanopticFPN: its boxes and masks are evaluated, its stuff "
+            "is not; Detectron2's SemSegEvaluator and COCOPanopticEvaluator do that"
+        )
     keypoints, sigmas = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, cfg.TEST.KEYPOINT_OKS_SIGMAS
     if cfg.MODEL.KEYPOINT_ON and keypoints != (len(sigmas) or COCO_KEYPOINTS):
         raise ConfigError(

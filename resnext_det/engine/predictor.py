@@ -98,8 +98,7 @@ class Predictor:
         check_same_function(cfg)
         if self._architecture == "PanopticFPN":
             logger.warning(
-                "MODEL.META_ARCHITECTURE is PanopticFPN: its objects are returned, with masks; its "
-                "regions of stuff are not"
+                "MODEL.META_ARCHITECTURE is PanopticFPN: its objects are returned, its stuff is not"
             )
         self.model = build_detector(cfg).eval()
         self.report = load_weights(self.model, cfg, whole_detector=True)

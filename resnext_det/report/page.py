@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from resnext_det.errors import ResNeXtError
+from resnext_det.errors import DatasetError, ResNeXtError
 from resnext_det.evaluation.classified import results_file
 from resnext_det.evaluation.coco import ClassFigures, Figures
 from resnext_det.evaluation.compare import Difference
 from resnext_det.evaluation.results_file import (
+    INFERENCE,
     INVALID,
     DatasetMetrics,
+    Metrics,
+    metrics_file,
     read_metrics,
     read_training,
 )
@@ -23,6 +26,7 @@ from resnext_det.report.classifier import render_classifier
 from resnext_det.report.details import Details, read_details
 from resnext_det.report.facts import (
     config_facts,
+    dataset_title,
     model_name,
     run_config,
     schedule_facts,
@@ -55,12 +59,20 @@ class Section:
         details: the detector's errors; None if unknown.
         differences: from the baseline; empty without one.
         gallery: the images.
+        augmented: whether the tests were augmented (TEST.AUG).
     """
 
     evaluation: DatasetMetrics
     details: Details | None
     differences: list[Difference]
     gallery: Gallery
+    augmented: bool = False
+
+    @property
+    def title(self) -> str:
+        """Return the data set's name for headings."""
+        name = dataset_title(self.evaluation.name)
+        return f"{name}, with test-time augmentation" if self.augmented else name
 
     @property
     def kinds(self) -> dict[str, Figures]:
@@ -121,7 +133,9 @@ def _render(run: Path) -> str:
     metrics = read_metrics(run)
     training = read_training(run)
     config = run_config(run)
-    share = max(3, MOST_PICTURES // max(1, len(metrics.evaluations)))
+    augmented = _augmented(run, metrics)
+    evaluations = [*metrics.evaluations, *augmented]
+    share = max(3, MOST_PICTURES // max(1, len(evaluations)))
     return rendered_page(
         "page.html.j2",
         title=model_name(config),
@@ -132,8 +146,9 @@ def _render(run: Path) -> str:
                 read_details(each.details),
                 _differences(each.baseline),
                 make_gallery(each, share),
+                each in augmented,
             )
-            for each in metrics.evaluations
+            for each in evaluations
         ],
         curves=run_curves(training),
         weights=weights_facts(run, metrics.weights, config, trained=bool(training)),
@@ -148,6 +163,26 @@ def _render(run: Path) -> str:
         shown_from=SHOWN_FROM,
         matched_from=MATCHED_FROM,
     )
+
+
+def _augmented(run: Path, metrics: Metrics) -> list[DatasetMetrics]:
+    """Return the figures of test-time augmentation that the same command computed."""
+    folder = run / f"{INFERENCE}_TTA"
+    if metrics_file(folder) is None:
+        return []
+    try:
+        found = read_metrics(folder).evaluations
+    except DatasetError as error:
+        logger.warning("the report leaves out test-time augmentation: %s", error)
+        return []
+    usual = {each.name: each for each in metrics.evaluations}
+    return [
+        each
+        for each in found
+        if each.name in usual
+        and each.command == usual[each.name].command
+        and each.date >= usual[each.name].date
+    ]
 
 
 def _differences(baseline: Any) -> list[Difference]:

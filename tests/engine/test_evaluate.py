@@ -201,3 +201,9 @@ def test_refuses_what_cannot_be_evaluated(words: str, message: str) -> None:
         check_expectations(load_config(TOY, words.split()))
     words = words.replace("VALIDATION_LOSS True", "VALIDATION_LOSS False")
     check_expectations(load_config(TOY, [*words.split(), "DATASETS.TEST", "()"]))
+
+
+def test_says_that_stuff_is_not_evaluated(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING"):
+        check_expectations(load_config(TOY, ["MODEL.META_ARCHITECTURE", "PanopticFPN"]))
+    assert "its boxes and masks are evaluated, its stuff is not" in caplog.text

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import re
+import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -322,3 +325,51 @@ def test_low_threshold_applies_to_detector(config: CfgNode) -> None:
     assert with_threshold(usual, 0.01).MODEL.RETINANET.SCORE_THRESH_TEST == 0.01
     assert with_threshold(usual, 0.9) == usual
     assert usual.MODEL.ROI_HEADS.SCORE_THRESH_TEST == 0.6
+
+
+@pytest.fixture()
+def documented(config: CfgNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The Python of docs/deployment.md about predictions, in a folder where it finds its files."""
+    run = tmp_path / "output" / "demo"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(config.dump())
+    (run / "model_final.pth").symlink_to(config.MODEL.WEIGHTS)
+    (tmp_path / "photos").mkdir()
+    for name in ("photo.jpg", "photos/a.jpg"):
+        Image.fromarray(np.asarray(noise(0)).repeat(5, 0).repeat(5, 1)).save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "deployment.md").read_text()
+    section = page.partition("\n## Predict")[2].partition("\n## ")[0]
+    return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+
+
+def test_examples_of_the_page_run(
+    documented: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exec(documented[0], {})
+    assert capsys.readouterr().out.startswith("450 x 300 pixels: ")
+    with Image.open("drawn.jpg") as drawn:
+        assert drawn.size == (450, 300)
+    made = mock.MagicMock()
+    monkeypatch.setitem(sys.modules, "fiftyone", made)
+    sample = mock.MagicMock(filepath="photos/a.jpg")
+    made.Dataset.from_images_dir("photos").iter_samples.return_value = [sample]
+    exec(documented[2], {})
+    boxes = [each.kwargs["bounding_box"] for each in made.Detection.call_args_list]
+    assert boxes and all(0 <= side <= 1 for box in boxes for side in box)
+    sample.__setitem__.assert_called_once_with("predictions", made.Detections())
+
+
+def test_sahi_runs_the_detector_as_it_is(documented: list[str]) -> None:
+    pytest.importorskip("sahi")
+    from sahi.predict import get_prediction
+
+    names: dict[str, Any] = {}
+    exec(documented[1], names)
+    assert len(list(Path("drawn").iterdir())) == 1
+    assert len(names["result"].object_prediction_list) > 0
+    found = get_prediction("photo.jpg", names["detector"]).object_prediction_list
+    words = ["DATALOADER.DECODER", "pillow"]
+    expected = Predictor("output/demo", precision="stock", threshold=0.5, overrides=words)
+    boxes = [each.bbox.to_xyxy() for each in found]
+    assert boxes and np.array_equal(np.array(boxes, np.float32), expected("photo.jpg").boxes)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,26 @@ def test_comparison_with_a_baseline(run: Path) -> None:
     for broken in (7, *({"differences": [{"figure": "AP", "now": x}]} for x in ("x", 10**400))):
         edit(run, baseline=broken)
         assert "Comparison with" not in Page(write_report(run)).text
+
+
+def test_augmented_tests_of_the_same_evaluation_have_sections(run: Path) -> None:
+    """Those of another command, or an earlier one, are left out."""
+    augmented = run / "inference_TTA"
+    shutil.copytree(run / "inference", augmented)
+    file = augmented / "metrics.json"
+    document = json.loads(file.read_text())
+    entry = document["datasets"]["toy_val"]
+    entry["figures"]["AP"] = 98.7
+    headings = [f"{part} toy_val" for part in ("Results on", "Errors on", "Images of")]
+    for changed, is_shown in (({}, True), ({"command": "x"}, False), ({"date": "1"}, False)):
+        file.write_text(json.dumps({**document, "datasets": {"toy_val": {**entry, **changed}}}))
+        page = Page(write_report(run))
+        assert [page.text.count(heading) for heading in headings] == [1 + is_shown] * 3
+        assert ("98.7" in page.text) is is_shown
+        assert ("toy_val, with test-time augmentation" in page.text) is is_shown
+        assert page.text.count("toy_val, 14 images") == 1
+    file.write_text("{")
+    assert "augmentation" not in Page(write_report(run)).text
 
 
 def test_hostile_names_are_text(run: Path, annotation_file: Path) -> None:
