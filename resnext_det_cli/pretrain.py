@@ -4,11 +4,13 @@ r"""Train a classifier of images, from whose weights a detector can start.
     %(prog)s --recipe cifar10 --data cifar --download --template 8x64d --output output/c10
     %(prog)s --recipe folder --data photos --output output/mine SOLVER.MAX_EPOCHS 30
     %(prog)s --output output/x50 --resume
+    %(prog)s --output output/x50 --eval-only
 
 --recipe imagenet1k, imagenet5k and folder read DATA/train/CLASS/IMAGE and DATA/val/CLASS/IMAGE;
 cifar10 and cifar100 the official files; toy, for the demonstration, crops of the toy data set.
 MODEL.WEIGHTS OUTPUT/model_final.pth then starts a detector from it. On SIGTERM or Ctrl-C the
-training saves a checkpoint and exits with code 75: continue it with --resume.
+training saves a checkpoint and exits with code 75: continue it with --resume. --eval-only tests
+RUN's last checkpoint, or MODEL.WEIGHTS FILE, as the training does.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--synsets", type=Path, metavar="FILE", help="the class folders to take")
     parser.add_argument("--download", action="store_true", help="fetch CIFAR if it is missing")
     parser.add_argument("--resume", action="store_true", help="continue from RUN's checkpoint")
+    parser.add_argument("--eval-only", action="store_true", help="test RUN's weights again")
     parser.add_argument("--overwrite", action="store_true", help="replace the training in RUN")
     flags.add_precision(parser)
     flags.add_processes(parser)
@@ -37,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     flags.take_precision(parser, arguments)
-    if not arguments.recipe and not arguments.resume:
+    if arguments.eval_only and (arguments.recipe or arguments.resume or arguments.overwrite):
+        parser.error("--eval-only takes --output alone: no --recipe, --resume or --overwrite")
+    if not (arguments.recipe or arguments.resume or arguments.eval_only):
         parser.error("--recipe is missing, or --resume to continue a training")
     if arguments.recipe and not arguments.data and arguments.recipe != "toy":
         parser.error("--data is missing: the folder of the images")
@@ -49,6 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
     from resnext_det.data.classification import download_cifar
     from resnext_det.data.registered import TOY_FOLDER, datasets_root
     from resnext_det.engine.classifier import prepared
+    from resnext_det.engine.evaluate import of_run
     from resnext_det.engine.launch import Job, run_everywhere
     from resnext_det.engine.schedule import scale
     from resnext_det.engine.setup import check_folder
@@ -57,7 +63,12 @@ def run(arguments: argparse.Namespace) -> None:
     from resnext_det.modeling.template import Template
 
     job = Job.of(arguments)
-    if arguments.recipe is None:
+    given = ["OUTPUT_DIR", str(arguments.output)]
+    if arguments.eval_only:
+        config, weights = of_run(arguments.output)
+        arguments.config_file = str(config)
+        given += ["MODEL.WEIGHTS", str(weights)]
+    elif arguments.recipe is None:
         arguments.config_file = str(arguments.output / "config.yaml")
     elif Path(arguments.recipe).is_file():
         arguments.config_file = arguments.recipe
@@ -65,7 +76,6 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.config_file = str(recipe(arguments.recipe))
     if arguments.recipe == "toy" and not arguments.data:
         arguments.data = datasets_root() / TOY_FOLDER
-    given = ["OUTPUT_DIR", str(arguments.output)]
     if arguments.data:
         given += ["CLASSIFICATION.DATA", str(arguments.data.absolute())]
     if arguments.synsets:
@@ -85,23 +95,27 @@ def run(arguments: argparse.Namespace) -> None:
         if not layout.startswith("cifar"):
             raise ConfigError(f"--download fetches CIFAR, and this recipe's data is a {layout}.")
         download_cifar(Path(cfg.CLASSIFICATION.DATA), layout)
-    check_folder(cfg, resume=arguments.resume, overwrite=arguments.overwrite)
-    check_wandb(cfg)
+    if not arguments.eval_only:
+        check_folder(cfg, resume=arguments.resume, overwrite=arguments.overwrite)
+        check_wandb(cfg)
     cfg = prepared(
         cfg,
         classes_given="CLASSIFICATION.NUM_CLASSES" in keys,
-        check_images=not arguments.resume,
+        check_images=bool(arguments.recipe),
     )
     scale(cfg, job.world_size)
     run_everywhere(_work, job, (cfg, arguments))
 
 
 def _work(cfg: Any, arguments: argparse.Namespace) -> None:
-    """Train in one of the processes."""
-    from resnext_det.engine.classifier import ClassifierTrainer
+    """Train or test in one of the processes."""
+    from resnext_det.engine.classifier import ClassifierTrainer, evaluate
     from resnext_det.engine.setup import set_up
 
     set_up(cfg, arguments)
+    if arguments.eval_only:
+        evaluate(cfg)
+        return
     trainer = ClassifierTrainer(cfg)
     trainer.resume_or_load(resume=arguments.resume)
     trainer.train()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from resnext_det.backbones import build_classifier
+from resnext_det.checkpoint_file import read_run
 from resnext_det.config import complete
 from resnext_det.config_rules import CLASSIFIER, refuse
 from resnext_det.data.classification import (
@@ -29,12 +31,14 @@ from resnext_det.engine.inference import buffers_of_first_process
 from resnext_det.engine.schedule import in_epochs
 from resnext_det.engine.train_loop import unwrap
 from resnext_det.engine.trainer import Trainer
-from resnext_det.errors import ConfigError, quoted
+from resnext_det.errors import ConfigError, WeightsError, quoted
 from resnext_det.evaluation.classification import Predictions, predict
 from resnext_det.evaluation.classified import write_results
 from resnext_det.evaluation.results_file import INFERENCE
 from resnext_det.modeling.cifar import DEPTH as CIFAR_DEPTH
+from resnext_det.weights.loading import weights_file
 from resnext_det.weights.pixels import OURS
+from resnext_det.weights.reading import read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -170,14 +174,7 @@ class ClassifierTrainer(Trainer):
     def _tested(self, model: nn.Module, folder: str = INFERENCE) -> dict[str, Any]:
         with buffers_of_first_process(model):
             found = test(self.cfg, model)
-        for kind, each in found.items():
-            logger.info(
-                "iteration %d: top-1 error %.2f %%, top-5 error %.2f %% (%s)",
-                self.iter + 1,
-                100 - each.top1,
-                100 - each.top5,
-                kind or f"{len(each.labels):,} images",
-            )
+        _log(found, f"iteration {self.iter + 1}")
         if not found:
             return {}
         if folder == INFERENCE and self.iter + 1 == self.max_iter:
@@ -185,6 +182,42 @@ class ClassifierTrainer(Trainer):
             write_results(Path(self.cfg.OUTPUT_DIR), found, test_images(self.cfg), weights)
         figures: dict[str, Any] = {kind: each.figures for kind, each in found.items()}
         return {**figures.pop(""), "loss": float(found[""].losses.mean()), **figures}
+
+
+def evaluate(cfg: CfgNode) -> None:
+    """Test a checkpoint of `ClassifierTrainer`, MODEL.WEIGHTS, and write the results.
+
+    Args:
+        cfg: `prepared`.
+
+    Raises:
+        WeightsError: the checkpoint cannot be read, or is of another model.
+        DatasetError: it was trained on other classes.
+    """
+    file, model = weights_file(cfg), ClassifierTrainer.build_model(cfg)
+    try:
+        model.load_state_dict(read_tensors(file))
+    except RuntimeError as error:
+        raise WeightsError(f"{file} is of another model: {quoted(error, 400)}") from error
+    images = test_images(cfg)
+    if (run := read_run(file)) and run.class_names:
+        names = quoted(file), quoted(images.source)
+        check_same_labels(run.class_names, images.classes, *names, subset=False)
+    found = test(cfg, model)
+    _log(found, str(file))
+    if found:
+        write_results(Path(cfg.OUTPUT_DIR), found, images, str(file))
+
+
+def _log(found: Mapping[str, Predictions], what: str) -> None:
+    for kind, each in found.items():
+        logger.info(
+            "%s: top-1 error %.2f %%, top-5 error %.2f %% (%s)",
+            what,
+            100 - each.top1,
+            100 - each.top5,
+            kind or f"{len(each.labels):,} images",
+        )
 
 
 def test(cfg: CfgNode, model: nn.Module) -> dict[str, Predictions]:

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
+from torchvision import transforms
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from resnext_det import load_config
@@ -125,17 +127,62 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_torchvision_gives_the_validation_figure(trained: Path) -> None:
-    """From the file as it is, on images cut by torchvision: top-1 exactly, and our command too."""
+def test_eval_imagenet_gives_the_validation_figure(trained: Path) -> None:
+    """From the file as it is."""
     last = rows(trained / "whole")[-1]
     assert {"top1", "top5", "loss", "ema/top1", "train/top1_error", "total_loss"} <= last.keys()
     for name, key in (("model_final.pth", "top1"), ("model_final_ema.pth", "ema/top1")):
         file = trained / "whole" / name
         found = evaluate(str(file), trained / "data" / "val", resize=36, crop=32, device="cpu")
         assert (found["top1"], found["images"]) == (last[key], 40)
-    network = ResNet(Bottleneck, [2, 2, 2, 2], 10, groups=8, width_per_group=4)
-    weights = content(trained / "whole")["model"]
-    assert weights.keys() == network.state_dict().keys()
+
+
+def test_torchvision_computes_the_same_losses_and_scores() -> None:
+    """With its own normalisation, of RGB images, on the tensors of our state dict."""
+    words = "MODEL.RESNETS.DEPTH 26 MODEL.RESNETS.NUM_GROUPS 8 CLASSIFICATION.NUM_CLASSES 10"
+    torch.manual_seed(0)
+    ours: Any = build_classifier(load_config(recipe("folder"), words.split()))
+    theirs = ResNet(Bottleneck, [2, 2, 2, 2], 10, groups=8, width_per_group=4)
+    theirs.load_state_dict(ours.state_dict())
+    images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
+    labels = torch.tensor([3, 1, 4, 9])
+    normalize: Any = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    inputs = normalize(images / 255)
+    batch = [{"image": image, "label": int(label)} for image, label in zip(images, labels)]
+    loss, expected = ours(batch)["loss_cls"], F.cross_entropy(theirs(inputs), labels)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-4)
+    loss.backward()
+    expected.backward()  # type: ignore[no-untyped-call]
+    gradient: Any = theirs.fc.weight.grad
+    torch.testing.assert_close(ours.network.linear.weight.grad, gradient, rtol=1e-3, atol=1e-5)
+    with torch.no_grad():
+        found, scores = ours.eval().scores(images), theirs.eval()(inputs)
+    torch.testing.assert_close(found, scores, rtol=1e-3, atol=1e-4)
+
+
+def test_a_run_can_be_tested_again(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By its folder alone, in two processes; another file's figures are its own."""
+    run = tmp_path / "run"
+    shutil.copytree(trained / "whole", run)
+    words = ["pretrain", "--output", str(run), "--eval-only", "DATALOADER.NUM_WORKERS", "0"]
+    last, written = rows(run)[-1], results_file(run)
+    figures = []
+    for more in (["--num-gpus", "2"], ["MODEL.WEIGHTS", str(run / "model_final_ema.pth")]):
+        written.unlink()
+        assert main([*words, *more]) == 0
+        figures.append(json.loads(written.read_text())["figures"]["all_classes"])
+    assert figures[0] == {"top1": last["top1"], "top5": last["top5"]}
+    assert figures[1] == {"top1": last["ema/top1"], "top5": last["ema/top5"]}
+    assert rows(run)[-1] == last
+    other = tmp_path / "data"
+    shutil.copytree(trained / "data", other)
+    for split in ("train", "val"):
+        (other / split / "9").rename(other / split / "nine")
+    with pytest.raises(SystemExit):
+        main([*words, "--data", str(other)])
+    assert "'9'; 1 only in" in capsys.readouterr().err
 
 
 def test_detectors_start_from_it(trained: Path, tmp_path: Path) -> None:
