@@ -13,15 +13,17 @@ from typing import Any
 
 import pytest
 import torch
+from detectron2.data.samplers import TrainingSampler
 from torch.nn import functional as F
-from torchvision import transforms
+from torchvision import transforms as library
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from resnext_det import load_config
 from resnext_det.backbones import build_classifier, build_detector
 from resnext_det.config import recipe
 from resnext_det.data.classification import Preprocessing, Views
-from resnext_det.engine.classifier import prepared
+from resnext_det.data.stream import Share, seeded
+from resnext_det.engine.classifier import ClassifierTrainer, prepared, training_images
 from resnext_det.engine.recorded_config import check_classes, check_same_function
 from resnext_det.errors import ConfigError, DatasetError, ResNeXtError
 from resnext_det.evaluation.classification import evaluate, load_classifier, validation_images
@@ -31,6 +33,8 @@ from resnext_det.report.page import write_report
 from resnext_det.weights.loading import load_weights
 from resnext_det_cli import main
 from tests.helpers.digits import write_cifar, write_folders
+
+transforms: Any = library  # untyped
 
 SMALL = (
     "MODEL.RESNETS.STEM_OUT_CHANNELS 8 MODEL.RESNETS.RES2_OUT_CHANNELS 16 CLASSIFICATION.CROP 32 "
@@ -127,6 +131,54 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.parametrize("name", ["imagenet1k", "cifar10", "cifar100"])
+def test_numbers_of_the_paper(name: str) -> None:
+    """Section 4 and appendix A; Nesterov and the decay of norms as in the authors' code."""
+    cfg = load_config(recipe(name))
+    solver, data = cfg.SOLVER, cfg.CLASSIFICATION
+    images, decay, crop, resize = (
+        (256, 1e-4, 224, 256) if name == "imagenet1k" else (128, 5e-4, 32, 32)
+    )
+    assert (images, 8) == (solver.IMS_PER_BATCH, solver.REFERENCE_WORLD_SIZE)
+    assert solver.BASE_LR == 0.1 == solver.LR_PER_IMAGE * images
+    assert (solver.GAMMA, solver.WARMUP_ITERS) == (0.1, 0)
+    assert (solver.MOMENTUM, solver.NESTEROV) == (0.9, True)
+    assert (decay, decay) == (solver.WEIGHT_DECAY, solver.WEIGHT_DECAY_NORM)
+    assert solver.WEIGHT_DECAY_BIAS is None and solver.BIAS_LR_FACTOR == 1
+    layout = "folder" if name == "imagenet1k" else name
+    assert (layout, crop, resize) == (data.LAYOUT, data.CROP, data.RESIZE)
+    assert cfg.TEST.BEST.METRIC == "top1"
+
+
+@pytest.mark.parametrize("name", ["folder", "cifar10"])
+def test_a_training_augments_as_its_recipe_says(name: str, tmp_path: Path) -> None:
+    """As torchvision from the same seeds; lighting then adds the same to all pixels."""
+    data = (write_folders if name == "folder" else write_cifar)(tmp_path)
+    cfg = load_config(
+        recipe(name), ["CLASSIFICATION.DATA", str(data), "DATALOADER.NUM_WORKERS", "0"]
+    )
+    batch = next(iter(ClassifierTrainer.build_train_loader(cfg, Share(0, 1, 1, 6), seed=5)))
+    images = training_images(cfg)
+    order = TrainingSampler(len(images), seed=5)._infinite_indices()
+    bicubic = transforms.InterpolationMode.BICUBIC
+    steps: list[Any] = [
+        transforms.RandomResizedCrop(224, (0.08, 1), (3 / 4, 4 / 3), bicubic),
+        transforms.RandomHorizontalFlip(),
+        transforms.ColorJitter(0.4, 0.4, 0.4),
+    ]
+    if name == "cifar10":
+        steps = [transforms.RandomCrop(32, 4, fill=(125, 123, 114)), steps[1]]
+    for position, (sample, index) in enumerate(zip(batch, order)):
+        with seeded(5, 0, position):
+            expected = images.picture(index)
+            for step in steps:
+                expected = step(expected)
+        added = sample["image"] - transforms.functional.pil_to_tensor(expected).float()
+        assert added.flatten(1).std(1).max() < 1e-4
+        assert bool((added[:, 0, 0].abs() > 1e-3).any()) == (name == "folder")
+        assert sample["label"] == images.labels[index]
+
+
 def test_eval_imagenet_gives_the_validation_figure(trained: Path) -> None:
     """From the file as it is."""
     last = rows(trained / "whole")[-1]
@@ -146,7 +198,7 @@ def test_torchvision_computes_the_same_losses_and_scores() -> None:
     theirs.load_state_dict(ours.state_dict())
     images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
     labels = torch.tensor([3, 1, 4, 9])
-    normalize: Any = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    normalize = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     inputs = normalize(images / 255)
     batch = [{"image": image, "label": int(label)} for image, label in zip(images, labels)]
     loss, expected = ours(batch)["loss_cls"], F.cross_entropy(theirs(inputs), labels)
@@ -163,19 +215,20 @@ def test_torchvision_computes_the_same_losses_and_scores() -> None:
 def test_a_run_can_be_tested_again(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By its folder alone, in two processes; another file's figures are its own."""
+    """By its folder alone, in one process like in two, whose batch norms' statistics differ."""
     run = tmp_path / "run"
-    shutil.copytree(trained / "whole", run)
+    assert pretrain(trained / "data", run, "--num-gpus", "2", "DATALOADER.NUM_WORKERS", "0") == 0
+    last, before = rows(run)[-1], json.loads(results_file(run).read_text())
     words = ["pretrain", "--output", str(run), "--eval-only", "DATALOADER.NUM_WORKERS", "0"]
-    last, written = rows(run)[-1], results_file(run)
-    figures = []
-    for more in (["--num-gpus", "2"], ["MODEL.WEIGHTS", str(run / "model_final_ema.pth")]):
-        written.unlink()
-        assert main([*words, *more]) == 0
-        figures.append(json.loads(written.read_text())["figures"]["all_classes"])
-    assert figures[0] == {"top1": last["top1"], "top5": last["top5"]}
-    assert figures[1] == {"top1": last["ema/top1"], "top5": last["ema/top5"]}
-    assert rows(run)[-1] == last
+    assert main(words) == 0
+    again = json.loads(results_file(run).read_text())
+    assert again["figures"] == before["figures"]
+    assert again["figures"] == {"all_classes": {"top1": last["top1"], "top5": last["top5"]}}
+    losses = [[each["loss"] for each in found["worst"]] for found in (before, again)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert main([*words, "MODEL.WEIGHTS", str(run / "model_final_ema.pth")]) == 0
+    average = json.loads(results_file(run).read_text())["figures"]["all_classes"]
+    assert average == {"top1": last["ema/top1"], "top5": last["ema/top5"]}
     other = tmp_path / "data"
     shutil.copytree(trained / "data", other)
     for split in ("train", "val"):
