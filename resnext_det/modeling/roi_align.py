@@ -20,6 +20,8 @@ from torchvision.ops import roi_align as torchvision_roi_align
 
 # Samples per bin and axis beyond which torchvision's kernel, which stores no index, is used.
 MOST_SAMPLES = 64
+# Bins pooled at a time, so that they are still in the cache when they are copied to their place.
+BINS_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
@@ -109,110 +111,88 @@ def pool_levels(
         return None
     if not len(boxes) or not features.numel():
         return None
-    matrices = _matrices(levels, boxes.detach(), level_of_box, size, sampling_ratio, aligned)
-    if matrices is None:
+    matrix = _matrix(levels, boxes.detach(), level_of_box, size, sampling_ratio, aligned)
+    if matrix is None:
         return None
-    bins = size[0] * size[1]
-    pooled = _Pool.apply(matrices, len(boxes), bins, *(level.features for level in levels))
+    pooled = _Pool.apply(matrix, *(level.features for level in levels))
     return cast(Tensor, pooled.view(len(boxes), *size, features.shape[1]).permute(0, 3, 1, 2))
 
 
 @dataclass(frozen=True)
 class _Matrix:
-    """The sparse matrix of one level, bins x pixels.
+    """The sparse matrix of bins x pixels, level after level.
 
     Attributes:
-        boxes: (K,) which boxes are pooled from this level, in the order of their bins.
-        pixels: the flat index (image, y, x) of each entry.
+        boxes: (K,) the boxes in the order of their bins.
+        counts: how many boxes each level has.
+        bins: the bins of a box.
+        pixels: the flat index (image, y, x) of each entry in the map of its level.
         weights: the weight of each entry.
         starts: the first entry of each bin, and the end.
     """
 
     boxes: Tensor
+    counts: list[int]
+    bins: int
     pixels: Tensor
     weights: Tensor
     starts: Tensor
 
-
-@dataclass(frozen=True)
-class _Axis:
-    """The pixels along one axis that make up each bin.
-
-    Attributes:
-        pixel: (K, P, R) coordinate of each pixel.
-        weight: (K, P, R) its weight, 0 for padding.
-        used: (K,) how many of R a box needs.
-    """
-
-    pixel: Tensor
-    weight: Tensor
-    used: Tensor
+    def part(self, first: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return pixels, weights and starts of some of the boxes."""
+        starts = self.starts[first * self.bins : end * self.bins + 1]
+        entries = slice(int(starts[0]), int(starts[-1]))
+        return self.pixels[entries], self.weights[entries], starts - starts[0]
 
 
-def _matrices(
+def _matrix(
     levels: Sequence[Level],
     boxes: Tensor,
     level_of_box: Tensor,
     size: tuple[int, int],
     sampling_ratio: int,
     aligned: bool,
-) -> list[_Matrix] | None:
+) -> _Matrix | None:
     exact = torch.float64 if levels[0].features.dtype == torch.float64 else torch.float32
-    scale = torch.tensor([level.scale for level in levels], dtype=exact)[level_of_box]
-    shape = torch.tensor([level.features.shape[2:] for level in levels])[level_of_box]
+    # Neighbours share pixels in the cache: by level, image, strip and column.
+    place = ((boxes[:, 0] * 64 + boxes[:, 2] // 128) * 10000 + boxes[:, 1]).argsort()
+    level, order = level_of_box[place].sort(stable=True)
+    order = place[order]
+    boxes = boxes[order]
+    scale = torch.tensor([each.scale for each in levels], dtype=exact)[level]
+    shape = torch.tensor([each.features.shape[2:] for each in levels], dtype=torch.int32)[level]
+    height, width = shape.unbind(1)
     corners = boxes[:, 1:].to(exact) * scale[:, None] - (0.5 if aligned else 0.0)
-    rows = _axis(corners[:, 1], corners[:, 3], shape[:, 0], size[0], sampling_ratio, aligned)
-    columns = _axis(corners[:, 0], corners[:, 2], shape[:, 1], size[1], sampling_ratio, aligned)
+    x0, y0, x1, y1 = corners.unbind(1)
+    rows = _axis(y0, y1, height, size[0], sampling_ratio, aligned)
+    columns = _axis(x0, x1, width, size[1], sampling_ratio, aligned)
     if rows is None or columns is None:
         return None
-    height, width = shape.unbind(1)
-    top = ((boxes[:, 0].long() * height)[:, None, None] + rows.pixel) * width[:, None, None]
+    y, y_weights, first_row, high = rows
+    of_row = torch.repeat_interleave(high.sum(1))
+    y = (y + (boxes[:, 0].int() * height).index_select(0, of_row)) * width.index_select(0, of_row)
+    x, x_weights, first_column, wide = columns
 
-    # Boxes of a level that need as many pixels by height and width form one group, whose entries
-    # are an outer product of rows and columns.
-    bins = size[0] * size[1]
-    most = 2 * MOST_SAMPLES + 1
-    key, grouped = ((level_of_box * most + rows.used) * most + columns.used).sort(stable=True)
-    level, entries = level_of_box[grouped], (rows.used * columns.used * bins)[grouped]
-    pixels = torch.empty(int(entries.sum()), dtype=torch.int32)
-    weights = torch.empty(len(pixels), dtype=exact)
-    top, row_weight = top[grouped].int(), rows.weight[grouped]
-    left, column_weight = columns.pixel[grouped].int(), columns.weight[grouped]
-    start = first = 0
-    for count in torch.unique_consecutive(key, return_counts=True)[1].tolist():
-        box = slice(first, first + count)
-        high, wide = int(rows.used[grouped[first]]), int(columns.used[grouped[first]])
-        end = start + count * bins * high * wide
-        view = (count, *size, high, wide)
-        torch.add(
-            top[box, :, None, :high, None],
-            left[box, None, :, None, :wide],
-            out=pixels[start:end].view(view),
-        )
-        torch.mul(
-            row_weight[box, :, None, :high, None],
-            column_weight[box, None, :, None, :wide],
-            out=weights[start:end].view(view),
-        )
-        start, first = end, first + count
-
-    matrices = []
-    start = 0
-    for number in range(len(levels)):
-        counts = entries[level == number]
-        end = start + int(counts.sum())
-        starts = torch.zeros(len(counts) * bins + 1, dtype=torch.int32)
-        starts[1:] = (counts // bins).repeat_interleave(bins).cumsum(0)
-        chosen = grouped[level == number]
-        matrices.append(_Matrix(chosen, pixels[start:end], weights[start:end], starts))
-        start = end
-    return matrices
+    # The entries of a bin: its rows, and in each of them its columns.
+    first_row, high, first_column, wide = (
+        each.expand(len(boxes), *size).flatten()
+        for each in (first_row[..., None], high[..., None], first_column[:, None], wide[:, None])
+    )
+    bin, row = _ranges(first_row, high)
+    line, column = _ranges(first_column.index_select(0, bin), wide.index_select(0, bin))
+    pixels = y.index_select(0, row).index_select(0, line)
+    pixels += x.index_select(0, column)
+    weights = y_weights.index_select(0, row).index_select(0, line)
+    weights *= x_weights.index_select(0, column)
+    starts = F.pad((high * wide).cumsum(0, dtype=torch.int32), (1, 0))
+    counts = torch.bincount(level, minlength=len(levels)).tolist()
+    return _Matrix(order, counts, size[0] * size[1], pixels, weights, starts)
 
 
 def _axis(
     start: Tensor, end: Tensor, length: Tensor, bins: int, sampling_ratio: int, aligned: bool
-) -> _Axis | None:
-    """Find the pixels of each bin along one axis.
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """Find the pixels along one axis that make up each bin.
 
     Args:
         start: (K,) where each region starts, in pixels of its map.
@@ -221,88 +201,107 @@ def _axis(
         bins: P.
         sampling_ratio: samples per bin; 0 or less: about one per pixel.
         aligned: if not, a region is at least one pixel long.
+
+    Returns:
+        The coordinate and the weight of each entry, bin after bin; and the first entry and the
+        number of entries of each bin, (K, P).
     """
     extent = end - start if aligned else (end - start).clamp(min=1.0)
     step = extent / bins
-    samples = step.ceil().long() if sampling_ratio <= 0 else torch.full_like(length, sampling_ratio)
-    most = int(samples.max())
-    if most > MOST_SAMPLES:
+    samples = step.ceil() if sampling_ratio <= 0 else torch.full_like(step, sampling_ratio)
+    if not samples.max() <= MOST_SAMPLES:
         return None
-    most = max(most, 1)
     divisor = samples.clamp(min=1)
-    sample = torch.arange(most)
+    first = start[:, None] + torch.arange(bins) * step[:, None]
+    number = divisor.int().repeat_interleave(bins)
+    bin, sample = _ranges(torch.zeros_like(number), number)
+    box = torch.repeat_interleave(divisor.int() * bins, output_size=len(bin))
+    step, divisor, share, last = (
+        each.to(step.dtype).index_select(0, box)
+        for each in (step, divisor, (samples > 0) / divisor, length - 1)
+    )
     # In torchvision's order, so that rounding differs as little as it can.
-    at = (start[:, None] + torch.arange(bins) * step[:, None])[..., None]
-    at = at + (sample + 0.5) * step[:, None, None] / divisor[:, None, None]
-    last = (length - 1)[:, None, None]
-    weight = ((at >= -1) & (at <= last + 1) & (sample < samples[:, None, None])).to(at.dtype)
-    weight = weight / divisor[:, None, None]
-    at = torch.minimum(at.clamp(min=0), last.to(at.dtype))
-    low = at.long()
-    fraction = at - low
-    # Samples at most a pixel apart share pixels: sample i lies at most i pixels beyond the first.
-    shared = bool((step <= divisor).all())
-    offset = low - low[..., :1] if shared else 2 * sample.expand_as(low)
-    pixels = torch.zeros(*low.shape[:2], most + 1 if shared else 2 * most, dtype=at.dtype)
-    pixels.scatter_add_(-1, offset.clamp(0, pixels.shape[2] - 2), weight * (1 - fraction))
-    pixels.scatter_add_(-1, offset.clamp(0, pixels.shape[2] - 2) + 1, weight * fraction)
-    if shared:
-        pixel = low[..., :1] + torch.arange(most + 1)
-        used = divisor + 1
-    else:
-        pixel = torch.stack([low, low + 1], dim=-1).flatten(2)
-        used = 2 * divisor
-    return _Axis(torch.minimum(pixel, last), pixels, used)
+    at = first.flatten().index_select(0, bin)
+    at += (sample + 0.5) * step / divisor
+    weight = share * ((at >= -1) & (at <= last + 1))
+    at = torch.minimum(at.clamp(min=0), last)
+    low = at.floor()
+    upper = weight * (at - low)
+    # Samples of a bin less than a pixel apart share one or both of their two pixels.
+    ahead = low.diff(prepend=low[:1])
+    ahead = ahead.masked_fill((ahead < 0) | (ahead > 2) | (sample == 0), 2)
+    entry = ahead.cumsum(0, dtype=torch.int64) - 2
+    pixels = torch.empty(int(entry[-1]) + 2, dtype=torch.int32)
+    pixels.scatter_(0, entry, low.int()).scatter_(0, entry + 1, torch.minimum(low + 1, last).int())
+    weights = torch.zeros(len(pixels), dtype=at.dtype)
+    weights.scatter_add_(0, entry, weight - upper).scatter_add_(0, entry + 1, upper)
+    first = entry[sample == 0].int()
+    count = first.diff(append=torch.tensor([len(pixels)], dtype=torch.int32))
+    return pixels, weights, first.view(-1, bins), count.view(-1, bins)
+
+
+def _ranges(first: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the ranges from `first` one after another, after the range each number is of."""
+    end = count.cumsum(0, dtype=torch.int32)
+    owner = torch.repeat_interleave(count, output_size=int(end[-1]))
+    numbers = (first - end + count).index_select(0, owner)
+    numbers += torch.arange(len(owner), dtype=torch.int32)
+    return owner, numbers
 
 
 class _Pool(torch.autograd.Function):
-    """Multiply each level's matrix with its pixels; the result is (K, P, P, C)."""
+    """Multiply the matrix with the pixels of the levels; the result is (K, P * P, C)."""
 
     @staticmethod
-    def forward(
-        ctx: Any, matrices: list[_Matrix], boxes: int, bins: int, *features: Tensor
-    ) -> Tensor:
-        ctx.matrices = matrices
-        ctx.bins = bins
+    def forward(ctx: Any, matrix: _Matrix, *features: Tensor) -> Tensor:
+        ctx.matrix = matrix
         ctx.shapes = [feature.shape for feature in features]
         channels = features[0].shape[1]
-        pooled = [
-            F.embedding_bag(
-                matrix.pixels,
-                feature.permute(0, 2, 3, 1).reshape(-1, channels),
-                matrix.starts,
-                mode="sum",
-                per_sample_weights=matrix.weights.to(feature.dtype),
-                include_last_offset=True,
-            )
-            for matrix, feature in zip(matrices, features, strict=True)
-        ]
-        result = features[0].new_empty(boxes, bins, channels)
-        for matrix, part in zip(matrices, pooled, strict=True):
-            result[matrix.boxes] = part.view(-1, bins, channels)
+        result = features[0].new_empty(len(matrix.boxes), matrix.bins, channels)
+        end = 0
+        for count, feature in zip(matrix.counts, features, strict=True):
+            table = feature.permute(0, 2, 3, 1).reshape(-1, channels)
+            # Some at a time, so that their copy is one from the cache.
+            some = max(1, BINS_AT_ONCE // matrix.bins)
+            for boxes in torch.split(matrix.boxes[end : end + count], some):
+                first, end = end, end + len(boxes)
+                pixels, weights, starts = matrix.part(first, end)
+                part = F.embedding_bag(
+                    pixels,
+                    table,
+                    starts,
+                    mode="sum",
+                    per_sample_weights=weights.to(feature.dtype),
+                    include_last_offset=True,
+                )
+                result.index_copy_(0, boxes, part.view(-1, matrix.bins, channels))
         return result
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        gradients: list[Tensor | None] = [None, None, None]
+        matrix = ctx.matrix
+        gradients: list[Tensor | None] = [None]
         gradient = gradient.contiguous()
-        for i, (matrix, shape) in enumerate(zip(ctx.matrices, ctx.shapes, strict=True)):
-            if not ctx.needs_input_grad[i + 3]:
+        end = 0
+        for i, (count, shape) in enumerate(zip(matrix.counts, ctx.shapes, strict=True)):
+            first, end = end, end + count
+            if not ctx.needs_input_grad[i + 1]:
                 gradients.append(None)
                 continue
             images, channels, height, width = shape
-            pixels, order = matrix.pixels.sort()
+            pixels, weights, starts = matrix.part(first, end)
+            # The bins of this level's boxes among the bins of all.
+            bins = matrix.boxes[first:end, None] * matrix.bins + torch.arange(matrix.bins)
+            bins = bins.flatten().int().repeat_interleave(starts.diff())
+            pixels, order = pixels.sort()
             starts = torch.zeros(images * height * width + 1, dtype=torch.int32)
             starts[1:] = torch.bincount(pixels, minlength=len(starts) - 1).cumsum(0)
-            # The bins of this level's boxes among the bins of all.
-            bins = matrix.boxes[:, None] * ctx.bins + torch.arange(ctx.bins)
-            bins = bins.flatten().int().repeat_interleave(matrix.starts.diff())
             table = F.embedding_bag(
                 bins.index_select(0, order),
                 gradient.view(-1, channels),
                 starts,
                 mode="sum",
-                per_sample_weights=matrix.weights.index_select(0, order).to(gradient.dtype),
+                per_sample_weights=weights.index_select(0, order).to(gradient.dtype),
                 include_last_offset=True,
             )
             gradients.append(table.view(images, height, width, channels).permute(0, 3, 1, 2))

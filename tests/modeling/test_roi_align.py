@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.structures import Boxes
 from torch import Tensor
 from torchvision.ops import roi_align as torchvision_roi_align
 
+from resnext_det.modeling.fast import accelerate
 from resnext_det.modeling.roi_align import MOST_SAMPLES, roi_align
 
 SCALE = 0.25
@@ -26,7 +31,8 @@ def boxes_of_all_kinds(dtype: torch.dtype) -> Tensor:
             [1, 124, 92, 128, 96],
             [0, 500, 500, 600, 600],
             [0, -300, -300, -200, -200],
-            [1, -1000, 50, 1000, 51],
+            [1, -300, 50, 300, 51],
+            [0, 110, 90, 20, 10],
         ]
     )
     return torch.cat([torch.cat([image, start, start + extent], dim=1), special]).to(dtype)
@@ -47,7 +53,9 @@ def test_equals_torchvision(
     size: tuple[int, int],
     dtype: torch.dtype,
     tolerance: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.delattr("resnext_det.modeling.roi_align.torchvision_roi_align")
     boxes = boxes_of_all_kinds(dtype)
     results = []
     for function in (torchvision_roi_align, roi_align):
@@ -58,6 +66,23 @@ def test_equals_torchvision(
         results.append((pooled.detach(), x.grad))
     for theirs, ours in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
+
+
+def test_pools_each_box_from_its_level() -> None:
+    generator = torch.Generator().manual_seed(2)
+    maps = [torch.randn(2, 5, 256 // n, 320 // n, generator=generator) for n in (4, 8, 16, 32)]
+    stock = ROIPooler((7, 7), [1 / 4, 1 / 8, 1 / 16, 1 / 32], 0, "ROIAlignV2")
+    start = torch.rand(80, 2, generator=generator) * torch.tensor([320, 256])
+    boxes = torch.cat([start, start + (torch.rand(80, 2, generator=generator) * 7).exp()], dim=1)
+    results = []
+    for pooler in (stock, accelerate(copy.deepcopy(stock))):
+        x = [each.clone().requires_grad_() for each in maps]
+        pooled = pooler(x, [Boxes(boxes[:50]), Boxes(boxes[50:])])
+        (pooled * torch.linspace(-1, 1, pooled.numel()).view_as(pooled)).sum().backward()
+        results.append((pooled.detach(), *(each.grad for each in x)))
+    for theirs, ours in zip(*results, strict=True):
+        assert theirs.any()
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("sampling_ratio", [0, 2])
