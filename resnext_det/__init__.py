@@ -48,6 +48,7 @@ if importlib.util.find_spec("detectron2") is not None:
 
     # Imported for what they register.
     from resnext_det import data as data
+    from resnext_det import hub as hub
     from resnext_det import model_zoo as model_zoo
     from resnext_det.backbones import (
         ResNeXtRes5ROIHeads,
@@ -64,6 +65,7 @@ if importlib.util.find_spec("detectron2") is not None:
     from resnext_det.weights import fetching as fetching
 
     fetching.register()
+    hub.register()
 
 __all__ = [
     "Prediction",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +16,18 @@ from detectron2.config import CfgNode
 from resnext_det.environment import versions
 from resnext_det.errors import TrainingError, WeightsError, quoted
 from resnext_det.files import free_bytes, open_regular, size_text, written_beside
-from resnext_det.weights.reading import read_content, read_outline, save_file
+from resnext_det.weights.reading import (
+    is_safetensors,
+    read_content,
+    read_metadata,
+    read_outline,
+    save_file,
+)
 
 # This package's record in a checkpoint, beside "model" and the trainer's own keys.
+# A safetensors file has it in its header, as JSON.
 RUN = "resnext_det_run"
+_LONGEST_RECORD = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -54,15 +63,23 @@ def read_run(file: Path) -> Run | None:
         WeightsError: the file is missing or damaged, holds more than data, or has a malformed
             record.
     """
-    if file.is_file():
-        with open_regular(file) as stream:
-            if stream.read(2) not in (b"PK", b""):
-                return None  # such as Detectron2's .pkl; ours are zip archives
-    content = read_outline(file, others=True)
+    content: Mapping[str, Any]
+    if file.is_file() and is_safetensors(file):
+        content = read_metadata(file)
+    else:
+        if file.is_file():
+            with open_regular(file) as stream:
+                if stream.read(2) not in (b"PK", b""):
+                    return None  # such as Detectron2's .pkl; ours are zip archives
+        content = read_outline(file, others=True)
     record = content.get(RUN)
     if record is None:
         return None
     try:
+        if isinstance(record, str):  # in the header of a safetensors file
+            if len(record) > _LONGEST_RECORD:
+                raise ValueError(f"it has {len(record):,} characters")
+            record = json.loads(record)
         names, written_by = record["class_names"], record["versions"]
         if not isinstance(names, list) or not isinstance(written_by, Mapping):
             raise TypeError("class_names is not a list, or versions is not a mapping")
@@ -72,7 +89,7 @@ def read_run(file: Path) -> Run | None:
             versions={str(name): str(one) for name, one in written_by.items()},
             iteration=iteration_of(content),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise WeightsError(
             f"{file}: its record of the run cannot be read ({type(error).__name__}: "
             f"{quoted(error)})."

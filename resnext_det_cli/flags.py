@@ -22,11 +22,21 @@ def add_config(parser: argparse.ArgumentParser, *, run: bool = False) -> None:
     if run:
         group.add_argument(
             "--run",
-            type=Path,
+            type=_folder_or_address,
             metavar="FOLDER",
             help="OUTPUT_DIR of a training: uses its config, its data and its weights "
-            "(model_final.pth, or the last checkpoint if the training did not finish)",
+            "(model_final.pth, or the last checkpoint if the training did not finish); or "
+            "hf://OWNER/NAME[@REVISION], what `push` wrote (output: output/NAME)",
         )
+
+
+def _folder_or_address(text: str) -> Path | str:
+    return text if text.startswith("hf://") else Path(text)
+
+
+def output_of(run: Path | str) -> Path:
+    """Return the folder for what a command writes about a run."""
+    return Path("output") / run.partition("@")[0].rpartition("/")[2] if isinstance(run, str) else run
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:

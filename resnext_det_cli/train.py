@@ -39,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     if arguments.run and not (arguments.eval_only or arguments.resume):
         parser.error("--run evaluates or continues a run: add --eval-only or --resume")
+    if arguments.resume and isinstance(arguments.run, str):
+        parser.error(f"--resume needs the folder of a training, and {arguments.run} holds none")
     if arguments.json and not arguments.eval_only:
         parser.error("--json prints figures: add --eval-only")
     flags.take_precision(parser, arguments)
@@ -60,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
         job = Job.of(arguments)
         if arguments.run:
             arguments.config_file, weights = of_run(arguments.run)
-            given = ["OUTPUT_DIR", str(arguments.run)]
+            given = ["OUTPUT_DIR", str(flags.output_of(arguments.run))]
             if arguments.eval_only:  # a resumed training finds its checkpoint itself
                 given += ["MODEL.WEIGHTS", str(weights)]
             arguments.opts = [*given, *arguments.opts]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from detectron2.modeling import ProposalNetwork
 from detectron2.utils import comm
 from torch import nn
 
+from resnext_det import hub
 from resnext_det.backbones import build_detector
 from resnext_det.checkpoint_file import iteration_of
 from resnext_det.config import complete, idle_warning
@@ -134,16 +136,22 @@ def propose(
     )
 
 
-def of_run(folder: Path) -> tuple[Path, Path]:
-    """Return the config and the weights in the OUTPUT_DIR of a training.
+def of_run(folder: Path | str) -> tuple[Path, Path | str]:
+    """Return the config and the weights in the OUTPUT_DIR of a training, or at an hf:// address.
 
     The weights are model_final.pth, or the last good checkpoint if that is newer or the training
-    was not finished.
+    was not finished; those at an address are its commit's address.
 
     Raises:
         ConfigError: the folder, its config or its weights are missing.
         TrainingError: all checkpoints are damaged.
+        WeightsError: the address cannot be fetched.
     """
+    if str(folder).startswith(hub.SCHEME):
+        address = hub.Address.of(str(folder))
+        fetched = hub.fetch(address)
+        return fetched.with_name(hub.CONFIG), str(replace(address, revision=fetched.parent.name))
+    folder = Path(folder)
     config, weights = folder / "config.yaml", folder / "model_final.pth"
     try:
         last = last_good(folder)

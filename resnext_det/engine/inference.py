@@ -66,7 +66,7 @@ def evaluate_datasets(
     results: OrderedDict[str, Results] = OrderedDict()
     kept: list[DetectionEvaluator] = []
     with buffers_of_first_process(model):
-        digest = model_digest(cfg, model)
+        digest, state = model_digest(cfg, model), state_digest(unwrap(model))
         for name in cfg.DATASETS.TEST:
             evaluator = evaluator_of(name)
             done: frozenset[ImageKey] = frozenset()
@@ -78,6 +78,7 @@ def evaluate_datasets(
                     evaluator.images,
                 )
                 evaluator.description["model_sha256"] = digest
+                evaluator.description["state_blake2b"] = state
                 evaluator.description["precision"] = precision_of(model)
                 done = evaluator.keep(_identity(digest, evaluator))
                 kept.append(evaluator)

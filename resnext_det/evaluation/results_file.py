@@ -82,7 +82,8 @@ class Metrics:
     """The content of metrics.json.
 
     `versions` are of Python and the packages; `commit` is of the source tree, with "+changes" if
-    there were any; `precision` is that of the model, "" if unknown.
+    there were any; `precision` is that of the model, and `state_blake2b` the digest of its tensors,
+    "" if unknown.
     """
 
     weights: str
@@ -93,6 +94,7 @@ class Metrics:
     proposals: tuple[ProposalMetrics, ...] = ()
     commit: str | None = None
     precision: str = ""
+    state_blake2b: str = ""
 
 
 def metrics_file(run: Path) -> Path | None:
@@ -145,6 +147,7 @@ def read_metrics(run: Path) -> Metrics:
             ),
             commit=_optional(str, document.get("commit")),
             precision=str(document.get("precision", "")),
+            state_blake2b=str(document.get("state_blake2b", "")),
         )
     except (OSError, *INVALID) as error:
         raise DatasetError(

@@ -15,7 +15,7 @@ from detectron2.modeling.roi_heads import Res5ROIHeads
 from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 
-from resnext_det.errors import WeightsError, named, quoted
+from resnext_det.errors import ResNeXtError, WeightsError, named, quoted
 from resnext_det.modeling.forms import in_form_of
 from resnext_det.modeling.template import Template
 from resnext_det.weights.catalog import ENTRIES, SCHEME
@@ -123,6 +123,8 @@ def weights_file(cfg: CfgNode) -> Path:
     """
     try:
         return Path(PathManager.get_local_path(cfg.MODEL.WEIGHTS))
+    except ResNeXtError:
+        raise
     except Exception as error:  # each path handler raises its own
         raise WeightsError(
             f"MODEL.WEIGHTS {quoted(cfg.MODEL.WEIGHTS)} cannot be fetched: {quoted(error)}"

@@ -115,6 +115,29 @@ def read_outline(file: Path, *, others: bool = False) -> dict[str, Any]:
     return _read_mapping(file, "meta", _BESIDE if others else ())
 
 
+def is_safetensors(file: Path) -> bool:
+    """Tell by its first bytes whether a file is one of safetensors, which holds no code.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    with open_regular(file) as stream:
+        return stream.read(9)[8:] == b"{"
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """Read the texts in the header of a safetensors file, and no tensor.
+
+    Raises:
+        WeightsError: it is missing, damaged, or of another format.
+    """
+    with _refused(file):
+        if not is_safetensors(file):
+            raise WeightsError("it is not a safetensors file")
+        with safetensors.safe_open(file, "numpy") as opened:
+            return dict(opened.metadata() or {})
+
+
 def read_pickle(file: Path) -> dict[str, Any]:
     """Read a pickle of NumPy arrays in plain containers, such as a file of CIFAR, without code.
 
