@@ -50,7 +50,9 @@ class Address:
         """
         found = _ADDRESS.fullmatch(text)
         if found is None or ".." in text:
-            raise ConfigError(f"{quoted(text)} must be hf://OWNER/NAME or hf://OWNER/NAME@REVISION.")
+            raise ConfigError(
+                f"{quoted(text)} must be hf://OWNER/NAME or hf://OWNER/NAME@REVISION."
+            )
         return cls(found[1], found[2])
 
     def __str__(self) -> str:
@@ -203,7 +205,8 @@ def _explained(address: Address) -> Iterator[Any]:
     except ResNeXtError:
         raise
     except Exception as error:  # also of the HTTP library, another one in each major version
-        raise WeightsError(f"{address} {_reason(huggingface_hub.errors, error, address)}.") from error
+        reason = _reason(huggingface_hub.errors, error, address)
+        raise WeightsError(f"{address} {reason}.") from error
 
 
 def _reason(errors: Any, error: Exception, address: Address) -> str:

@@ -22,6 +22,7 @@ COMMANDS = {
     "predict": "predict",
     "demo": "predict",
     "report": "report",
+    "push": "push",
     "evaluate": "evaluate",
     "convert": "convert",
     "weights": "weights",

@@ -36,7 +36,9 @@ def _folder_or_address(text: str) -> Path | str:
 
 def output_of(run: Path | str) -> Path:
     """Return the folder for what a command writes about a run."""
-    return Path("output") / run.partition("@")[0].rpartition("/")[2] if isinstance(run, str) else run
+    if isinstance(run, Path):
+        return run
+    return Path("output") / run.partition("@")[0].rpartition("/")[2]
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:

@@ -96,7 +96,8 @@ def run(arguments: argparse.Namespace) -> int:
         detector, overrides = load_config(arguments.config_file, overrides), []
     output = arguments.output
     if arguments.save and output is None:
-        output = Path(detector.OUTPUT_DIR if arguments.run is None else detector) / "predicted"
+        folder = detector.OUTPUT_DIR if arguments.run is None else flags.output_of(detector)
+        output = Path(folder) / "predicted"
     sources = find_sources(arguments.input, output)
     if any(source.is_video for source in sources):
         require_av()

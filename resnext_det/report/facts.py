@@ -7,6 +7,7 @@ import math
 import re
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from resnext_det.checkpoint_file import Run, read_run
@@ -131,7 +132,7 @@ def weights_facts(run: Path, weights: str, config: Tree, *, trained: bool) -> Fa
     if trained and weights == initial and not in_run:
         # An evaluation during a training records the weights that the training started from.
         facts = [("Weights", "of this training"), ("Trained from", initial or "random weights")]
-        return [*facts, *_origin(run, initial)]
+        return [*facts, *_source(run, initial)]
     facts = [("Weights", weights)]
     if file is not None:
         try:
@@ -143,10 +144,15 @@ def weights_facts(run: Path, weights: str, config: Tree, *, trained: bool) -> Fa
                 initial = value_of(tree, "MODEL.WEIGHTS")
         except (ResNeXtError, OSError) as error:
             logger.warning("%s: the initial weights are unknown: %s", quoted(file), error)
-    facts += _origin(run, weights)
+    facts += _source(run, weights)
     if initial and initial != weights:
-        facts += [("Trained from", initial), *_origin(run, initial)]
+        facts += [("Trained from", initial), *_source(run, initial)]
     return facts
+
+
+def _source(run: Path, weights: str) -> Facts:
+    found = origin(run, weights)
+    return [("Source", str(found))] if found else []
 
 
 def _file(run: Path, weights: str) -> Path | None:
@@ -160,46 +166,58 @@ def _file(run: Path, weights: str) -> Path | None:
         return None
 
 
-def _origin(run: Path, weights: str) -> Facts:
-    """Return the source of weights, from the catalog or the record in a converted file."""
+@dataclass(frozen=True)
+class Origin:
+    """Where weights come from: in words, their licence, top-1 in per cent and digest, if known."""
+
+    source: str
+    licence: str | None = None
+    top1: float | None = None
+    sha256: str = ""
+
+    def __str__(self) -> str:
+        # Without the scheme, so that nothing in the page looks like a link.
+        parts = [self.source.partition("://")[2] or self.source]
+        if self.licence:
+            parts.append(f"licence {self.licence}")
+        if self.top1 is not None:
+            parts.append(f"{self.top1:.1f} % top-1 on ImageNet-1K")
+        return ", ".join(parts) + (f"; sha256 {self.sha256[:16]}\u2026" if self.sha256 else "")
+
+
+def origin(run: Path, weights: str) -> Origin | None:
+    """Return the origin of weights, from the catalog or the record in a file; None if unknown.
+
+    Args:
+        run: the run's folder.
+        weights: MODEL.WEIGHTS.
+    """
     name = weights.removeprefix(_SCHEME)
     if weights.startswith(_SCHEME) and name in catalog.ENTRIES:
         known = catalog.ENTRIES[name]
         top1 = None if known.accuracy is None else known.accuracy.top1
-        return [("Source", _source(known.url, known.licence, top1))]
+        return Origin(known.url, known.licence, top1)
     file = _file(run, weights)
     if file is None:
-        return []
+        return None
     try:
         record = Record.of(read_checkpoint(file).record)
-        pretraining = None if record else read_run(file)
+        if record is None:
+            return _pretraining(read_run(file))
     except (ResNeXtError, OSError) as error:
         logger.warning("%s: the source is unknown: %s", quoted(file), error)
-        return []
-    if record is None:
-        return _pretraining(pretraining)
-    source = _source(record.name or record.source, record.licence, record.top1)
-    return [("Source", f"{source}; sha256 {record.sha256[:16]}\u2026")]
+        return None
+    return Origin(record.name or record.source, record.licence, record.top1, record.sha256)
 
 
-def _pretraining(run: Run | None) -> Facts:
+def _pretraining(run: Run | None) -> Origin | None:
     """Return what a classifier was trained on, if it was one of this package."""
     try:
         config = parse_config(run.config, "the recorded config") if run else {}
     except ConfigError:
-        return []
+        return None
     if run is None or value_of(config, "MODEL.META_ARCHITECTURE") != CLASSIFIER:
-        return []
+        return None
     data = Path(value_of(config, "CLASSIFICATION.DATA")).name
     iterations = f", {run.iteration + 1:,} iterations" if run.iteration is not None else ""
-    return [("Source", f"pretrained on {len(run.class_names):,} classes of {data}{iterations}")]
-
-
-def _source(source: str, licence: str | None, top1: float | None) -> str:
-    # Without the scheme, so that nothing in the page looks like a link.
-    parts = [source.partition("://")[2] or source]
-    if licence:
-        parts.append(f"licence {licence}")
-    if top1 is not None:
-        parts.append(f"{top1:.1f} % top-1 on ImageNet-1K")
-    return ", ".join(parts)
+    return Origin(f"pretrained on {len(run.class_names):,} classes of {data}{iterations}")
