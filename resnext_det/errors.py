@@ -35,6 +35,10 @@ class WeightsError(ResNeXtError):
     """A checkpoint that cannot be read, or does not fit the model."""
 
 
+class ArtifactError(ResNeXtError):
+    """An exported detector that cannot be read, or does not detect as the one it came from."""
+
+
 class TrainingError(ResNeXtError):
     """A training that cannot continue."""
 

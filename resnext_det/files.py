@@ -75,6 +75,30 @@ def written_beside(
         raise error_class(f"{target} cannot be written: {error.strerror or error}.") from error
 
 
+@contextlib.contextmanager
+def written_together(target: Path) -> Iterator[Path]:
+    """Yield a path in a new folder, whose files move beside the target at the end.
+
+    The target moves last. If the body raises, Ctrl-C included, nothing is left.
+
+    Args:
+        target: the file; missing folders are created.
+
+    Raises:
+        ResNeXtError: it cannot be written.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as name:
+            inside = Path(name) / target.name
+            yield inside
+            others = sorted(each for each in Path(name).iterdir() if each != inside)
+            for file in [*others, inside]:
+                file.replace(target.with_name(file.name))
+    except OSError as error:
+        raise ResNeXtError(f"{target} cannot be written: {error.strerror or error}.") from error
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -21,6 +21,7 @@ COMMANDS = {
     "eval": "eval",
     "predict": "predict",
     "demo": "predict",
+    "export": "export",
     "report": "report",
     "push": "push",
     "evaluate": "evaluate",

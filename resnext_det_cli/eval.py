@@ -4,9 +4,11 @@ r"""Evaluate a detector on a data set.
     %(prog)s --run output/run --test-json annotations.json --test-images images --json
     %(prog)s --config-file configs/faster_rcnn_X_50_32x4d_FPN_paper.yaml \
         MODEL.WEIGHTS model_final.pth OUTPUT_DIR output/eval
+    %(prog)s --artifact detector.onnx                an exported detector, on the data of its run
 
 Writes metrics.json, the detections and an analysis of the errors to OUTPUT_DIR/inference, which
-with --run is in the run's folder. The same as `train --eval-only`.
+with --run is in the run's folder. The same as `train --eval-only`. Those of an artifact go to
+NAME_evaluation beside it.
 """
 
 from __future__ import annotations
@@ -15,12 +17,18 @@ import argparse
 from pathlib import Path
 
 from resnext_det_cli import flags
-from resnext_det_cli.flags import take_precision as check  # noqa: F401
 from resnext_det_cli.train import run as run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    flags.add_config(parser, run=True)
+    flags.add_config(parser, run=True, required=False)
+    parser.add_argument(
+        "--artifact",
+        type=Path,
+        metavar="FILE",
+        help="evaluate what `resnext-det export` wrote, on the data of its run, of --run or of "
+        "--config-file",
+    )
     flags.add_precision(parser)
     flags.add_cross_check(parser)
     flags.add_json(parser)
@@ -35,3 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flags.add_own_data(parser, training=False)
     flags.add_processes(parser)
     flags.add_overrides(parser)
+
+
+def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    if not (arguments.config_file or arguments.run or arguments.artifact):
+        parser.error("name what to evaluate: --run, --config-file or --artifact")
+    if arguments.artifact and (arguments.precision or arguments.save_proposals):
+        parser.error("--artifact has its own precision, and no proposals")
+    flags.take_precision(parser, arguments)

@@ -13,9 +13,11 @@ PRECISIONS = ("stock", "fp32", "bf16", "fp16")
 _PRECISION = "MODEL.RESNEXT.PRECISION"
 
 
-def add_config(parser: argparse.ArgumentParser, *, run: bool = False) -> None:
-    """Add --config-file; with `run`, require it or --run."""
-    group = parser.add_mutually_exclusive_group(required=True) if run else parser
+def add_config(
+    parser: argparse.ArgumentParser, *, run: bool = False, required: bool = True
+) -> None:
+    """Add --config-file; with `run`, require it or --run, unless not `required`."""
+    group = parser.add_mutually_exclusive_group(required=required) if run else parser
     group.add_argument(
         "--config-file", required=not run, metavar="FILE", help="or the name of a shipped config"
     )

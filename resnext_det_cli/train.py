@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     }
     for name, meaning in switches.items():
         parser.add_argument(name, action="store_true", help=meaning)
-    parser.set_defaults(save_proposals=None)
+    parser.set_defaults(save_proposals=None, artifact=None)
     flags.add_precision(parser)
     flags.add_cross_check(parser)
     flags.add_own_data(parser)
@@ -60,7 +60,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     with json_alone(arguments.json) as print_json:
         job = Job.of(arguments)
-        if arguments.run:
+        if arguments.artifact:
+            _take_artifact(arguments)
+        elif arguments.run:
             arguments.config_file, weights = of_run(arguments.run)
             given = ["OUTPUT_DIR", str(flags.output_of(arguments.run))]
             if arguments.eval_only:  # a resumed training finds its checkpoint itself
@@ -88,6 +90,24 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.json and job.machine_rank == 0 and not job.local_rank:
             file = metrics_file(Path(cfg.OUTPUT_DIR))
             print_json(read_json(file) if file else {})
+
+
+def _take_artifact(arguments: argparse.Namespace) -> None:
+    """Read an artifact's metadata, and set the config to evaluate it with."""
+    from resnext_det.errors import ConfigError, quoted
+    from resnext_det.export.evaluating import settings
+    from resnext_det.runtime import load
+
+    description = load(arguments.artifact).description
+    if not arguments.config_file:
+        folder = arguments.run or Path(description.run)
+        arguments.config_file = folder / "config.yaml"
+        if not arguments.config_file.is_file():
+            raise ConfigError(
+                f"{quoted(arguments.artifact)} was exported from {quoted(folder)}, which is no "
+                "run here: name one with its data, --run FOLDER, or a config, --config-file FILE."
+            )
+    arguments.opts = [*settings(description, arguments.artifact), *arguments.opts]
 
 
 def check_run(cfg: Any, arguments: argparse.Namespace, world_size: int) -> None:
@@ -122,14 +142,18 @@ def _work(cfg: Any, arguments: argparse.Namespace) -> None:
     from resnext_det.engine.evaluate import evaluate
     from resnext_det.engine.setup import set_up
     from resnext_det.engine.trainer import Trainer
+    from resnext_det.export.evaluating import evaluate_artifact
 
     custom.register_arguments(arguments)
     folder = set_up(cfg, arguments)
     if comm.is_main_process():
         custom.record(cfg, folder)
     if arguments.eval_only:
-        proposals = arguments.save_proposals
-        results = evaluate(cfg, resume=arguments.resume, save_proposals=proposals)
+        if arguments.artifact:
+            results = evaluate_artifact(cfg, arguments.artifact)
+        else:
+            proposals = arguments.save_proposals
+            results = evaluate(cfg, resume=arguments.resume, save_proposals=proposals)
         if comm.is_main_process():
             verify_results(cfg, results)
         return

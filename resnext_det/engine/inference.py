@@ -103,7 +103,8 @@ def _evaluate(
         if done and evaluator.is_complete(done):
             evaluator.reset()
             return evaluator.evaluate()
-        evaluator.measured["parameters"] = sum(each.numel() for each in model.parameters())
+        if parameters := sum(each.numel() for each in model.parameters()):
+            evaluator.measured["parameters"] = parameters
     loader = loader_of(name)
     sizes: list[int] = []
     times: list[float] = []  # before and after each batch
@@ -171,7 +172,13 @@ def renamed(cfg: CfgNode, weights: str) -> CfgNode:
 
 
 def precision_of(model: nn.Module) -> str:
-    """Return the precision of a model's layers: "fp32", "bf16", ..., or "stock" unaccelerated."""
+    """Return the precision of a model's layers: "fp32", "bf16", ..., or "stock" unaccelerated.
+
+    A model that knows its own, such as an exported one, has it as `precision`.
+    """
+    known = getattr(model, "precision", None)
+    if isinstance(known, str):
+        return known
     words = {dtype: word for word, dtype in DTYPES.items()}
     layers = (each for each in model.modules() if isinstance(each, FastConv2d))
     return next((words[layer.compute_dtype] for layer in layers), STOCK)

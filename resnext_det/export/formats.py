@@ -1,0 +1,125 @@
+"""Writing a traced graph in each format, by the converters of torch and OpenVINO."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resnext_det.errors import ArtifactError, ConfigError, plain
+from resnext_det.export.graph import Graph, traced
+from resnext_det.files import file_digest
+from resnext_det.runtime.description import KEY, Description
+from resnext_det.runtime.engines import OUTPUTS
+
+OPSET = 17
+"""Of ONNX: from 16 on, RoiAlign aligns as Detectron2 does."""
+
+
+Save = Callable[[Description, Path], None]
+"""Writes an artifact."""
+
+
+def saver(name: str, graph: Graph, image: torch.Tensor, opset: int = OPSET) -> Save:
+    """Convert a graph, and return what writes it in a format.
+
+    Args:
+        name: of the format.
+        graph: the detector.
+        image: (height, width, 3), in which it finds objects.
+        opset: of ONNX.
+
+    Raises:
+        ArtifactError: the format cannot express the detector.
+        ConfigError: a package is missing.
+    """
+    script = traced(graph, image)
+    model = _as_onnx(script, image, opset)
+    return partial({"onnx": save_onnx, "openvino": save_openvino}[name], model)
+
+
+def _as_onnx(script: torch.jit.ScriptModule, image: torch.Tensor, opset: int) -> Any:
+    """Return a graph as an ONNX model.
+
+    Raises:
+        ArtifactError: the opset cannot express it.
+        ConfigError: onnx is not installed.
+    """
+    onnx = needed("onnx", "ONNX and OpenVINO")
+    stream = io.BytesIO()
+    names = list(OUTPUTS[:3])
+    axes = {"image": {0: "height", 1: "width"}, **{name: {0: "detections"} for name in names}}
+    try:
+        with _quiet():
+            torch.onnx.export(
+                script,
+                (image,),
+                stream,  # type: ignore[arg-type]  # TorchScript's exporter takes streams
+                input_names=["image"],
+                output_names=names,
+                dynamic_axes=axes,
+                opset_version=opset,
+                dynamo=False,
+            )
+    except Exception as error:  # torch raises errors of many classes
+        reason = plain(str(error).strip().partition("\n")[0], 200)
+        raise ArtifactError(
+            f"opset {opset} of ONNX cannot express this detector: {reason}. The default is {OPSET}."
+        ) from error
+    return onnx.load_from_string(stream.getvalue())
+
+
+def save_onnx(model: Any, description: Description, file: Path) -> None:
+    """Write an ONNX model with its metadata."""
+    onnx = needed("onnx", "ONNX and OpenVINO")
+    del model.metadata_props[:]
+    model.metadata_props.add(key=KEY, value=description.text())
+    onnx.save_model(model, file)
+
+
+def save_openvino(model: Any, description: Description, file: Path) -> None:
+    """Write an ONNX model as OpenVINO's .xml, and its weights as .bin beside it."""
+    openvino = needed("openvino", "OpenVINO")
+    converted = openvino.Core().read_model(model.SerializeToString())
+    openvino.save_model(converted, file, compress_to_fp16=False)
+    digest = {".bin": file_digest(file.with_suffix(".bin"))}
+    converted.set_rt_info(replace(description, parts_sha256=digest).text(), [KEY])
+    openvino.save_model(converted, file, compress_to_fp16=False)
+
+
+def needed(module: str, purpose: str) -> Any:
+    """Import an optional module.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(
+            f"exporting to {purpose} needs {module}, and importing it failed "
+            f"({plain(str(error))}): pip install 'resnext_det[export]'"
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what torch's exporter says about its own future."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            log.setLevel(level)

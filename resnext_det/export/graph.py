@@ -1,0 +1,95 @@
+"""A detector as a graph: from pixels to boxes, scores and labels."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import torchvision
+from detectron2.export.torchscript_patch import patch_builtin_len
+from detectron2.modeling import GeneralizedRCNN, RetinaNet
+from torch import Tensor, nn
+
+from resnext_det.errors import ConfigError, quoted
+
+
+class Graph(nn.Module):
+    """A detector between plain tensors, for one image.
+
+    Normalization and padding are part of it; resizing is not.
+    """
+
+    def __init__(self, detector: nn.Module) -> None:
+        """Wrap a detector.
+
+        Raises:
+            ConfigError: it is neither a GeneralizedRCNN with an RPN nor a RetinaNet, or it has
+                outputs that are not exported.
+        """
+        super().__init__()
+        detector_of = quoted(type(detector).__name__)
+        if type(detector) not in (GeneralizedRCNN, RetinaNet):
+            raise ConfigError(
+                f"{detector_of} cannot be exported: only GeneralizedRCNN and RetinaNet can."
+            )
+        heads: Any = getattr(detector, "roi_heads", None)
+        for part in ("mask", "keypoint"):
+            if getattr(heads, f"{part}_on", False):
+                raise ConfigError(
+                    f"{part}s are not exported. To export the boxes alone, set "
+                    f"MODEL.{part.upper()}_ON False."
+                )
+        if isinstance(detector, GeneralizedRCNN) and detector.proposal_generator is None:
+            raise ConfigError(
+                "MODEL.LOAD_PROPOSALS is True: this detector classifies regions of a file, which "
+                "an artifact does not have."
+            )
+        self.detector = detector.eval()
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Detect the objects of an image.
+
+        Args:
+            image: (height, width, 3) in uint8, in the order of INPUT.FORMAT.
+
+        Returns:
+            Boxes, (N, 4): x0, y0, x1, y1 in pixels; scores, (N,), best first; labels, (N,).
+        """
+        detector: Any = self.detector
+        record = {"image": image.permute(2, 0, 1)}
+        if isinstance(detector, GeneralizedRCNN):
+            found: Any = detector.inference([record], do_postprocess=False)[0]
+        else:
+            found = detector([record])[0]["instances"]
+        return found.pred_boxes.tensor, found.scores, found.pred_classes
+
+
+@torch.no_grad()
+def traced(graph: Graph, image: Tensor) -> torch.jit.ScriptModule:
+    """Trace a graph with an image, in which it should find objects; sizes stay dynamic."""
+    with warnings.catch_warnings(), patch_builtin_len(), without_branches():
+        warnings.simplefilter("ignore")  # each of a tracer's assumptions holds for one image
+        script: torch.jit.ScriptModule = torch.jit.trace(graph, (image,), check_trace=False)
+    return script
+
+
+@contextlib.contextmanager
+def without_branches() -> Iterator[None]:
+    """Give Detectron2 an NMS by class that has no branch for an empty list of boxes.
+
+    Tracing keeps torchvision's branch, whose result OpenVINO takes for one box of random bits. As
+    Detectron2's own `patch_builtin_len`, this lasts for a trace.
+    """
+    with mock.patch.object(torchvision.ops.boxes, "batched_nms", _nms_by_class):
+        yield
+
+
+def _nms_by_class(boxes: Tensor, scores: Tensor, classes: Tensor, threshold: float) -> Tensor:
+    """Do what torchvision's `batched_nms` does: move the boxes of each class apart, for one NMS."""
+    largest = torch.cat([boxes.flatten(), boxes.new_zeros(1)]).max()
+    apart = boxes + (classes.to(boxes) * (largest + 1))[:, None]
+    return torchvision.ops.nms(apart, scores, threshold)

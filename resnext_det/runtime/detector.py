@@ -1,0 +1,130 @@
+"""An exported detector: from an image to a `Prediction`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from resnext_det.errors import ArtifactError, ConfigError, DatasetError, quoted
+from resnext_det.image_files import loaded, opened, turned
+from resnext_det.prediction import Prediction
+from resnext_det.runtime.description import Description
+from resnext_det.runtime.engines import Arrays, Run, open_artifact
+from resnext_det.runtime.resizing import resized, target_size
+
+ImageSource = str | Path | Image.Image | NDArray[np.uint8]
+
+
+def load(file: str | Path, *, threads: int = 0) -> Detector:
+    """Load an artifact of `resnext-det export`.
+
+    ONNX and OpenVINO files are data. Those of torch hold code that runs when they are loaded: load
+    only your own.
+
+    Args:
+        file: .onnx for onnxruntime, .xml (beside its .bin) for OpenVINO, .pt2 or .ts for torch.
+        threads: of the engine; 0 for its default, usually all cores.
+
+    Raises:
+        ArtifactError: it is missing, damaged, of another program or of a newer version.
+        ConfigError: its engine is not installed.
+    """
+    return Detector(*open_artifact(Path(file), threads))
+
+
+class Detector:
+    """Detects objects as the detector that it was exported from.
+
+    Attributes:
+        description: the artifact's metadata.
+    """
+
+    def __init__(self, description: Description, run: Run) -> None:
+        self.description = description
+        self._run = run
+
+    def __call__(self, image: ImageSource, *, order: str | None = None) -> Prediction:
+        """Return the objects in an image.
+
+        Args:
+            image: a file, Pillow's image, or an array (height, width, 3) of uint8. Files and
+                Pillow's images are rotated by their EXIF orientation.
+            order: "RGB" or "BGR": the channels of an array, which needs it.
+
+        Raises:
+            ConfigError: `order` is missing or unknown.
+            DatasetError: the image cannot be read or resized.
+            ArtifactError: the graph failed, or returned something else than detections.
+        """
+        pixels = _pixels(image, order)
+        height, width = pixels.shape[:2]
+        known = self.description
+        size = target_size(height, width, known.shortest_side, known.longest_side)
+        if min(size) == 0:
+            raise DatasetError(
+                f"an image of {width} x {height} pixels would vanish when resized to the "
+                f"detector's {known.shortest_side} to {known.longest_side} pixels."
+            )
+        ordered = pixels[:, :, ::-1] if known.pixel_format == "BGR" else pixels
+        found = self.detect(resized(ordered, *size, known.enlarge))
+        limit = np.array([width, height, width, height], np.float32)
+        scale = np.array([width / size[1], height / size[0]] * 2, np.float32)
+        boxes = np.clip(found["boxes"] * scale, 0, limit)
+        kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        return Prediction(
+            boxes=boxes[kept],
+            scores=found["scores"][kept],
+            labels=found["labels"][kept],
+            class_names=known.class_names,
+            width=width,
+            height=height,
+            source=image if isinstance(image, str | Path) else Image.fromarray(pixels),
+            category_ids=known.category_ids,
+        )
+
+    def detect(self, pixels: NDArray[np.uint8]) -> Arrays:
+        """Run the graph on resized pixels, (height, width, 3), in the order of `pixel_format`.
+
+        Returns:
+            "boxes", (N, 4) in pixels of this size, "scores", (N,), and "labels", (N,).
+
+        Raises:
+            ArtifactError: the graph failed, or returned something else than detections.
+        """
+        try:
+            found = self._run(np.ascontiguousarray(pixels))
+        except Exception as error:  # the engines raise errors of many classes
+            raise ArtifactError(f"the graph failed: {quoted(error)}") from error
+        _check(found)
+        return {**found, "labels": found["labels"].astype(np.int64, copy=False)}
+
+
+def _check(found: Arrays) -> None:
+    shapes = {name: each.shape for name, each in found.items()}
+    count = shapes.get("scores", (0,))[:1]
+    if {**shapes, "boxes": (*count, 4), "scores": count, "labels": count} != shapes:
+        raise ArtifactError(f"the graph returns {quoted(shapes)}, which are no detections.")
+
+
+def _pixels(image: ImageSource, order: str | None) -> NDArray[np.uint8]:
+    """Return an upright image in RGB, (height, width, 3)."""
+    if isinstance(image, np.ndarray):
+        if order not in ("RGB", "BGR"):
+            raise ConfigError(f'order is {quoted(order)}; an array needs order="RGB" or "BGR".')
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise DatasetError(
+                f"the array has shape {image.shape} and type {image.dtype}; it must be (height, "
+                "width, 3) of uint8, and not empty."
+            )
+        return image if order == "RGB" else image[:, :, ::-1]
+    if isinstance(image, Image.Image):
+        if not all(image.size):
+            raise DatasetError(f"the image has {image.width} x {image.height} pixels.")
+        if image.mode.startswith(("I", "F")):
+            raise DatasetError(f"the image has mode {image.mode}: convert it to 8 bits a channel.")
+        return np.asarray(turned(image).convert("RGB"))
+    with opened(image) as picture:
+        return np.asarray(loaded(picture).convert("RGB"))

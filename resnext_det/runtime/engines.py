@@ -1,0 +1,138 @@
+"""Reading artifacts: each format's engine, opened with as little trust as it allows."""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from resnext_det.errors import ArtifactError, ConfigError, plain, quoted
+from resnext_det.files import file_digest, open_regular
+from resnext_det.runtime.description import KEY, Description
+
+Arrays = Mapping[str, NDArray[Any]]
+Run = Callable[[NDArray[np.uint8]], Arrays]
+"""From pixels, (height, width, 3), to "boxes" (N, 4), "scores" (N,), "labels" (N,)."""
+
+OUTPUTS = ("boxes", "scores", "labels", "masks")
+"""Of every graph, in order; masks, (N, M, M), only with a mask head."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of artifacts.
+
+    Attributes:
+        name: as `resnext-det export --format` takes it.
+        suffix: of its files.
+        engine: the module that runs it.
+        open: returns the metadata's JSON and a function that runs the graph, given the file and
+            the number of threads (0 for the engine's default).
+    """
+
+    name: str
+    suffix: str
+    engine: str
+    open: Callable[[Path, int], tuple[str, Run]]
+
+
+def _open_onnx(file: Path, threads: int) -> tuple[str, Run]:
+    import onnxruntime
+
+    with open_regular(file) as stream:
+        content = stream.read()  # from memory: the file then cannot name others to read
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4  # errors are raised as well
+    session = onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"])
+    names = [each.name for each in session.get_outputs()]
+
+    def run(pixels: NDArray[np.uint8]) -> Arrays:
+        return dict(zip(names, session.run(None, {"image": pixels})))
+
+    return session.get_modelmeta().custom_metadata_map.get(KEY, ""), run
+
+
+def _open_openvino(file: Path, threads: int) -> tuple[str, Run]:
+    import openvino
+
+    with open_regular(file):
+        pass  # a regular file
+    model = openvino.Core().read_model(file)
+    text = model.get_rt_info([KEY]).astype(str) if model.has_rt_info([KEY]) else ""
+    if text:  # OpenVINO does not notice the .bin of another export
+        for suffix, digest in Description.parse(text, quoted(file)).parts_sha256.items():
+            if suffix != ".bin" or file_digest(file.with_suffix(suffix)) != digest:
+                raise ArtifactError(
+                    f"{quoted(file.with_suffix('.bin'))} does not belong to {quoted(file)}: copy "
+                    "both files of one export."
+                )
+    settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    if threads:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    compiled = openvino.compile_model(model, "CPU", settings)
+
+    turn = threading.Lock()  # it has one request; a service may call from many threads
+
+    def run(pixels: NDArray[np.uint8]) -> Arrays:
+        with turn:
+            found = compiled(pixels, share_outputs=False)
+            return {name: found[n] for n, name in enumerate(OUTPUTS[: len(found)])}
+
+    return text, run
+
+
+FORMATS = (
+    Format("onnx", ".onnx", "onnxruntime", _open_onnx),
+    Format("openvino", ".xml", "openvino", _open_openvino),
+)
+"""All formats."""
+
+
+def format_of(file: Path) -> Format:
+    """Return the format of an artifact by its suffix.
+
+    Raises:
+        ArtifactError: it has none of the suffixes.
+    """
+    for each in FORMATS:
+        if file.suffix.lower() == each.suffix:
+            return each
+    listed = ", ".join(f"{each.suffix} ({each.name})" for each in FORMATS)
+    raise ArtifactError(f"{quoted(file)} is no artifact: their names end in {listed}.")
+
+
+def open_artifact(file: Path, threads: int = 0) -> tuple[Description, Run]:
+    """Read an artifact.
+
+    Raises:
+        ArtifactError: it is missing, damaged, of another program or of a newer version.
+        ConfigError: its engine is not installed.
+    """
+    form = format_of(file)
+    try:
+        importlib.import_module(form.engine)
+    except ImportError as error:
+        raise ConfigError(
+            f"{form.engine} is needed for {quoted(file)}, and importing it failed "
+            f"({plain(str(error))}): pip install {form.engine}"
+        ) from error
+    try:
+        text, run = form.open(file, threads)
+    except (ArtifactError, MemoryError):
+        raise
+    except OSError as error:
+        raise ArtifactError(f"{quoted(file)} cannot be read: {error.strerror or error}.") from error
+    except Exception as error:  # the engines raise errors of many classes
+        first = plain(str(error).strip().partition("\n")[0], 200)
+        raise ArtifactError(
+            f"{quoted(file)} is damaged, or no {form.name} model that this {form.engine} can run: "
+            f"{first}"
+        ) from error
+    return Description.parse(text, quoted(file)), run

@@ -1,0 +1,69 @@
+"""Export a detector to ONNX, OpenVINO or torch, and prove that it detects the same.
+
+    %(prog)s --run output/run --format openvino --output detector.xml
+    %(prog)s --run output/run --format onnx --output detector.onnx --images photographs
+
+Compares the artifact with the detector on some images of the run's test set, or on those of
+--images: unless every detection matches, no file is written. `resnext_det.runtime` runs it without
+torch and Detectron2; resnext-det eval --artifact evaluates it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from resnext_det_cli import flags
+
+FORMATS = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2", "torchscript": ".ts"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    flags.add_config(parser, run=True)
+    listed = ", ".join(f"{suffix} for {name}" for name, suffix in FORMATS.items())
+    parser.add_argument("--format", choices=FORMATS, help="(default: by the suffix of --output)")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help=listed)
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="to compare on")
+    parser.add_argument("--opset", type=int, metavar="N", help="of ONNX (default: 17)")
+    flags.add_overrides(parser)
+
+
+def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    by_suffix = {suffix: name for name, suffix in FORMATS.items()}
+    named = by_suffix.get(arguments.output.suffix)
+    wanted = arguments.format or named
+    if wanted is None:
+        parser.error(f"--output {arguments.output}: end it in {', '.join(by_suffix)}")
+    if named != wanted:
+        parser.error(f"--output {arguments.output}: a file of {wanted} ends in {FORMATS[wanted]}")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Export, and say how close the artifact is."""
+    import logging
+
+    from resnext_det.config import load_config
+    from resnext_det.engine.evaluate import of_run
+    from resnext_det.errors import InertMessages, quoted
+    from resnext_det.export.exporting import export, images_in
+    from resnext_det.export.formats import OPSET
+    from resnext_det.files import size_text
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(InertMessages())
+    overrides = list(arguments.opts)
+    if arguments.run:
+        arguments.config_file, weights = of_run(arguments.run)
+        overrides = ["MODEL.WEIGHTS", str(weights), *overrides]
+    images = images_in(arguments.images) if arguments.images else ()
+    description = export(
+        load_config(arguments.config_file, overrides),
+        arguments.output,
+        images=images,
+        run=str(arguments.run.resolve()) if arguments.run else "",
+        opset=arguments.opset or OPSET,
+    )
+    suffixes = [arguments.output.suffix, *description.parts_sha256]
+    files = [arguments.output.with_suffix(suffix) for suffix in suffixes]
+    print(f"{quoted(arguments.output)}: {size_text(sum(each.stat().st_size for each in files))}")
