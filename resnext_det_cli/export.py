@@ -44,8 +44,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     from resnext_det.config import load_config
     from resnext_det.engine.evaluate import of_run
+    from resnext_det.engine.predictor import images_in
     from resnext_det.errors import InertMessages, quoted
-    from resnext_det.export.exporting import export, images_in
+    from resnext_det.export.exporting import export
     from resnext_det.export.formats import OPSET
     from resnext_det.files import size_text
 

@@ -262,6 +262,7 @@ _SPREADS = {
     "anchor_deltas": 0.1,
     "rpn.head.bbox_pred": 0.1,
     "box_predictor.bbox_pred": 0.5,
+    "head.cls_score": 1.0,  # RetinaNet's
 }
 _BACKGROUND = 8.0  # above the other scores: a few hundred reach 0.05 among a thousand regions
 

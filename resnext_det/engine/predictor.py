@@ -50,6 +50,7 @@ class Predictor:
         model: the detector.
         report: which weights were loaded, to print.
         class_names: in the order of the detector's outputs.
+        category_ids: of these classes in the annotations; empty if unknown.
         connections: pairs of keypoints that a line connects.
     """
 
@@ -106,7 +107,7 @@ class Predictor:
             GeneralizedRCNNWithTTA(cfg, self.model) if cfg.TEST.AUG.ENABLED else self.model
         )
         self.connections = keypoint_connections(cfg)
-        self.class_names, self._category_ids = _classes(cfg)
+        self.class_names, self.category_ids = _classes(cfg)
         self._resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
         self._format = cfg.INPUT.FORMAT
         self._is_fast = complete(cfg).DATALOADER.DECODER == "fast"
@@ -205,7 +206,7 @@ class Predictor:
             height=record["height"],
             masks=found.pred_masks.numpy() if found.has("pred_masks") else None,
             keypoints=found.pred_keypoints.numpy() if found.has("pred_keypoints") else None,
-            category_ids=self._category_ids,
+            category_ids=self.category_ids,
             connections=self.connections,
         )
         return result.above(self._threshold) if self._threshold else result

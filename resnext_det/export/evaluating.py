@@ -52,7 +52,8 @@ class Artifact(nn.Module):
         instances.pred_boxes = Boxes(torch.tensor(found["boxes"]))
         instances.scores = torch.tensor(found["scores"])
         instances.pred_classes = torch.tensor(found["labels"])
-        return detector_postprocess(instances, record["height"], record["width"])
+        scaled: Instances = detector_postprocess(instances, record["height"], record["width"])
+        return scaled
 
 
 def evaluate_artifact(cfg: CfgNode, file: Path) -> dict[str, Any]:

@@ -114,11 +114,6 @@ def tested(cfg: CfgNode, count: int = IMAGES) -> list[Path]:
     return [Path(record["file_name"]) for record in records[::step][:count]]
 
 
-def images_in(folder: Path) -> list[Path]:
-    """Return the files of a folder, by name."""
-    return sorted(each for each in folder.iterdir() if each.is_file())
-
-
 def _read(predictor: Predictor, files: Iterable[Path]) -> Iterator[torch.Tensor]:
     """Yield the pixels of images as an evaluation gives them to the detector, (h, w, 3)."""
     for file in files:
@@ -142,8 +137,8 @@ def _described(cfg: CfgNode, predictor: Predictor, run: str) -> Description:
     part = cfg.MODEL.RETINANET if "Retina" in cfg.MODEL.META_ARCHITECTURE else cfg.MODEL.ROI_HEADS
     weights = weights_file(cfg)
     return Description(
-        class_names=tuple(predictor._names),
-        category_ids=(),
+        class_names=tuple(predictor.class_names),
+        category_ids=tuple(predictor.category_ids),
         pixel_format=cfg.INPUT.FORMAT,
         pixel_mean=tuple(map(float, cfg.MODEL.PIXEL_MEAN)),
         pixel_std=tuple(map(float, cfg.MODEL.PIXEL_STD)),

@@ -73,7 +73,8 @@ def traced(graph: Graph, image: Tensor) -> torch.jit.ScriptModule:
     """Trace a graph with an image, in which it should find objects; sizes stay dynamic."""
     with warnings.catch_warnings(), patch_builtin_len(), without_branches():
         warnings.simplefilter("ignore")  # each of a tracer's assumptions holds for one image
-        script: torch.jit.ScriptModule = torch.jit.trace(graph, (image,), check_trace=False)
+        trace: Any = torch.jit.trace  # without types
+        script: torch.jit.ScriptModule = trace(graph, (image,), check_trace=False)
     return script
 
 

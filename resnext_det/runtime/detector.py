@@ -6,16 +6,13 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from resnext_det.errors import ArtifactError, ConfigError, DatasetError, quoted
-from resnext_det.image_files import loaded, opened, turned
+from resnext_det.errors import ArtifactError, DatasetError, quoted
+from resnext_det.image_files import ImageSource, picture_of
 from resnext_det.prediction import Prediction
 from resnext_det.runtime.description import Description
 from resnext_det.runtime.engines import Arrays, Run, open_artifact
 from resnext_det.runtime.resizing import resized, target_size
-
-ImageSource = str | Path | Image.Image | NDArray[np.uint8]
 
 
 def load(file: str | Path, *, threads: int = 0) -> Detector:
@@ -59,8 +56,8 @@ class Detector:
             DatasetError: the image cannot be read or resized.
             ArtifactError: the graph failed, or returned something else than detections.
         """
-        pixels = _pixels(image, order)
-        height, width = pixels.shape[:2]
+        picture = picture_of(image, order)
+        width, height = picture.size
         known = self.description
         size = target_size(height, width, known.shortest_side, known.longest_side)
         if min(size) == 0:
@@ -68,8 +65,10 @@ class Detector:
                 f"an image of {width} x {height} pixels would vanish when resized to the "
                 f"detector's {known.shortest_side} to {known.longest_side} pixels."
             )
-        ordered = pixels[:, :, ::-1] if known.pixel_format == "BGR" else pixels
-        found = self.detect(resized(ordered, *size, known.enlarge))
+        pixels = np.asarray(picture.convert("RGB"))
+        if known.pixel_format == "BGR":
+            pixels = pixels[:, :, ::-1]
+        found = self.detect(resized(pixels, *size, known.enlarge))
         limit = np.array([width, height, width, height], np.float32)
         scale = np.array([width / size[1], height / size[0]] * 2, np.float32)
         boxes = np.clip(found["boxes"] * scale, 0, limit)
@@ -81,7 +80,7 @@ class Detector:
             class_names=known.class_names,
             width=width,
             height=height,
-            source=image if isinstance(image, str | Path) else Image.fromarray(pixels),
+            source=image if isinstance(image, str | Path) else picture,
             category_ids=known.category_ids,
         )
 
@@ -107,24 +106,3 @@ def _check(found: Arrays) -> None:
     count = shapes.get("scores", (0,))[:1]
     if {**shapes, "boxes": (*count, 4), "scores": count, "labels": count} != shapes:
         raise ArtifactError(f"the graph returns {quoted(shapes)}, which are no detections.")
-
-
-def _pixels(image: ImageSource, order: str | None) -> NDArray[np.uint8]:
-    """Return an upright image in RGB, (height, width, 3)."""
-    if isinstance(image, np.ndarray):
-        if order not in ("RGB", "BGR"):
-            raise ConfigError(f'order is {quoted(order)}; an array needs order="RGB" or "BGR".')
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-            raise DatasetError(
-                f"the array has shape {image.shape} and type {image.dtype}; it must be (height, "
-                "width, 3) of uint8, and not empty."
-            )
-        return image if order == "RGB" else image[:, :, ::-1]
-    if isinstance(image, Image.Image):
-        if not all(image.size):
-            raise DatasetError(f"the image has {image.width} x {image.height} pixels.")
-        if image.mode.startswith(("I", "F")):
-            raise DatasetError(f"the image has mode {image.mode}: convert it to 8 bits a channel.")
-        return np.asarray(turned(image).convert("RGB"))
-    with opened(image) as picture:
-        return np.asarray(loaded(picture).convert("RGB"))

@@ -43,8 +43,7 @@ class Format:
 
 
 def _open_onnx(file: Path, threads: int) -> tuple[str, Run]:
-    import onnxruntime
-
+    onnxruntime: Any = importlib.import_module("onnxruntime")  # without types, as the next
     with open_regular(file) as stream:
         content = stream.read()  # from memory: the file then cannot name others to read
     options = onnxruntime.SessionOptions()
@@ -60,8 +59,7 @@ def _open_onnx(file: Path, threads: int) -> tuple[str, Run]:
 
 
 def _open_openvino(file: Path, threads: int) -> tuple[str, Run]:
-    import openvino
-
+    openvino: Any = importlib.import_module("openvino")
     with open_regular(file):
         pass  # a regular file
     model = openvino.Core().read_model(file)

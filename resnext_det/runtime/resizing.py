@@ -40,7 +40,8 @@ def resized(image: Pixels, height: int, width: int, enlarge: str) -> Pixels:
         return image
     if enlarge == "opencv" and image.shape[0] <= height and image.shape[1] <= width:
         return _enlarged(image, height, width)
-    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+    picture = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(picture)
 
 
 def _enlarged(image: Pixels, height: int, width: int) -> Pixels:
@@ -50,10 +51,11 @@ def _enlarged(image: Pixels, height: int, width: int) -> Pixels:
     outside = (columns[0] < 0) | (columns[1] >= image.shape[1])
     column_weights[0][outside], column_weights[1][outside] = _ONE, 0
     rows, columns = rows.clip(0, image.shape[0] - 1), columns.clip(0, image.shape[1] - 1)
-    values = image.astype(np.int32)
-    values = sum(values[:, at] * w[:, None] for at, w in zip(columns, column_weights)) >> 4
-    total = sum((values[at] * w[:, None, None]) >> 16 for at, w in zip(rows, row_weights))
-    return ((total + 2) >> 2).astype(np.uint8)
+    left, right = (image[:, at] * w[:, None] for at, w in zip(columns, column_weights))
+    values = (left + right) >> 4
+    above, below = ((values[at] * w[:, None, None]) >> 16 for at, w in zip(rows, row_weights))
+    pixels: Pixels = ((above + below + 2) >> 2).astype(np.uint8)
+    return pixels
 
 
 def _axis(old: int, new: int) -> tuple[NDArray[np.intp], NDArray[np.int32]]:

@@ -1,0 +1,163 @@
+"""Artifacts against the detector that they were exported from, by way of the runtime."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from resnext_det import Predictor, load_config
+from resnext_det.data.toy import CLASSES
+from resnext_det.engine.evaluate import of_run
+from resnext_det.errors import ArtifactError, ConfigError
+from resnext_det.evaluation.results_file import read_metrics
+from resnext_det.export import exporting
+from resnext_det.export.exporting import export
+from resnext_det.runtime import load
+from resnext_det_cli import main
+from tests.helpers.detectors import write_run
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("openvino")
+
+SUFFIXES = (".onnx", ".xml")
+C4 = ["MODEL.PROPOSAL_GENERATOR.NAME", "RPN", "MODEL.LOAD_PROPOSALS", False]
+_FEATURES = ["res3", "res4", "res5"]
+RETINANET = ["MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.RETINANET.NUM_CLASSES", 6]
+RETINANET += ["MODEL.BACKBONE.NAME", "build_retinanet_resnext_fpn_backbone"]
+RETINANET += ["MODEL.RESNETS.OUT_FEATURES", _FEATURES, "MODEL.FPN.IN_FEATURES", _FEATURES]
+
+
+def config_of(run: Path) -> Any:
+    config, weights = of_run(run)
+    return load_config(config, ["MODEL.WEIGHTS", str(weights)])
+
+
+@pytest.fixture(scope="module")
+def artifacts(run: Path, images: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the detector in every format, detector.*."""
+    folder = tmp_path_factory.mktemp("artifacts")
+    for suffix in SUFFIXES:
+        words = ["export", "--run", run, "--output", folder / f"detector{suffix}"]
+        assert main([str(word) for word in [*words, "--images", images[0].parent]]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_runtime_finds_what_the_predictor_finds(
+    suffix: str, artifacts: Path, run: Path, images: list[Path]
+) -> None:
+    """From the same file: so the pixels agree as well."""
+    predictor, detector = Predictor(run, precision="stock"), load(artifacts / f"detector{suffix}")
+    count = 0
+    for image in images:
+        expected, found = predictor(image), detector(image)
+        count += len(expected)
+        assert (found.width, found.height) == (expected.width, expected.height)
+        assert found.labels.tolist() == expected.labels.tolist()
+        assert found.names == expected.names
+        assert found.boxes == pytest.approx(expected.boxes, abs=0.01)
+        assert found.scores == pytest.approx(expected.scores, abs=1e-4)
+    assert count > 50
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_describes_itself(suffix: str, artifacts: Path, run: Path) -> None:
+    found = load(artifacts / f"detector{suffix}").description
+    assert found.class_names == CLASSES
+    assert found.pixel_mean == pytest.approx((103.53, 116.28, 123.675))
+    assert (found.pixel_format, found.shortest_side, found.longest_side) == ("BGR", 96, 128)
+    assert (found.run, found.weights) == (str(run), "model_final.pth")
+    assert found.versions["numpy"] == np.__version__
+    assert found.comparison["images"] == 7 and found.comparison["detections"] > 50
+    assert found.comparison["pixels"] < 0.01
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_finds_nothing_where_there_is_nothing(suffix: str, artifacts: Path) -> None:
+    """OpenVINO once took torchvision's empty result for one box of random bits."""
+    detector = load(artifacts / f"detector{suffix}")
+    flat = np.full((96, 128, 3), 128, np.uint8)
+    for image in (flat, flat[:33, :47]):
+        found = detector.detect(image)
+        assert {name: len(each) for name, each in found.items()} == dict.fromkeys(found, 0)
+
+
+@pytest.mark.parametrize(
+    ("config", "suffix", "words"),
+    [
+        ("fast_rcnn_X_26_8x4d_C4_toy", ".onnx", C4),
+        ("faster_rcnn_X_26_8x4d_FPN_toy", ".xml", RETINANET),
+    ],
+)
+def test_other_detectors(
+    config: str, suffix: str, words: list[object], images: list[Path], tmp_path: Path
+) -> None:
+    cfg = write_run(tmp_path, config, *words)
+    found = export(cfg, tmp_path / f"a{suffix}", images=images[:3])
+    assert found.comparison["detections"] > 20
+
+
+def test_keeps_no_artifact_that_differs(
+    run: Path, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoilt(*given: Any) -> Callable[..., None]:
+        graph, rest = given[1], given[2:]
+        bias = graph.detector.roi_heads.box_predictor.bbox_pred.bias.data
+        bias += 0.01
+        save = saver(given[0], graph, *rest)
+        bias -= 0.01
+        return save
+
+    saver = exporting.saver
+    monkeypatch.setattr(exporting, "saver", spoilt)
+    with pytest.raises(ArtifactError, match=r"in image \d, an object of class \d .* alone"):
+        export(config_of(run), tmp_path / "new" / "a.onnx", images=images)
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_refuses_what_it_cannot_export(run: Path, images: list[Path], tmp_path: Path) -> None:
+    cfg = config_of(run)
+    file = tmp_path / "new" / "a.onnx"
+    with pytest.raises(ArtifactError, match=r"opset 9 .* cannot express"):
+        export(cfg, file, images=images, opset=9)
+    with pytest.raises(ArtifactError, match="differs"):  # its RoiAlign is half a pixel off
+        export(cfg, file, images=images, opset=11)
+    cfg.defrost()
+    cfg.DATASETS.TEST = ()
+    cfg.freeze()
+    with pytest.raises(ConfigError, match="--images FOLDER"):
+        export(cfg, file)
+    cfg.defrost()
+    cfg.INPUT.FORMAT = "HSV"
+    cfg.MODEL.RESNEXT.ALLOW_OTHER_FUNCTION = True
+    with pytest.raises(ConfigError, match="only BGR and RGB"):
+        export(cfg, file, images=images)
+    assert not list(file.parent.iterdir())
+
+
+def test_evaluation_of_an_artifact_has_the_detectors_figures(
+    datasets: Path, run: Path, artifacts: Path, tmp_path: Path
+) -> None:
+    data = ["--test-json", datasets / "toy_coco" / "annotations" / "instances_val2017.json"]
+    given = ["--run", run, "--precision", "stock", "OUTPUT_DIR", tmp_path]
+    for words in (given, ["--artifact", artifacts / "detector.onnx"]):
+        assert main([str(word) for word in ["eval", *words, *data]]) == 0
+    detections = []
+    for folder in (tmp_path, artifacts / "detector_evaluation"):
+        (found,) = read_metrics(folder).evaluations
+        listed = json.loads(found.detections.read_text())
+        keys = ("image_id", "category_id", "score")
+        detections.append([[*each["bbox"], *(each[key] for key in keys)] for each in listed])
+        document = json.loads((folder / "inference" / "metrics.json").read_text())
+    ours, theirs = map(np.array, detections)
+    assert len(ours) > 100
+    # Not in order, as scores may be equal but for rounding.
+    differences = np.abs(ours[:, None] - theirs).max(2)
+    assert max(differences.min(0).max(), differences.min(1).max()) < 0.01
+    assert document["weights"] == str(artifacts / "detector.onnx")
