@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import TracebackType
@@ -16,23 +17,28 @@ _NormWithStatistics = nn.modules.batchnorm._NormBase  # batch and instance norms
 
 
 class CheckpointedStage(nn.Sequential):
-    """A stage that keeps only the inputs of its blocks and recomputes the rest in backward.
+    """A stage that keeps few activations and recomputes the others in backward.
 
-    Gradients and running statistics are those of an ordinary stage, to the last bit, and so are
-    the names of parameters. `torch.compile` runs such a stage uncompiled.
+    It keeps the input of every few blocks, the square root of their number (1604.06174): the blocks
+    in between are recomputed together, and so held together. Gradients and running statistics are
+    those of an ordinary stage, to the last bit, and so are the names of parameters.
+    `torch.compile` runs such a stage uncompiled.
     """
 
     # Dynamo does not support the context_fn of checkpoint().
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor) -> Tensor:
         """Run the blocks one after another."""
-        for block in self:
+        blocks = list(self)
+        size = math.ceil(math.sqrt(len(blocks)))
+        for start in range(0, len(blocks), size):
+            segment = nn.Sequential(*blocks[start : start + size])
             if self.training:
-                frozen = _FrozenStatistics(block)
+                frozen = _FrozenStatistics(segment)
                 contexts = lambda frozen=frozen: (nullcontext(), frozen)  # noqa: E731
-                x = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+                x = checkpoint(segment, x, use_reentrant=False, context_fn=contexts)
             else:
-                x = block(x)
+                x = segment(x)
         return x
 
 
@@ -52,13 +58,13 @@ class CheckpointedRPNHead(StandardRPNHead):
 
 
 class _FrozenStatistics(AbstractContextManager[None]):
-    """Keeps the running statistics of a block's norms unchanged during the second forward pass.
+    """Keeps the running statistics of a module's norms unchanged during the second forward pass.
 
     It can be entered again, once for each backward pass through a retained graph.
     """
 
-    def __init__(self, block: nn.Module) -> None:
-        self._norms = [m for m in block.modules() if isinstance(m, _NormWithStatistics)]
+    def __init__(self, module: nn.Module) -> None:
+        self._norms = [m for m in module.modules() if isinstance(m, _NormWithStatistics)]
 
     def __enter__(self) -> None:
         self._saved = [(norm.momentum, norm.num_batches_tracked) for norm in self._norms]

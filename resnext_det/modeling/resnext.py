@@ -82,8 +82,8 @@ class ResNeXt(ResNet):
             zero_init_residual: start the last norm of every block at 0 instead of 1, so that
                 blocks begin as their shortcuts (1706.02677, section 5.1).
             shortcuts: False for the paper's ablation without them.
-            checkpoint_stages: which of "res2" to "res5" keep only the inputs of their blocks in
-                training and recompute the rest: less memory, the same gradients.
+            checkpoint_stages: which of "res2" to "res5" keep few activations in training and
+                recompute the others: less memory, the same gradients.
 
         Raises:
             ConfigError: a value outside its range.
