@@ -141,10 +141,11 @@ def picture_of(image: ImageSource, order: str | None = None) -> Image.Image:
                 raise ValueError(unknown_range(image))
             image.load()
             return turned(image)
+    planes: NDArray[Any] = np.empty(0)
     if hasattr(image, "detach"):
         kind, form = "a tensor", "(3, height, width)"
-        planar = image.detach().cpu()
-        planes: NDArray[Any] = planar.movedim(0, -1).numpy() if planar.ndim == 3 else np.empty(0)
+        if image.ndim == 3 and str(image.dtype) == "torch.uint8":  # NumPy has no bfloat16
+            planes = image.detach().cpu().movedim(0, -1).numpy()
     elif isinstance(image, np.ndarray):
         kind, form = "an array", "(height, width, 3)"
         planes = image[..., None] if image.ndim == 2 else image
@@ -153,10 +154,11 @@ def picture_of(image: ImageSource, order: str | None = None) -> Image.Image:
             f"{type(image).__name__} is no image: give a file, Pillow's image, an array or a tensor"
         )
     if planes.dtype != np.uint8 or planes.shape[2:] not in ((1,), (3,)) or not planes.size:
-        scale = " Scale floats to 0..255 and round them." if planes.dtype.kind == "f" else ""
+        dtype = str(image.dtype).removeprefix("torch.")
+        scale = " Scale floats to 0..255 and round them." if "float" in dtype else ""
         raise DatasetError(
-            f"{kind} of {str(image.dtype).removeprefix('torch.')} and shape {tuple(image.shape)} "
-            f"is no image: give uint8, 0 to 255, of shape {form}.{scale}"
+            f"{kind} of {dtype} and shape {tuple(image.shape)} is no image: give uint8, 0 to 255, "
+            f"of shape {form}.{scale}"
         )
     if planes.shape[2] == 1:
         return Image.fromarray(np.ascontiguousarray(planes[..., 0]))

@@ -34,6 +34,7 @@ class Prediction:
         height: of the image in pixels.
         masks: (N, height, width) bool; None without a mask head.
         keypoints: (N, K, 3) float32, x and y in pixels and a score; None without a keypoint head.
+        stuff: of a Panoptic FPN, the pixels of each kind of stuff, (height, width) bool by name.
         source: the file, or the upright image, that was read.
         category_ids: of `class_names` in the annotations that the detector learned from; empty if
             unknown.
@@ -48,6 +49,7 @@ class Prediction:
     height: int
     masks: NDArray[np.bool_] | None = field(default=None, repr=False)
     keypoints: NDArray[np.float32] | None = field(default=None, repr=False)
+    stuff: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict, repr=False)
     source: str | Path | Image.Image | None = None
     category_ids: Sequence[int] = field(default=(), repr=False)
     connections: Sequence[tuple[int, int]] = field(default=(), repr=False)
@@ -140,7 +142,7 @@ class Prediction:
         )
 
     def draw(self, threshold: float = 0.5, image: Image.Image | None = None) -> Image.Image:
-        """Return an RGB image with boxes, labels, masks and keypoints drawn on it.
+        """Return an RGB image with boxes, labels, masks, keypoints and stuff drawn on it.
 
         Args:
             threshold: lowest score to draw.

@@ -9,12 +9,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.structures import Instances
+from numpy.typing import NDArray
 from PIL import Image
 
 from resnext_det.backbones import build_detector
@@ -97,10 +99,6 @@ class Predictor:
             )
         refuse_impossible(cfg, training=False)
         check_same_function(cfg)
-        if self._architecture == "PanopticFPN":
-            logger.warning(
-                "MODEL.META_ARCHITECTURE is PanopticFPN: its objects are returned, its stuff is not"
-            )
         self.model = build_detector(cfg).eval()
         self.report = load_weights(self.model, cfg, whole_detector=True)
         self._detect = (
@@ -108,6 +106,10 @@ class Predictor:
         )
         self.connections = keypoint_connections(cfg)
         self.class_names, self.category_ids = _classes(cfg)
+        tested = cfg.DATASETS.TEST[:1]
+        self._stuff_names = [
+            name for each in tested for name in MetadataCatalog.get(each).get("stuff_classes", [])
+        ]
         self._resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
         self._format = cfg.INPUT.FORMAT
         self._is_fast = complete(cfg).DATALOADER.DECODER == "fast"
@@ -192,11 +194,27 @@ class Predictor:
         if not all("instances" in output for output in outputs):
             raise self._no_detections()
         return [
-            self._prediction(record, output["instances"].to("cpu"))
+            self._prediction(record, output["instances"].to("cpu"), self._stuff(output))
             for record, output in zip(records, outputs)
         ]
 
-    def _prediction(self, record: Record, found: Instances) -> Prediction:
+    def _stuff(self, output: dict[str, Any]) -> dict[str, NDArray[np.bool_]]:
+        """Return the mask of each kind of stuff that a Panoptic FPN found."""
+        if "panoptic_seg" not in output:
+            return {}
+        segments, described = output["panoptic_seg"]
+        names = dict(enumerate(self._stuff_names))
+        return {
+            names.get(each["category_id"], f"stuff {each['category_id']}"): (
+                (segments == each["id"]).cpu().numpy()
+            )
+            for each in described
+            if not each["isthing"]
+        }
+
+    def _prediction(
+        self, record: Record, found: Instances, stuff: dict[str, NDArray[np.bool_]]
+    ) -> Prediction:
         result = Prediction(
             boxes=found.pred_boxes.tensor.numpy(),
             scores=found.scores.numpy(),
@@ -206,6 +224,7 @@ class Predictor:
             height=record["height"],
             masks=found.pred_masks.numpy() if found.has("pred_masks") else None,
             keypoints=found.pred_keypoints.numpy() if found.has("pred_keypoints") else None,
+            stuff=stuff,
             category_ids=self.category_ids,
             connections=self.connections,
         )

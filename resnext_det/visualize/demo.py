@@ -75,8 +75,9 @@ def find_sources(inputs: Sequence[str], output: Path | None) -> list[MediaFile]:
         found = _matches(given, output)
         if not found:
             raise ConfigError(
-                f"{quoted(Path(given))} names no image or video outside the output folder. Pass "
-                "files, folders, or patterns such as 'folder/**/*.jpg'."
+                f"{quoted(Path(given))} names no image or video"
+                f"{' outside the output folder' if output else ''}. Pass files, folders, or "
+                "patterns such as 'folder/**/*.jpg'."
             )
         for file in found:
             files.setdefault(file.resolve(), file)

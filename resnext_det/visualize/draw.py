@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from detectron2.utils.colormap import colormap
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torchvision import ops, utils
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -102,7 +103,6 @@ def draw_objects(
 
 def draw_prediction(picture: Image.Image, found: Prediction) -> Image.Image:
     """Return an RGB copy of an image with the objects found in it."""
-    boxes = found.boxes.tolist()
     objects = [
         Drawn(
             (x0, y0, x1 - x0, y1 - y0),
@@ -112,10 +112,31 @@ def draw_prediction(picture: Image.Image, found: Prediction) -> Image.Image:
             None if found.keypoints is None else found.keypoints[row],
         )
         for row, ((x0, y0, x1, y1), name, score, label) in enumerate(
-            zip(boxes, found.names, found.scores.tolist(), found.labels.tolist())
+            zip(found.boxes.tolist(), found.names, found.scores.tolist(), found.labels.tolist())
         )
     ]
-    return draw_objects(picture, objects, found.connections)
+    return draw_objects(_with_stuff(picture, found.stuff), objects, found.connections)
+
+
+def _with_stuff(picture: Image.Image, stuff: Mapping[str, NDArray[np.bool_]]) -> Image.Image:
+    """Return an RGB copy of an image with coloured regions, named in the middle of their pixels."""
+    canvas = picture.convert("RGB")
+    if not stuff:
+        return canvas
+    masks = torch.from_numpy(np.stack(list(stuff.values())))
+    colours: list[str | Colour] = [class_colour(zlib.crc32(name.encode())) for name in stuff]
+    blended = utils.draw_segmentation_masks(pil_to_tensor(canvas), masks, _MASK_OPACITY, colours)
+    canvas = Image.fromarray(blended.permute(1, 2, 0).numpy())
+    font = ImageFont.truetype(_FONT, max(10, round(min(canvas.size) / 34)))
+    pen = ImageDraw.Draw(canvas)
+    for name, mask in stuff.items():
+        rows, columns = np.nonzero(mask)
+        if len(rows):
+            middle = len(rows) // 2  # of the pixels, so one of them, which a mean may not be
+            place = int(columns[middle]), int(rows[middle])
+            label = " ".join(name.split())[:_LONGEST_LABEL]
+            pen.text(place, label, "white", font, "mm", stroke_fill="black", stroke_width=1)
+    return canvas
 
 
 def class_colour(category: int) -> Colour:

@@ -89,8 +89,9 @@ def test_record_matches_dataset_mapper(kind: str, config: CfgNode, tmp_path: Pat
         assert (found["width"], found["height"]) == (width, height)
 
 
-@pytest.mark.parametrize("pixel_format", ["BGR", "RGB"])
-@pytest.mark.parametrize("head", ["", "MASK", "KEYPOINT"])
+@pytest.mark.parametrize(
+    ("head", "pixel_format"), [("", "BGR"), ("", "RGB"), ("MASK", "BGR"), ("KEYPOINT", "BGR")]
+)
 def test_equals_default_predictor(head: str, pixel_format: str, tmp_path: Path) -> None:
     """In stock arithmetic, bit for bit."""
     words = ["INPUT.FORMAT", pixel_format, "DATASETS.TEST", "('keypoints_coco_2017_val',)"]
@@ -223,6 +224,8 @@ PIXELS = np.asarray(noise(0))
         (PIXELS[:0], "RGB", r"shape \(0, 90, 3\)"),
         (torch.tensor(PIXELS), "RGB", r"a tensor of uint8 .*\(3, height, width\)"),
         (torch.zeros(3, 60, 90), "RGB", r"a tensor of float32 .*Scale floats"),
+        (torch.zeros(3, 9, 9, dtype=torch.bfloat16), "RGB", "a tensor of bfloat16"),
+        (torch.zeros(1, 3, 60, 90, dtype=torch.uint8), "RGB", r"height, width\)\.$"),
         (b"bytes", None, "bytes is no image: give a file"),
         (Image.new("RGB", (0, 5)), None, "0 x 5 pixels"),
         (Image.new("F", (90, 60)), None, "its mode is F, whose range is unknown"),
@@ -266,6 +269,37 @@ def test_finds_the_config_of_a_detector(predictor: Predictor, config: CfgNode) -
     assert found.names[0] in MetadataCatalog.get("toy_coco_minival").thing_classes
     with pytest.raises(ConfigError, match=r"bare\.pth' records no config.*pass config="):
         Predictor(bare)
+
+
+def test_stuff_is_that_of_the_panoptic_segments(tmp_path: Path) -> None:
+    words = ["MODEL.META_ARCHITECTURE", "PanopticFPN", "MODEL.MASK_ON", "True"]
+    words += ["MODEL.SEM_SEG_HEAD.NUM_CLASSES", 3, "DATALOADER.DECODER", "pillow"]
+    words += ["MODEL.PANOPTIC_FPN.COMBINE.STUFF_AREA_LIMIT", 1, "DATASETS.TEST", "stuff_of_test"]
+    cfg = saved(tmp_path, *words, "MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH", 0.0)
+    MetadataCatalog.get("stuff_of_test").set(stuff_classes=["things", "sky"])
+    expected = DefaultPredictor(cfg)(np.asarray(noise(0))[:, :, ::-1])
+    segments, described = expected["panoptic_seg"]
+    found = Predictor(cfg, precision="stock")(noise(0))
+    assert found.masks is not None and len(found) == len(expected["instances"]) == 8
+    names = {0: "things", 1: "sky", 2: "stuff 2"}
+    stuff = {names[each["category_id"]]: each["id"] for each in described if not each["isthing"]}
+    assert list(found.stuff) == list(stuff) and len(stuff) > 1
+    for name, number in stuff.items():
+        assert np.array_equal(found.stuff[name], segments.numpy() == number)
+    assert found.above(0.9).stuff is found.stuff
+
+
+def test_device_replaces_the_configs(config: CfgNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # else "cuda" becomes "cpu"
+    on_gpu = changed(config, "MODEL.DEVICE", "cuda:7")
+    assert next(Predictor(on_gpu, device="cpu").model.parameters()).device.type == "cpu"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_detects_the_same(config: CfgNode) -> None:
+    found, expected = (Predictor(config, device=each)(noise(0)) for each in ("cuda", "cpu"))
+    assert found.boxes == pytest.approx(expected.boxes, abs=0.1)
+    assert found.scores == pytest.approx(expected.scores, abs=0.01)
 
 
 def test_refuses_what_is_no_detector(config: CfgNode, tmp_path: Path) -> None:

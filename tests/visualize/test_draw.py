@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,14 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from resnext_det.visualize.draw import Drawn, class_colour, draw_objects, save_picture
+from resnext_det.prediction import Prediction
+from resnext_det.visualize.draw import (
+    Drawn,
+    class_colour,
+    draw_objects,
+    draw_prediction,
+    save_picture,
+)
 
 RED, BLUE = (250, 20, 10), (10, 20, 250)
 
@@ -70,6 +78,22 @@ def test_mask_blends_with_its_pixels_only() -> None:
     outside = np.ones((400, 400), bool)
     outside[185:315, 35:125] = False
     assert (changed[outside] == 0).all()
+
+
+def test_stuff_is_blended_and_named() -> None:
+    sky = np.zeros((400, 400), bool)
+    sky[:200] = True
+    nothing = np.empty(0, np.float32)
+    found = Prediction(nothing.reshape(0, 4), nothing, np.empty(0, np.int64), (), 400, 400)
+    halves = np.asarray(
+        draw_prediction(grey(), dataclasses.replace(found, stuff={"sky": sky, "sea": ~sky}))
+    ).reshape(2, 200, 400, 3)
+    plain = halves[:, 0, 0]
+    assert len({(90, 90, 90), *map(tuple, plain.tolist())}) == 3
+    for half, colour in zip(halves, plain):
+        assert 20 < (half != colour).any(axis=2).sum() < 1000  # the name
+    alone = draw_prediction(grey(), dataclasses.replace(found, stuff={"sea": ~sky}))
+    assert np.array_equal(np.asarray(alone)[200:], halves[1])  # the colour is that of the name
 
 
 def test_visible_keypoints_are_drawn_and_connected() -> None:
