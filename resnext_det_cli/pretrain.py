@@ -41,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     flags.take_precision(parser, arguments)
     if arguments.eval_only and (arguments.recipe or arguments.resume or arguments.overwrite):
-        parser.error("--eval-only takes --output alone: no --recipe, --resume or --overwrite")
+        parser.error(
+            "--eval-only tests the training in --output: leave out --recipe, --resume, --overwrite"
+        )
     if not (arguments.recipe or arguments.resume or arguments.eval_only):
         parser.error("--recipe is missing, or --resume to continue a training")
     if arguments.recipe and not arguments.data and arguments.recipe != "toy":

@@ -42,6 +42,11 @@ _EXPLANATIONS = {
     r"DefaultCPUAllocator: (can't allocate|not enough) memory|MemoryError": (
         f"this machine is out of memory: {_MEMORY}"
     ),
+    r"Expected more than 1 value per channel when training": (
+        "a batch norm in training needs more than one value per channel: use larger micro-batches "
+        "(SOLVER.IMS_PER_BATCH, SOLVER.IMS_PER_MICRO_BATCH), larger images, or MODEL.RESNETS.NORM "
+        "GN"
+    ),
     r"EADDRINUSE|[Aa]ddress already in use": (
         "the rendezvous port is in use: choose another, the same on every machine (--dist-url "
         "tcp://HOST:PORT)"

@@ -119,7 +119,10 @@ def predict(
         for crops, labels in interrupting(loader):
             each = scores(crops.flatten(0, 1)).cpu()
             if not torch.isfinite(each).all():
-                raise WeightsError("the network gives scores that are NaN or infinite.")
+                raise WeightsError(
+                    "the network gives scores that are NaN or infinite: its training diverged, or "
+                    "was too short for the statistics of its batch norms."
+                )
             # Averaging one crop would only turn -0.0 into 0.0.
             mean = each.view(len(labels), -1, each.shape[1]).mean(1) if crops.shape[1] > 1 else each
             for kept, classes in zip(found, among):

@@ -214,7 +214,8 @@ def load_backbone(model: nn.Module, weights: BackboneWeights, cfg: CfgNode) -> s
         raise WeightsError(
             f"{source} lacks {len(wrong)} of {len(targets)} backbone tensors, or holds them in "
             f"another shape: {named(wrong)}. Nothing was loaded. Compare STEM_OUT_CHANNELS, "
-            "RES2_OUT_CHANNELS and WIDTH_PER_GROUP of MODEL.RESNETS."
+            "RES2_OUT_CHANNELS and WIDTH_PER_GROUP of MODEL.RESNETS, and "
+            "MODEL.RESNEXT.PRE_ACTIVATION."
         )
     with torch.no_grad():
         for name, places in targets.items():

@@ -105,7 +105,8 @@ def network_of(
         weights.depth,
         weights.template,
         stem_out_channels=weights.tensors["stem.conv1.weight"].shape[0],
-        res2_out_channels=weights.tensors["res2.0.shortcut.weight"].shape[0],
+        # The first block of res2 has no shortcut of its own if the stem is as wide.
+        res2_out_channels=weights.tensors["res3.0.shortcut.weight"].shape[1],
         # All published ResNeXts have it in the 3x3.
         stride_in_1x1=bool(weights.stride_in_1x1),
         num_classes=classes,

@@ -281,6 +281,7 @@ def test_a_part_of_the_classes_is_tested_both_ways(
     listed = tmp_path / "synsets.txt"
     listed.write_text("".join(f"{number}\n" for number in range(9)))
     words = ["--synsets", str(listed), "DATALOADER.NUM_WORKERS", "0", "SOLVER.MAX_ITER", "3"]
+    words += ["MODEL.RESNETS.RES2_OUT_CHANNELS", "8"]  # as wide as the stem
     assert pretrain(data, tmp_path / "run", *words) == 0
     last = rows(tmp_path / "run")[-1]
     file = tmp_path / "run" / "model_final.pth"
@@ -295,6 +296,7 @@ def test_a_part_of_the_classes_is_tested_both_ways(
         images = torch.stack([views[number][0][0] for number in range(len(views))])
         scores = network(weights.pixels.normalize(images))["linear"]
     truth = torch.tensor([views[number][1] for number in range(len(views))])
+    assert last["loss"] == pytest.approx(float(F.cross_entropy(scores, truth)), rel=1e-4)
     right = [(scores[:, :count].argmax(1) == truth).double().mean().item() for count in (9, 7)]
     assert [100 * each for each in right] == pytest.approx([last["top1"], last["7_way/top1"]])
     ten = evaluate(str(file), data / "val", ten_crop=True, device="cpu")
