@@ -85,9 +85,9 @@ def seeds(*words: int) -> int:
 
 @contextlib.contextmanager
 def seeded(*words: int) -> Iterator[None]:
-    """Seed Python, NumPy and PyTorch; restore their states, but not those of GPUs, on exit."""
+    """Seed Python, NumPy and PyTorch on the CPU; restore their states on exit."""
     kept = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    seed_all(*words)
+    _seed(*words)
     try:
         yield
     finally:
@@ -98,10 +98,16 @@ def seeded(*words: int) -> Iterator[None]:
 
 def seed_all(*words: int) -> None:
     """Seed Python, NumPy and PyTorch, including all GPUs."""
+    torch.manual_seed(_seed(*words))
+
+
+def _seed(*words: int) -> int:
     seed = seeds(*words)
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    # torch.manual_seed also seeds GPUs, and formats a stack trace for those not yet in use.
+    torch.default_generator.manual_seed(seed)
+    return seed
 
 
 class MicroBatches(Sampler[list[Draw]]):
@@ -174,20 +180,28 @@ class SeededDataset(Dataset[Record]):
         Raises:
             DatasetError: the image cannot be read and `skip` is false.
         """
+        return self.__getitems__([draw])[0]
+
+    def __getitems__(self, draws: list[Draw]) -> list[Record]:
+        """Return a batch; torch's loaders call this."""
+        with seeded(self._seed):
+            return [self._mapped(draw) for draw in draws]
+
+    def _mapped(self, draw: Draw) -> Record:
+        _seed(self._seed, 0, draw.position)
         errors: list[str] = []
-        with seeded(self._seed, 0, draw.position):
-            index = draw.index
-            for _ in range(_TRIES):
-                try:
-                    mapped = self._mapper(self._records[index])
-                except DatasetError as error:
-                    if not self._skip:
-                        raise
-                    errors.append(str(error))
-                    mapped = None
-                if mapped is not None:
-                    return {**mapped, "skipped": errors} if errors else mapped
-                index = random.randrange(len(self))
+        index = draw.index
+        for _ in range(_TRIES):
+            try:
+                mapped = self._mapper(self._records[index])
+            except DatasetError as error:
+                if not self._skip:
+                    raise
+                errors.append(str(error))
+                mapped = None
+            if mapped is not None:
+                return {**mapped, "skipped": errors} if errors else mapped
+            index = random.randrange(len(self))
         raise DatasetError(
             f"{_TRIES} images in a row cannot be used{f', such as: {errors[0]}' if errors else ''}."
         )

@@ -32,6 +32,7 @@ from resnext_det.data.stream import (
     Share,
     build_stream,
     build_test_stream,
+    seed_all,
     seeded,
     training_records,
 )
@@ -268,7 +269,9 @@ class Trainer(DefaultTrainer):
             mapper = NamingDatasetMapper(self.cfg, True, augmentations=augmentations)
             loader = build_test_stream(self.cfg, self.cfg.DATASETS.TEST[0], mapper)
             batches = SIGNALS.interrupting(loader)
-            with seeded(self._trainer.seed, 2, self.iter):  # proposals are sampled
+            words = self._trainer.seed, 2, self.iter
+            with seeded(*words):
+                seed_all(*words)  # proposals are sampled, on a GPU too
                 losses = validation_losses(unwrap(self._trainer.model), batches)
             results = {**results, "validation": losses}
         return results

@@ -21,6 +21,7 @@ from resnext_det.data.stream import (
     SeededDataset,
     Share,
     build_stream,
+    seed_all,
     seeded,
     seeds,
     training_records,
@@ -99,6 +100,8 @@ def test_seeded_restores_the_random_state() -> None:
     assert found == expected
     with seeded(3, 4):
         assert draw() == inside
+    seed_all(3, 4)
+    assert draw() == inside
     with seeded(3, 5):
         assert all(one != two for one, two in zip(draw(), inside))
     assert len({seeds(*words) for words in itertools.product(range(4), repeat=3)}) == 4**3
@@ -118,7 +121,9 @@ def test_stops_at_or_skips_unreadable_images() -> None:
     assert found["id"] % 2 == 0 and "the image 3 cannot be read" in found["skipped"][0]
     assert found == SeededDataset(records, unreadable, 0, skip=True)[Draw(0, 3)]
     skipping = SeededDataset(records, unreadable, 0, skip=True)
-    assert {skipping[Draw(position, 3)]["id"] for position in range(20)} == {0, 2, 4}
+    draws = [Draw(position, 3) for position in range(20)]
+    assert {skipping[draw]["id"] for draw in draws} == {0, 2, 4}
+    assert skipping.__getitems__(draws) == [skipping[draw] for draw in draws]
     assert SeededDataset(records, unreadable, 0, skip=True)[Draw(0, 2)] == {"id": 2}
     with pytest.raises(DatasetError, match="in a row cannot be used, such as: the image"):
         SeededDataset([{"id": 1}], unreadable, 0, skip=True)[Draw(0, 0)]
