@@ -239,13 +239,15 @@ def test_model_card(run: Path, pushed: dict[str, bytes]) -> None:
     named = {name.removeprefix("bbox "): value for name, value in found.items()}
     assert named == {name: round(figures[name] or 0, 2) for name in ("AP", "AP50", "AP75")}
     assert {each.dataset_name for each in card.data.eval_results} == {"instances_val2017"}
-    assert "does not allow commercial use" in card.text and 'Predictor("hf://me/toy")' in card.text
+    assert "may not be used commercially" in card.text and 'Predictor("hf://me/toy")' in card.text
     assert "| instances\\_val2017 | 6 | bbox |" in card.text and "precision: fp32" in card.text
     assert "start.pth (theirs.pth, licence CC-BY-NC-4.0, 77.5 % top-1" in card.text
     assert "circle, square, triangle" in card.text
     with repository(run, THERE, "mit") as files:
         text = files[0].read_text()
-    assert "license: mit\n" in text and "started from weights under CC-BY-NC-4.0" in text
+    assert (
+        "license: mit\n" in text and "mit. The training started from start.pth (theirs.pth" in text
+    )
 
 
 def copy_of(run: Path, tmp_path: Path) -> Path:
@@ -394,6 +396,7 @@ def damaged(there: Hub) -> None:
 
 
 TENSORS = {"a": torch.zeros(2)}
+LONG = json.dumps({"class_names": [], "versions": {}, "config": "#" * (1 << 21)})
 PICKLE = pickle.dumps({"model": {"a": np.zeros(2)}})
 
 
@@ -422,7 +425,7 @@ PICKLE = pickle.dumps({"model": {"a": np.zeros(2)}})
             "its record of the run cannot be read",
         ),
         (
-            has("model.safetensors", safetensors.torch.save(TENSORS, {RUN: " " * (1 << 21)})),
+            has("model.safetensors", safetensors.torch.save(TENSORS, {RUN: LONG})),
             "its record of the run cannot be read",
         ),
     ],
@@ -455,6 +458,18 @@ def test_one_revision_per_process(serving: Hub, pushed: dict[str, bytes]) -> Non
     hub.fetch.cache_clear()
     assert hub.fetch(THERE) != first
     assert hub.fetch(Address("me/toy", first.parent.name)) == first
+
+
+def test_both_files_are_of_one_commit(serving: Hub) -> None:
+    first = next(iter(serving.commits["me/toy"]))
+
+    def push(method: str, path: str) -> None:
+        if path.endswith("model.safetensors"):
+            serving.commit("me/toy", {"model.safetensors": b"newer"})
+
+    serving.fail = push
+    file = hub.fetch(THERE)
+    assert file.parent.name == first and file.with_name("config.yaml").is_file()
 
 
 @pytest.mark.parametrize(

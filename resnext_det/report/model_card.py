@@ -9,7 +9,7 @@ import contextlib
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from detectron2.config import CfgNode, get_cfg
 
 from resnext_det.backbones import build_detector
 from resnext_det.checkpoint_file import RUN, Run, read_run
-from resnext_det.config import add_resnext_config, load_config, parse_config
+from resnext_det.config import add_resnext_config, config_of, load_config, parse_config
 from resnext_det.config_rules import leaves, value_of
 from resnext_det.data.checks import CUSTOM
 from resnext_det.engine.evaluate import of_run
@@ -30,9 +30,8 @@ from resnext_det.errors import EvaluationError, WeightsError, plain, quoted
 from resnext_det.evaluation.coco import shown
 from resnext_det.evaluation.results_file import INFERENCE, Metrics, read_metrics, read_training
 from resnext_det.files import write_text
-from resnext_det.hub import CARD, CONFIG, WEIGHTS, Address
+from resnext_det.hub import CARD, CONFIG, SCHEME, WEIGHTS, Address
 from resnext_det.report.facts import (
-    Facts,
     Origin,
     config_facts,
     dataset_title,
@@ -65,27 +64,23 @@ def repository(run: Path, address: Address, licence: str = "") -> Iterator[list[
         EvaluationError: its figures are those of other weights.
         WeightsError: its checkpoint is damaged, or was written by another program.
     """
-    config, checkpoint = of_run(run)
-    recorded = read_run(Path(checkpoint))
+    config, found = of_run(run)
+    checkpoint, cfg = Path(found), load_config(config)
+    recorded = read_run(checkpoint)
     if recorded is None or not recorded.class_names:
         raise WeightsError(
             f"{quoted(checkpoint)} does not record its classes: push the run of a training by "
             "`resnext-det train`."
         )
     metrics = read_metrics(run)
-    started_from = load_config(config).MODEL.WEIGHTS
-    cfg = load_config(config, ["MODEL.WEIGHTS", str(checkpoint)])
-    check_same_function(cfg)
+    check_same_function(renamed(cfg, str(checkpoint)))
     text = shared_config(cfg, address)
+    record = {"class_names": recorded.class_names, "versions": dict(recorded.versions)}
+    header = {RUN: json.dumps({**record, "config": text})}
     with tempfile.TemporaryDirectory(prefix=".push_", dir=run) as folder:
         card, shared, weights = (Path(folder, name) for name in (CARD, CONFIG, WEIGHTS))
-        record = {
-            "config": text,
-            "class_names": recorded.class_names,
-            "versions": dict(recorded.versions),
-        }
-        tensors = {name: each.clone() for name, each in read_tensors(Path(checkpoint)).items()}
-        safetensors.torch.save_file(tensors, weights, {RUN: json.dumps(record)})
+        tensors = {name: each.clone() for name, each in read_tensors(checkpoint).items()}
+        safetensors.torch.save_file(tensors, weights, header)
         model = build_detector(cfg)
         load_weights(model, renamed(cfg, str(weights)), whole_detector=True)
         if not metrics.evaluations or state_digest(model) != metrics.state_blake2b:
@@ -95,7 +90,7 @@ def repository(run: Path, address: Address, licence: str = "") -> Iterator[list[
                 f"resnext-det eval --run {quoted(run)}"
             )
         write_text(shared, text)
-        write_text(card, model_card(run, cfg, address, recorded, metrics, started_from, licence))
+        write_text(card, model_card(run, cfg, address, recorded, metrics, licence))
         yield [card, shared, weights]
 
 
@@ -126,51 +121,49 @@ def _holds_path(value: Any) -> bool:
 
 
 def model_card(
-    run: Path,
-    cfg: CfgNode,
-    address: Address,
-    recorded: Run,
-    metrics: Metrics,
-    started_from: str,
-    licence: str = "",
+    run: Path, cfg: CfgNode, address: Address, recorded: Run, metrics: Metrics, licence: str = ""
 ) -> str:
     """Return README.md, with the front matter that the hub reads.
 
     Args:
         run: the run's folder.
-        cfg: its config.
+        cfg: its config; MODEL.WEIGHTS is what its training started from.
         address: of the repository.
         recorded: in its checkpoint.
         metrics: its figures.
-        started_from: MODEL.WEIGHTS of its training.
         licence: as for `repository`.
     """
     tree = parse_config(shared_config(cfg, address), "the config")
-    found = origin(run, started_from)
-    title = f"{model_name(tree)}, {cfg.MODEL.META_ARCHITECTURE}"
-    name = address.repository.rpartition("/")[2]
+    name, count = address.repository.rpartition("/")[2], len(recorded.class_names)
+    source = origin(run, cfg.MODEL.WEIGHTS) or Origin("")
+    start = _start(cfg.MODEL.WEIGHTS, source)
     front: dict[str, Any] = {
         "library_name": "resnext_det",
         "pipeline_tag": "object-detection",
-        "license": licence or (found.licence.lower() if found and found.licence else "unknown"),
-        "tags": ["object-detection", "resnext", "detectron2", "coco"],
+        "license": licence or (source.licence or "unknown").lower(),
+        "tags": ["object-detection", "resnext", "detectron2"],
         "model-index": [{"name": name, "results": _index(metrics)}],
     }
-    if started_from.startswith("hf://"):
-        front["base_model"] = Address.of(started_from).repository
-    facts: Facts = [
+    if cfg.MODEL.WEIGHTS.startswith(SCHEME):
+        front["base_model"] = Address.of(cfg.MODEL.WEIGHTS).repository
+    facts = [
         ("Trained on", ", ".join(dataset_title(each) for each in cfg.DATASETS.TRAIN)),
-        ("Started from", _start(started_from, found)),
+        ("Started from", start),
         *(fact for fact in config_facts(tree) if fact[0] != "DATASETS.TRAIN"),
         *schedule_facts(tree, read_training(run)),
     ]
-    classes = ", ".join(_escaped(each) for each in recorded.class_names)
+    rows = [
+        [title, images, kind, *(shown(figures.get(figure)) for figure in _FIGURES)]
+        for title, images, kind, figures in _evaluated(metrics)
+    ]
+    non_commercial = "-NC" in (source.licence or "").upper()
     return f"""---
 {yaml.safe_dump(front, sort_keys=False)}---
 
 # {name}
 
-{title}: a detector of {len(recorded.class_names)} classes, trained with resnext_det on Detectron2.
+{model_name(tree)}, {cfg.MODEL.META_ARCHITECTURE}: a detector of {count} classes, trained with
+resnext_det on Detectron2.
 
 ## Use
 
@@ -184,67 +177,47 @@ found = detector("photo.jpg")  # .boxes, .scores, .names
 
 ## Figures
 
-{_table(["data set", "images", "of", *_FIGURES], _figures(metrics))}
+{_table(["data set", "images", "of", *_FIGURES], rows)}
 
-In per cent. {_circumstances(metrics)}
-{_settings(run, cfg)}
+In per cent. {_circumstances(metrics)}{_settings(run, cfg, address)}
 
 ## Training
 
-{_table(["", ""], [[key, value] for key, value in facts])}
+{_table(["", ""], facts)}
 
 Versions: {_listed(recorded.versions)}.
 
 ## Licence
 
-{_licence(found, started_from, licence)}
+{licence or source.licence or "Not stated"}. The training started from {_escaped(start)}.
+{"**Those weights may not be used commercially.**" if non_commercial else ""}
 
 ## Classes
 
-{classes}
+{", ".join(_escaped(each) for each in recorded.class_names)}
 """
+
+
+def _evaluated(metrics: Metrics) -> Iterator[tuple[str, str, str, dict[str, float | None]]]:
+    """Yield data set, number of images, kind and figures of each evaluation."""
+    for each in metrics.evaluations:
+        for kind, found in each.kinds.items():
+            yield dataset_title(each.name), f"{each.image_count:,}", kind, found.figures
 
 
 def _index(metrics: Metrics) -> list[dict[str, Any]]:
     return [
         {
             "task": {"type": "object-detection"},
-            "dataset": {"type": dataset_title(each.name), "name": dataset_title(each.name)},
+            "dataset": {"type": title, "name": title},
             "metrics": [
                 {"type": _IN_INDEX[figure], "name": f"{kind} {figure}", "value": round(value, 2)}
                 for figure in _IN_INDEX
-                if (value := figures.figures.get(figure)) is not None
+                if (value := figures.get(figure)) is not None
             ],
         }
-        for each in metrics.evaluations
-        for kind, figures in each.kinds.items()
+        for title, _, kind, figures in _evaluated(metrics)
     ]
-
-
-def _figures(metrics: Metrics) -> list[list[str]]:
-    return [
-        [
-            dataset_title(each.name),
-            f"{each.image_count:,}",
-            kind,
-            *(shown(figures.figures.get(figure)) for figure in _FIGURES),
-        ]
-        for each in metrics.evaluations
-        for kind, figures in each.kinds.items()
-    ]
-
-
-def _settings(run: Path, cfg: CfgNode) -> str:
-    """Return the settings that an evaluation changed."""
-    file = run / INFERENCE / "config.yaml"
-    found = changes(cfg.dump(), load_config(file)) if file.is_file() else {}
-    changed = {
-        key: values
-        for key, values in found.items()
-        if key.startswith(("INPUT.", "MODEL.", "TEST."))
-        and key not in ("MODEL.WEIGHTS", "MODEL.DEVICE")
-    }
-    return f"Settings of the evaluation: {listed(changed)}.\n" if changed else ""
 
 
 def _circumstances(metrics: Metrics) -> str:
@@ -260,33 +233,29 @@ def _circumstances(metrics: Metrics) -> str:
     return "; ".join(f"{key}: {value}" for key, value in facts.items() if value) + "."
 
 
+def _settings(run: Path, cfg: CfgNode, address: Address) -> str:
+    """Return the settings that the evaluation changed, without those of training."""
+    file = run / INFERENCE / "config.yaml"
+    if not file.is_file():
+        return ""
+    then = config_of(parse_config(shared_config(load_config(file), address), "the config"))
+    found = changes(shared_config(cfg, address), then).items()
+    changed = {key: both for key, both in found if key.startswith(("INPUT.", "MODEL.", "TEST."))}
+    return f" Changed for the evaluation: {listed(changed)}." if changed else ""
+
+
 def _listed(versions: Mapping[str, str]) -> str:
     return ", ".join(f"{key} {value}" for key, value in versions.items())
 
 
-def _start(weights: str, found: Origin | None) -> str:
+def _start(weights: str, source: Origin) -> str:
     """Return the weights that a training started from, without their path."""
-    if not weights:
-        return "random weights"
-    name = weights if "://" in weights else re.split(r"[/\\]", weights)[-1]
-    return f"{name} ({found})" if found else name
+    public = weights.startswith(("resnext://", "detectron2://", SCHEME))
+    name = weights if public else re.split(r"[/\\]", weights.partition("?")[0])[-1]
+    return f"{name} ({source})" if source.source else name or "random weights"
 
 
-def _licence(found: Origin | None, weights: str, licence: str) -> str:
-    if not weights:
-        return f"Trained from random weights. Licence: {licence or 'not stated'}."
-    if found is None or found.licence is None:
-        return (
-            f"The licence of the weights that the training started from, {_start(weights, found)}, "
-            f"is not recorded. Licence of this detector: {licence or 'not stated'}."
-        )
-    text = f"The training started from weights under {found.licence}."
-    if "-NC" in found.licence.upper():
-        text += " **That licence does not allow commercial use.**"
-    return f"{text} Licence of this detector: {licence or found.licence}."
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(_escaped(cell) for cell in line)} |" for line in lines)
 
