@@ -32,7 +32,7 @@ from resnext_det.errors import (
 )
 from resnext_det.evaluation.results_file import read_metrics
 from resnext_det.hub import Address
-from resnext_det.report.model_card import repository, shared_config
+from resnext_det.report.model_card import model_card, repository, shared_config
 from resnext_det_cli import main
 from tests.conftest import ROOT
 from tests.helpers.hub import TOKEN, Hub
@@ -248,6 +248,21 @@ def test_model_card(run: Path, pushed: dict[str, bytes]) -> None:
     assert (
         "license: mit\n" in text and "mit. The training started from start.pth (theirs.pth" in text
     )
+
+
+def test_model_card_names_changed_settings_and_hides_addresses(run: Path, tmp_path: Path) -> None:
+    copied = copy_of(run, tmp_path)
+    main(["eval", "--run", str(copied), "INPUT.MIN_SIZE_TEST", "80"])
+    with repository(copied, THERE) as files:
+        assert "INPUT.MIN_SIZE_TEST was 64 and is 80" in files[0].read_text()
+    cfg = load_config(run / "config.yaml").clone()
+    cfg.defrost()
+    cfg.MODEL.WEIGHTS = f"https://me:{SECRET}@{SECRET}/{SECRET}/x.pth?key={SECRET}"
+    recorded = read_run(run / "model_final.pth")
+    assert recorded is not None
+    text = model_card(run, cfg, THERE, recorded, read_metrics(run))
+    assert SECRET not in text and "| Started from | x.pth |" in text
+    assert "license: unknown\n" in text
 
 
 def copy_of(run: Path, tmp_path: Path) -> Path:
@@ -483,6 +498,7 @@ def test_both_files_are_of_one_commit(serving: Hub) -> None:
         "hf:/me/toy",
         "me/toy",
         "hf://me/toy@../x",
+        "hf://me/toy@x/../../y",
         "hf://me/toy\n",
         "hf://m\u00e9/toy",
     ],
