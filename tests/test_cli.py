@@ -98,7 +98,7 @@ def test_choices_match_the_package() -> None:
             "--precision fp32 contradicts",
         ),
         ("train --config-file x --precision fp8", "invalid choice: 'fp8'"),
-        ("eval", "one of the arguments --config-file --run is required"),
+        ("eval", "name what to evaluate: --run, --config-file or --artifact"),
         ("eval --run none", "the folder none holds no config.yaml"),
         ("predict --run none README.md", "neither the folder of a run nor a checkpoint"),
         ("report a --run b", "name the folder of one run"),

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from resnext_det.errors import ArtifactError, ConfigError, plain
-from resnext_det.export.graph import Graph, traced
+from resnext_det.export.graph import Graph, exported, traced
 from resnext_det.files import file_digest
 from resnext_det.runtime.description import KEY, Description
 from resnext_det.runtime.engines import OUTPUTS
@@ -42,9 +42,19 @@ def saver(name: str, graph: Graph, image: torch.Tensor, opset: int = OPSET) -> S
         ArtifactError: the format cannot express the detector.
         ConfigError: a package is missing.
     """
+    if name == "torch":
+        try:
+            return partial(_save_torch, exported(graph, image))
+        except Exception as error:  # torch raises errors of many classes
+            raise ArtifactError(
+                f"torch.export cannot express this detector: {_first_line(error)}. Choose another "
+                "format."
+            ) from error
     script = traced(graph, image)
+    if name == "torchscript":
+        return partial(_save_torchscript, script)
     model = _as_onnx(script, image, opset)
-    return partial({"onnx": save_onnx, "openvino": save_openvino}[name], model)
+    return partial({"onnx": _save_onnx, "openvino": _save_openvino}[name], model)
 
 
 def _as_onnx(script: torch.jit.ScriptModule, image: torch.Tensor, opset: int) -> Any:
@@ -71,14 +81,14 @@ def _as_onnx(script: torch.jit.ScriptModule, image: torch.Tensor, opset: int) ->
                 dynamo=False,
             )
     except Exception as error:  # torch raises errors of many classes
-        reason = plain(str(error).strip().partition("\n")[0], 200)
         raise ArtifactError(
-            f"opset {opset} of ONNX cannot express this detector: {reason}. The default is {OPSET}."
+            f"opset {opset} of ONNX cannot express this detector: {_first_line(error)}. The "
+            f"default is {OPSET}."
         ) from error
     return onnx.load_from_string(stream.getvalue())
 
 
-def save_onnx(model: Any, description: Description, file: Path) -> None:
+def _save_onnx(model: Any, description: Description, file: Path) -> None:
     """Write an ONNX model with its metadata."""
     onnx = needed("onnx", "ONNX and OpenVINO")
     del model.metadata_props[:]
@@ -86,7 +96,7 @@ def save_onnx(model: Any, description: Description, file: Path) -> None:
     onnx.save_model(model, file)
 
 
-def save_openvino(model: Any, description: Description, file: Path) -> None:
+def _save_openvino(model: Any, description: Description, file: Path) -> None:
     """Write an ONNX model as OpenVINO's .xml, and its weights as .bin beside it."""
     openvino = needed("openvino", "OpenVINO")
     converted = openvino.Core().read_model(model.SerializeToString())
@@ -94,6 +104,21 @@ def save_openvino(model: Any, description: Description, file: Path) -> None:
     digest = {".bin": file_digest(file.with_suffix(".bin"))}
     converted.set_rt_info(replace(description, parts_sha256=digest).text(), [KEY])
     openvino.save_model(converted, file, compress_to_fp16=False)
+
+
+def _save_torch(
+    program: torch.export.ExportedProgram, description: Description, file: Path
+) -> None:
+    torch.export.save(program, file, extra_files={KEY: description.text()})
+
+
+def _save_torchscript(script: torch.jit.ScriptModule, description: Description, file: Path) -> None:
+    save: Any = torch.jit.save  # without types
+    save(script, str(file), _extra_files={KEY: description.text()})
+
+
+def _first_line(error: Exception) -> str:
+    return plain(str(error).strip().partition("\n")[0].rstrip("."), 200)
 
 
 def needed(module: str, purpose: str) -> Any:

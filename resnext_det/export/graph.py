@@ -11,8 +11,13 @@ from unittest import mock
 import torch
 import torchvision
 from detectron2.export.torchscript_patch import patch_builtin_len
-from detectron2.modeling import GeneralizedRCNN, RetinaNet
+from detectron2.modeling import GeneralizedRCNN, RetinaNet, poolers
+from detectron2.modeling.meta_arch import dense_detector
+from detectron2.modeling.proposal_generator import proposal_utils
+from detectron2.structures import Boxes, ImageList, instances
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from resnext_det.errors import ConfigError, quoted
 
@@ -76,6 +81,68 @@ def traced(graph: Graph, image: Tensor) -> torch.jit.ScriptModule:
         trace: Any = torch.jit.trace  # without types
         script: torch.jit.ScriptModule = trace(graph, (image,), check_trace=False)
     return script
+
+
+@torch.no_grad()
+def exported(graph: Graph, image: Tensor) -> torch.export.ExportedProgram:
+    """Export a graph with torch.export; sizes stay dynamic.
+
+    Raises:
+        Exception: of many classes, if torch cannot export it.
+    """
+    counting = [proposal_utils.__name__, instances.__name__]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(without_branches())
+        stack.enter_context(patch_builtin_len(counting))
+        for each in (proposal_utils, dense_detector):  # their sizes are symbols
+            stack.enter_context(mock.patch.object(each, "min", torch.sym_min, create=True))
+        stack.enter_context(mock.patch.object(ImageList, "from_tensors", _padded))
+        stack.enter_context(
+            mock.patch.object(poolers, "convert_boxes_to_pooler_format", _of_one_image)
+        )
+        stack.enter_context(_AsTraced())
+        sides = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+        program = torch.export.export(
+            graph, (image,), dynamic_shapes={"image": sides}, strict=False
+        )
+    # torch takes every list of boxes for one of at least two, and would assert that.
+    for node in list(program.graph.nodes):
+        if node.target is torch.ops.aten._assert_scalar.default:
+            program.graph.erase_node(node)
+    program.graph.eliminate_dead_code()
+    program.graph_module.recompile()
+    return program
+
+
+class _AsTraced(TorchFunctionMode):
+    """Answers Detectron2's questions about values as a trace does.
+
+    They are whether all values are finite, and whether there is nothing to do: True, and False.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: Any = (), keywords: Any = None
+    ) -> Any:
+        answers = {Tensor.__bool__: True, Tensor.item: -1, Tensor.numel: 1}
+        if function in answers:
+            return answers[function]
+        return function(*arguments, **(keywords or {}))
+
+
+def _padded(images: list[Tensor], divisor: int = 0, **others: Any) -> ImageList:
+    """Do what `ImageList.from_tensors` does for one image, without computing sizes in tensors."""
+    if (others.get("padding_constraints") or {}).get("square_size"):
+        raise ValueError("the backbone takes squares")
+    (image,) = images
+    height, width = image.shape[-2:]
+    more = (0, -width % max(divisor, 1), 0, -height % max(divisor, 1))
+    return ImageList(functional.pad(image, more)[None], [(height, width)])
+
+
+def _of_one_image(boxes: list[Boxes]) -> Tensor:
+    """Do what `convert_boxes_to_pooler_format` does for one image: its index is 0."""
+    (only,) = boxes
+    return functional.pad(only.tensor, (1, 0))
 
 
 @contextlib.contextmanager

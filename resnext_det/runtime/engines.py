@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import threading
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,9 +87,43 @@ def _open_openvino(file: Path, threads: int) -> tuple[str, Run]:
     return text, run
 
 
+def _open_torch(file: Path, threads: int) -> tuple[str, Run]:
+    torch: Any = importlib.import_module("torch")
+    importlib.import_module("torchvision")  # registers RoIAlign and NMS
+    more = {KEY: ""}
+    program = torch.export.load(file, extra_files=more).module()
+    return more[KEY], _torch_run(torch, program, threads)
+
+
+def _open_torchscript(file: Path, threads: int) -> tuple[str, Run]:
+    torch: Any = importlib.import_module("torch")
+    importlib.import_module("torchvision")
+    more: dict[str, Any] = {KEY: ""}
+    with open_regular(file) as stream, warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the format is deprecated
+        program = torch.jit.load(stream, map_location="cpu", _extra_files=more)
+    text = more[KEY]
+    return text.decode() if isinstance(text, bytes) else text, _torch_run(torch, program, threads)
+
+
+def _torch_run(torch: Any, program: Any, threads: int) -> Run:
+    if threads:
+        torch.set_num_threads(threads)
+
+    def run(pixels: NDArray[np.uint8]) -> Arrays:
+        # Optimizing a script for each new size takes far longer than it saves.
+        with torch.no_grad(), torch.jit.optimized_execution(False):
+            return dict(zip(OUTPUTS, (each.numpy() for each in program(torch.tensor(pixels)))))
+
+    return run
+
+
 FORMATS = (
     Format("onnx", ".onnx", "onnxruntime", _open_onnx),
     Format("openvino", ".xml", "openvino", _open_openvino),
+    # These hold code, which runs when they are loaded.
+    Format("torch", ".pt2", "torch", _open_torch),
+    Format("torchscript", ".ts", "torch", _open_torchscript),
 )
 """All formats."""
 

@@ -25,7 +25,8 @@ pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("openvino")
 
-SUFFIXES = (".onnx", ".xml")
+SUFFIXES = (".onnx", ".xml", ".ts")
+FPN = "faster_rcnn_X_26_8x4d_FPN_toy"
 C4 = ["MODEL.PROPOSAL_GENERATOR.NAME", "RPN", "MODEL.LOAD_PROPOSALS", False]
 _FEATURES = ["res3", "res4", "res5"]
 RETINANET = ["MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.RETINANET.NUM_CLASSES", 6]
@@ -89,18 +90,20 @@ def test_finds_nothing_where_there_is_nothing(suffix: str, artifacts: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("config", "suffix", "words"),
+    ("config", "suffixes", "words"),
     [
-        ("fast_rcnn_X_26_8x4d_C4_toy", ".onnx", C4),
-        ("faster_rcnn_X_26_8x4d_FPN_toy", ".xml", RETINANET),
+        ("fast_rcnn_X_26_8x4d_C4_toy", (".onnx",), C4),
+        pytest.param(FPN, (".pt2",), [], marks=pytest.mark.slow),
+        (FPN, (".xml",), RETINANET),
     ],
 )
 def test_other_detectors(
-    config: str, suffix: str, words: list[object], images: list[Path], tmp_path: Path
+    config: str, suffixes: Any, words: list[object], images: list[Path], tmp_path: Path
 ) -> None:
     cfg = write_run(tmp_path, config, *words)
-    found = export(cfg, tmp_path / f"a{suffix}", images=images[:3])
-    assert found.comparison["detections"] > 20
+    for suffix in suffixes:
+        found = export(cfg, tmp_path / f"a{suffix}", images=images[:3])
+        assert found.comparison["detections"] > 20
 
 
 def test_keeps_no_artifact_that_differs(
