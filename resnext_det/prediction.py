@@ -116,11 +116,8 @@ class Prediction:
             )
         ]
         if self.masks is not None:
-            encode = _needed("pycocotools.mask", "masks in COCO's format").encode
             for row, mask in zip(rows, self.masks):
-                run_lengths = encode(np.asfortranarray(mask, dtype=np.uint8))
-                counts = run_lengths["counts"].decode("ascii")
-                row["segmentation"] = {"size": [self.height, self.width], "counts": counts}
+                row["segmentation"] = run_lengths(mask)
         if self.keypoints is not None:
             for row, points in zip(rows, self.keypoints):
                 row["keypoints"] = points.reshape(-1).tolist()
@@ -166,6 +163,17 @@ class Prediction:
         if not isinstance(picture, Image.Image):
             picture = read_picture(picture)
         return draw_prediction(picture, self.above(threshold))
+
+
+def run_lengths(mask: NDArray[np.bool_]) -> dict[str, Any]:
+    """Return a mask, (height, width), as COCO's compressed RLE.
+
+    Raises:
+        ConfigError: pycocotools is not installed.
+    """
+    encode = _needed("pycocotools.mask", "masks in COCO's format").encode
+    encoded = encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": list(mask.shape), "counts": encoded["counts"].decode("ascii")}
 
 
 def _needed(module: str, purpose: str) -> Any:

@@ -26,7 +26,7 @@ from resnext_det.errors import ConfigError, DatasetError, quoted
 from resnext_det.files import written_beside
 from resnext_det.image_files import SUFFIXES
 from resnext_det.images import read_picture
-from resnext_det.prediction import Prediction
+from resnext_det.prediction import Prediction, run_lengths
 from resnext_det.visualize.draw import draw_prediction, save_picture
 from resnext_det.visualize.video import VideoReader, open_video, written_video
 
@@ -121,8 +121,8 @@ class Demo:
     detections.jsonl holds one JSON object a line. Images have "file", "drawn", "width", "height"
     and "detections", frames of videos also "frame" and "seconds". A detection has "box" (x, y,
     width, height in pixels), "name", "category_index" and "score", and depending on the model
-    "mask" (COCO's compressed RLE) and "keypoints" (x, y, score). Unreadable files have "file" and
-    "problem".
+    "mask" (COCO's compressed RLE) and "keypoints" (x, y, score). Images of a Panoptic FPN also have
+    "stuff", masks by name. Unreadable files have "file" and "problem".
 
     Attributes:
         images: number drawn so far.
@@ -293,8 +293,16 @@ def _write(
     **when: float,
 ) -> None:
     width, height = picture.size
-    line = {"file": str(source.file), "drawn": source.drawn, "width": width, "height": height}
-    results.write(f"{json.dumps({**line, **when, 'detections': _entries(found)})}\n".encode())
+    line: dict[str, Any] = {
+        "file": str(source.file),
+        "drawn": source.drawn,
+        "width": width,
+        "height": height,
+    }
+    line |= {**when, "detections": _entries(found)}
+    if found.stuff:
+        line["stuff"] = {name: run_lengths(mask) for name, mask in found.stuff.items()}
+    results.write(f"{json.dumps(line)}\n".encode())
 
 
 def _entries(found: Prediction) -> list[dict[str, Any]]:

@@ -98,6 +98,7 @@ def test_equals_default_predictor(head: str, pixel_format: str, tmp_path: Path) 
     words += ["DATALOADER.DECODER", "pillow"]
     if head:
         words += [f"MODEL.{head}_ON", "True"]
+        words += ["MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", "(16, 16)"]  # of 512 it takes seconds
     cfg = saved(tmp_path, *words)
     picture = noise(0)
     expected = DefaultPredictor(cfg)(np.asarray(picture)[:, :, ::-1])["instances"]

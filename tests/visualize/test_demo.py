@@ -131,6 +131,7 @@ def test_saves_masks_and_keypoints(predictor: Predictor, folder: Path, tmp_path:
         labels=np.array([0]),
         masks=mask[None],
         keypoints=points[None],
+        stuff={"sky": ~mask},
     )
     demo = Demo(fake, tmp_path / "out")
     demo.run(find_sources([str(folder / "a.png")], tmp_path / "out"))
@@ -139,6 +140,7 @@ def test_saves_masks_and_keypoints(predictor: Predictor, folder: Path, tmp_path:
     assert (saved["box"], saved["name"], saved["score"]) == ([1, 2, 3, 4], "\ud800<b>", 0.5)
     assert np.array_equal(mask_util.decode(saved["mask"]), mask)
     assert saved["keypoints"] == points.tolist()
+    assert np.array_equal(mask_util.decode(line["stuff"]["sky"]), ~mask)
 
 
 def test_ctrl_c_keeps_what_is_finished(predictor: Predictor, folder: Path, tmp_path: Path) -> None:
