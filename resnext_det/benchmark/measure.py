@@ -207,7 +207,7 @@ def apart(
     """
     with ExitStack() as stack:
         first, runs = {}, {}
-        for name, build in progress_bar(builds.items(), desc="building", unit="process"):
+        for name, build in progress_bar(builds.items(), desc="building", unit="contender"):
             pool = stack.enter_context(ProcessPoolExecutor(1, fresh_processes()))
             first[name] = pool.submit(_first, build, torch.get_num_threads()).result()
             runs[name] = partial(_in, pool)
