@@ -41,7 +41,7 @@ def check_folder(
     if has_training and not resume and not overwrite:
         raise ConfigError(
             f"OUTPUT_DIR {folder} holds a training. Add --resume to continue it, --overwrite to "
-            "replace it, or choose another folder: OUTPUT_DIR FOLDER."
+            "replace it, or choose another folder."
         )
     if resume and not has_training:
         logger.warning("--resume: %s holds no training to continue; starting a new one", folder)
