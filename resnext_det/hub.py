@@ -206,7 +206,7 @@ def _explained(address: Address) -> Iterator[Any]:
         raise
     except Exception as error:  # also of the HTTP library, another one in each major version
         reason = _reason(huggingface_hub.errors, error, address)
-        raise WeightsError(f"{address} {reason}.") from error
+        raise WeightsError(f"{address} {reason.rstrip('.')}.") from error
 
 
 def _reason(errors: Any, error: Exception, address: Address) -> str:
@@ -222,4 +222,6 @@ def _reason(errors: Any, error: Exception, address: Address) -> str:
         return f"failed: the hub answered {status} ({quoted(error, 100)})"
     if isinstance(error, errors.LocalEntryNotFoundError):
         return "is not in the cache, and the hub cannot be reached: this machine may be offline"
+    if "Consistency check" in str(error):  # an OSError like any other
+        return "arrived incomplete: try again"
     return f"failed: {type(error).__name__}: {quoted(error)}"

@@ -53,16 +53,17 @@ def run(arguments: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for handler in logging.getLogger().handlers:
         handler.addFilter(InertMessages())
-    overrides = list(arguments.opts)
+    overrides, source = list(arguments.opts), ""
     if arguments.run:
         arguments.config_file, weights = of_run(arguments.run)
+        source = str(arguments.run.resolve() if isinstance(arguments.run, Path) else weights)
         overrides = ["MODEL.WEIGHTS", str(weights), *overrides]
     images = images_in(arguments.images) if arguments.images else ()
     description = export(
         load_config(arguments.config_file, overrides),
         arguments.output,
         images=images,
-        run=str(arguments.run.resolve()) if arguments.run else "",
+        run=source,
         opset=arguments.opset or OPSET,
     )
     suffixes = [arguments.output.suffix, *description.parts_sha256]

@@ -94,6 +94,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _take_artifact(arguments: argparse.Namespace) -> None:
     """Read an artifact's metadata, and set the config to evaluate it with."""
+    from resnext_det.engine.evaluate import of_run
     from resnext_det.errors import ConfigError, quoted
     from resnext_det.export.evaluating import settings
     from resnext_det.runtime import load
@@ -101,7 +102,8 @@ def _take_artifact(arguments: argparse.Namespace) -> None:
     description = load(arguments.artifact).description
     if not arguments.config_file:
         folder = arguments.run or Path(description.run)
-        arguments.config_file = folder / "config.yaml"
+        address = isinstance(folder, str)  # not one that the artifact names: nobody asked for it
+        arguments.config_file = of_run(folder)[0] if address else folder / "config.yaml"
         if not arguments.config_file.is_file():
             raise ConfigError(
                 f"{quoted(arguments.artifact)} was exported from {quoted(folder)}, which is no "

@@ -424,7 +424,7 @@ PICKLE = pickle.dumps({"model": {"a": np.zeros(2)}})
         (fails(404, "RevisionNotFound"), "has no revision"),
         (fails(503), "the hub answered 503"),
         (Hub.close, "the hub cannot be reached"),
-        (cut, "size"),
+        (cut, "arrived incomplete"),
         (too_large, r"model.safetensors has 4\.0 GiB; at most"),
         (damaged, "model.safetensors was damaged on its way"),
         (has("config.yaml", b"#" * (1 << 21)), r"config.yaml has 2\.0 MiB; at most 1\.0 MiB"),
