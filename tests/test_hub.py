@@ -345,6 +345,7 @@ def test_dry_run_needs_no_hub(
     main([*words, "--dry-run"])
     written = {file.name: file.read_bytes() for file in (copied / "hub").iterdir()}
     assert written == pushed
+    assert len({file.stat().st_mode for file in (copied / "hub").iterdir()}) == 1
     size = len(pushed["model.safetensors"])
     assert f"model.safetensors {size:17,} bytes" in capsys.readouterr().out
     with pytest.raises(SystemExit):

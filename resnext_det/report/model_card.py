@@ -91,6 +91,7 @@ def repository(run: Path, address: Address, licence: str = "") -> Iterator[list[
             )
         write_text(shared, text)
         write_text(card, model_card(run, cfg, address, recorded, metrics, licence))
+        weights.chmod(card.stat().st_mode)  # safetensors makes files that only their owner reads
         yield [card, shared, weights]
 
 
