@@ -4,7 +4,8 @@
     %(prog)s inference training --output output/speed    two sections
     %(prog)s --output output/speed --page page.md        no run: write the page of the last one
 
-Sections: inference, training, roi_align, loader, classification, evaluation, roofline, growth.
+Sections: inference, training, roi_align, loader, classification, evaluation, artifacts, roofline,
+growth.
 Contenders take turns, and peak memory is measured in fresh processes. Results go to
 OUTPUT/benchmark.json; sections that an earlier run with the same settings measured stay there.
 """
@@ -17,7 +18,7 @@ from pathlib import Path
 
 SECTIONS = (
     *("inference", "training", "roi_align", "loader", "classification"),
-    *("evaluation", "roofline", "growth"),
+    *("evaluation", "artifacts", "roofline", "growth"),
 )
 CONFIG = "faster_rcnn_X_50_32x4d_FPN_paper"
 QUICK_CONFIG = "faster_rcnn_X_26_8x4d_FPN_toy"

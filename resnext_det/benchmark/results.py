@@ -83,8 +83,9 @@ class Results:
 def machine() -> dict[str, Any]:
     """Return the versions, processor and GPU of this process."""
     found: dict[str, Any] = {"versions": versions()}
-    if importlib.util.find_spec("openvino"):
-        found["versions"]["openvino"] = importlib.metadata.version("openvino")
+    for engine in ("openvino", "onnxruntime"):
+        if importlib.util.find_spec(engine):
+            found["versions"][engine] = importlib.metadata.version(engine)
     if checkout := commit(Path(detectron2.__file__)):
         found["versions"]["detectron2"] += f" ({checkout})"
     info = Path("/proc/cpuinfo")

@@ -22,6 +22,7 @@ from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes, BoxMode
 from torch import Tensor
 
+from resnext_det.benchmark.artifacts import artifacts
 from resnext_det.benchmark.classification import classification
 from resnext_det.benchmark.contenders import (
     AUTOCAST,
@@ -303,6 +304,7 @@ SECTIONS: Mapping[str, Callable[[Setup], list[Table]]] = {
     "loader": loader,
     "classification": classification,
     "evaluation": evaluation,
+    "artifacts": artifacts,
     "roofline": roofline,
     "growth": growth,
 }
