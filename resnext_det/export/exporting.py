@@ -60,7 +60,8 @@ def export(
         WeightsError: the weights do not fill the whole detector.
     """
     form = format_of(file)
-    needed(form.engine, form.name)
+    for package in {form.engine} | ({"onnx"} if form.name in ("onnx", "openvino") else set()):
+        needed(package, form.name)
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"

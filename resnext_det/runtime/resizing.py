@@ -47,9 +47,7 @@ def resized(image: Pixels, height: int, width: int, enlarge: str) -> Pixels:
 def _enlarged(image: Pixels, height: int, width: int) -> Pixels:
     rows, row_weights = _axis(image.shape[0], height)
     columns, column_weights = _axis(image.shape[1], width)
-    # OpenCV repeats a border by weighting one column alone, but two equal rows.
-    outside = (columns[0] < 0) | (columns[1] >= image.shape[1])
-    column_weights[0][outside], column_weights[1][outside] = _ONE, 0
+    # Beyond a border, its pixels are repeated.
     rows, columns = rows.clip(0, image.shape[0] - 1), columns.clip(0, image.shape[1] - 1)
     left, right = (image[:, at] * w[:, None] for at, w in zip(columns, column_weights))
     values = (left + right) >> 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,16 @@ def test_refuses_what_it_cannot_export(run: Path, images: list[Path], tmp_path: 
     with pytest.raises(ConfigError, match="only BGR and RGB"):
         export(cfg, file, images=images)
     assert not list(file.parent.iterdir())
+
+
+@pytest.mark.parametrize("package", ["onnx", "openvino"])
+def test_names_a_missing_package(
+    package: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ConfigError, match=rf"needs {package}.*pip install 'resnext_det\[export\]'"):
+        export(config_of(run), tmp_path / "new" / "a.xml")
+    assert not list(tmp_path.iterdir())
 
 
 def test_evaluation_of_an_artifact_has_the_detectors_figures(
