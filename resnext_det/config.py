@@ -49,7 +49,7 @@ def add_resnext_config(cfg: CfgNode) -> None:
     # In classifiers: False removes the blocks' shortcuts, for the paper's ablation (section 5.1).
     cfg.MODEL.RESNEXT.SHORTCUTS = True
     # Stages with activation checkpointing, such as ["res3", "res4"]: less memory, more time, the
-    # same gradients. MODEL.RPN.HEAD_NAME "CheckpointedRPNHead" does it for the RPN.
+    # same gradients. MODEL.RPN.HEAD_NAME "CheckpointedRPNHead" does the same for the RPN.
     cfg.MODEL.RESNEXT.CHECKPOINT_STAGES = []
     # Start the last norm of every block at 0, for training from scratch (1706.02677, section 5.1).
     cfg.MODEL.RESNEXT.ZERO_INIT_RESIDUAL = False
