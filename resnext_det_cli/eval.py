@@ -19,6 +19,9 @@ from pathlib import Path
 from resnext_det_cli import flags
 from resnext_det_cli.train import run as run
 
+# Of the graph, or ignored by it.
+_IN_ARTIFACT = ("MODEL.", "INPUT.FORMAT", "TEST.AUG.", "TEST.DETECTIONS_PER_IMAGE")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     flags.add_config(parser, run=True, required=False)
@@ -50,4 +53,7 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
         parser.error("name what to evaluate: --run, --config-file or --artifact")
     if arguments.artifact and (arguments.precision or arguments.save_proposals):
         parser.error("--artifact has its own precision, and no proposals")
+    fixed = [key for key in arguments.opts[::2] if key.startswith(_IN_ARTIFACT)]
+    if arguments.artifact and fixed:
+        parser.error(f"{', '.join(map(repr, fixed))} cannot be set with --artifact: export again")
     flags.take_precision(parser, arguments)

@@ -101,14 +101,17 @@ def _take_artifact(arguments: argparse.Namespace) -> None:
 
     description = load(arguments.artifact).description
     if not arguments.config_file:
-        folder = arguments.run or Path(description.run)
-        address = isinstance(folder, str)  # not one that the artifact names: nobody asked for it
-        arguments.config_file = of_run(folder)[0] if address else folder / "config.yaml"
-        if not arguments.config_file.is_file():
-            raise ConfigError(
-                f"{quoted(arguments.artifact)} was exported from {quoted(folder)}, which is no "
-                "run here: name one with its data, --run FOLDER, or a config, --config-file FILE."
-            )
+        if isinstance(arguments.run, str):  # an address; one that the artifact names is not fetched
+            arguments.config_file = of_run(arguments.run)[0]
+        else:
+            source = arguments.run or (Path(description.run) if description.run else None)
+            if source is None or not (source / "config.yaml").is_file():
+                reason = f"{quoted(source)} holds no config.yaml" if source else "it records no run"
+                raise ConfigError(
+                    f"the data to evaluate {quoted(arguments.artifact)} on is unknown: {reason}. "
+                    "Name a run with --run FOLDER, or a config with --config-file FILE."
+                )
+            arguments.config_file = source / "config.yaml"
     arguments.opts = [*settings(description, arguments.artifact), *arguments.opts]
 
 

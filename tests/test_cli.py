@@ -11,6 +11,7 @@ import sys
 import typing
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -99,6 +100,10 @@ def test_choices_match_the_package() -> None:
         ),
         ("train --config-file x --precision fp8", "invalid choice: 'fp8'"),
         ("eval", "name what to evaluate: --run, --config-file or --artifact"),
+        (
+            "eval --artifact x.onnx MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.5",
+            "'MODEL.ROI_HEADS.SCORE_THRESH_TEST' cannot be set with --artifact",
+        ),
         ("eval --run none", "the folder none holds no config.yaml"),
         ("predict --run none README.md", "neither the folder of a run nor a checkpoint"),
         ("report a --run b", "name the folder of one run"),
@@ -110,6 +115,21 @@ def test_choices_match_the_package() -> None:
 def test_refuses_in_one_line(line: str, said: str, cli: Cli) -> None:
     code, out, err = cli(*line.split())
     assert (code, out) == (2, "")
+    assert said in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("run", "said"), [("", "it records no run"), ("gone", "gone holds no config.yaml")]
+)
+def test_an_artifact_whose_run_is_unknown(
+    run: str, said: str, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.yaml").touch()  # not the run's
+    monkeypatch.chdir(tmp_path)
+    artifact = SimpleNamespace(description=SimpleNamespace(run=run))
+    monkeypatch.setattr("resnext_det.runtime.load", lambda file: artifact)
+    code, _, err = cli("eval", "--artifact", "detector.onnx")
+    assert code == 2
     assert said in err.splitlines()[-1]
 
 
