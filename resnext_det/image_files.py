@@ -131,7 +131,7 @@ def picture_of(image: ImageSource, order: str | None = None) -> Image.Image:
         DatasetError: the image cannot be read, or is none of these.
     """
     if isinstance(image, str | Path):
-        with naming(image), opened(image) as file:
+        with opened(image) as file:
             return loaded(file)
     if isinstance(image, Image.Image):
         with naming(Path(getattr(image, "filename", "") or f"in memory, of mode {image.mode}")):
@@ -151,14 +151,15 @@ def picture_of(image: ImageSource, order: str | None = None) -> Image.Image:
         planes = image[..., None] if image.ndim == 2 else image
     else:
         raise DatasetError(
-            f"{type(image).__name__} is no image: give a file, Pillow's image, an array or a tensor"
+            f"{type(image).__name__} is not an image: give a file, Pillow's image, an array or a "
+            "tensor."
         )
     if planes.dtype != np.uint8 or planes.shape[2:] not in ((1,), (3,)) or not planes.size:
         dtype = str(image.dtype).removeprefix("torch.")
         scale = " Scale floats to 0..255 and round them." if "float" in dtype else ""
         raise DatasetError(
-            f"{kind} of {dtype} and shape {tuple(image.shape)} is no image: give uint8, 0 to 255, "
-            f"of shape {form}.{scale}"
+            f"{kind} of {dtype} and shape {tuple(image.shape)} is not an image: give uint8, 0 to "
+            f"255, of shape {form}.{scale}"
         )
     if planes.shape[2] == 1:
         return Image.fromarray(np.ascontiguousarray(planes[..., 0]))

@@ -242,6 +242,10 @@ def _config(
 ) -> CfgNode:
     """Return the config of a detector, with its weights in MODEL.WEIGHTS."""
     if isinstance(detector, CfgNode):
+        if config is not None:
+            raise ConfigError(
+                "the detector is a config already, and config= names another: give one of them."
+            )
         return config_of(detector, overrides) if overrides else detector
     if config is None and Path(detector).is_dir():
         config, detector = of_run(Path(detector))

@@ -227,7 +227,7 @@ PIXELS = np.asarray(noise(0))
         (torch.zeros(3, 60, 90), "RGB", r"a tensor of float32 .*Scale floats"),
         (torch.zeros(3, 9, 9, dtype=torch.bfloat16), "RGB", "a tensor of bfloat16"),
         (torch.zeros(1, 3, 60, 90, dtype=torch.uint8), "RGB", r"height, width\)\.$"),
-        (b"bytes", None, "bytes is no image: give a file"),
+        (b"bytes", None, "bytes is not an image: give a file"),
         (Image.new("RGB", (0, 5)), None, "0 x 5 pixels"),
         (Image.new("F", (90, 60)), None, "its mode is F, whose range is unknown"),
         (Image.new("RGB", (1, 2000)), None, "a picture of 1 x 2000 pixels cannot be"),
@@ -235,7 +235,7 @@ PIXELS = np.asarray(noise(0))
         (__file__, None, r"test_predictor\.py cannot be read: it is damaged, or in none of"),
     ],
 )
-def test_refuses_what_is_no_image(
+def test_refuses_other_objects_and_unreadable_images(
     image: Any, order: str | None, message: str, predictor: Predictor
 ) -> None:
     with pytest.raises((ConfigError, DatasetError), match=message) as caught:
@@ -270,6 +270,8 @@ def test_finds_the_config_of_a_detector(predictor: Predictor, config: CfgNode) -
     assert found.names[0] in MetadataCatalog.get("toy_coco_minival").thing_classes
     with pytest.raises(ConfigError, match=r"bare\.pth' records no config.*pass config="):
         Predictor(bare)
+    with pytest.raises(ConfigError, match="give one of them"):
+        Predictor(config, config="faster_rcnn_X_26_8x4d_FPN_toy")
 
 
 def test_stuff_is_that_of_the_panoptic_segments(tmp_path: Path) -> None:
