@@ -186,11 +186,11 @@ In per cent. {_circumstances(metrics)}{_settings(run, cfg, address)}
 
 {_table(["", ""], facts)}
 
-Versions: {_listed(recorded.versions)}.
+Versions: {_escaped(_listed(recorded.versions))}.
 
 ## Licence
 
-{licence or source.licence or "Not stated"}. The training started from {_escaped(start)}.
+{_escaped(licence or source.licence or "Not stated")}. The training started from {_escaped(start)}.
 {"**Those weights may not be used commercially.**" if non_commercial else ""}
 
 ## Classes
@@ -231,7 +231,7 @@ def _circumstances(metrics: Metrics) -> str:
         "versions": _listed(metrics.versions),
         "commit": metrics.commit,
     }
-    return "; ".join(f"{key}: {value}" for key, value in facts.items() if value) + "."
+    return "; ".join(f"{key}: {_escaped(value)}" for key, value in facts.items() if value) + "."
 
 
 def _settings(run: Path, cfg: CfgNode, address: Address) -> str:
