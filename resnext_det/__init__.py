@@ -80,7 +80,7 @@ __all__ = [
     "load_config",
 ]
 
-if not TYPE_CHECKING:  # a checker would take every name for known
+if not TYPE_CHECKING:  # a type checker would accept every name
 
     def __getattr__(name: str) -> object:
         """Explain why a public name is missing."""

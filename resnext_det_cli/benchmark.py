@@ -5,8 +5,7 @@
     %(prog)s --output output/speed --page page.md        no run: write the page of the last one
 
 Sections: inference, training, roi_align, loader, classification, evaluation, artifacts, roofline,
-growth.
-Contenders take turns, and peak memory is measured in fresh processes. Results go to
+growth. Contenders take turns, and peak memory is measured in fresh processes. Results go to
 OUTPUT/benchmark.json; sections that an earlier run with the same settings measured stay there.
 """
 

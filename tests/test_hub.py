@@ -26,10 +26,7 @@ from resnext_det.config import parse_config
 from resnext_det.data import custom
 from resnext_det.data.checks import CUSTOM
 from resnext_det.engine.checkpoints import Checkpointer
-from resnext_det.errors import (
-    ConfigError,
-    WeightsError,
-)
+from resnext_det.errors import ConfigError, WeightsError
 from resnext_det.evaluation.results_file import read_metrics
 from resnext_det.hub import Address
 from resnext_det.report.model_card import model_card, repository, shared_config

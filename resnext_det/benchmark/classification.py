@@ -39,21 +39,21 @@ def classification(setup: Setup) -> list[Table]:
     builds: dict[str, Callable[[CfgNode, bool], Run]] = {_PLAIN: _plain}
     builds |= {f"ours {precision}": partial(_ours, precision) for precision in ("fp32", "bf16")}
     rows: list[Row] = []
-    with TemporaryDirectory() as name:
-        _write_images(Path(name), images)
-        words: dict[str, object] = {
+    with TemporaryDirectory() as folder:
+        _write_images(Path(folder), images)
+        settings: dict[str, object] = {
             "MODEL.DEVICE": setup.cfg.MODEL.DEVICE,
             "MODEL.RESNETS.DEPTH": depth,
             "MODEL.RESNETS.NUM_GROUPS": cardinality,
             "MODEL.RESNETS.WIDTH_PER_GROUP": width,
-            "CLASSIFICATION.DATA": name,
+            "CLASSIFICATION.DATA": folder,
             "CLASSIFICATION.CROP": side,
             "CLASSIFICATION.LIGHTING": 0.0,  # torchvision has none
             "SOLVER.IMS_PER_BATCH": images,
             # Workers would take from the updates' cores what they save.
             "DATALOADER.NUM_WORKERS": 0,
         }
-        cfg = with_settings(load_config(recipe("imagenet1k")), words)
+        cfg = with_settings(load_config(recipe("imagenet1k")), settings)
         for case, reading in (("images in memory", False), ("JPEG files", True)):
             apiece = {name: partial(build, cfg, reading) for name, build in builds.items()}
             measured = apart(apiece, setup.rounds, f"classification, {case}")
@@ -80,7 +80,7 @@ def classification(setup: Setup) -> list[Table]:
         f"Updates of {images} images, {depth} {cardinality}x{width}d, crops of {side} pixels: "
         "forward, backward and SGD. The files are "
         f"generated, {_WIDTH} x {_HEIGHT}, and read in the same process: decoded, cropped at "
-        "random, flipped and jittered. Each has a process of its own; memory is what two updates "
+        "random, flipped and jittered. Each runs in its own process; memory is what two updates "
         f"add. The limit is that of {total / 1e9:.0f} G multiply-adds at the peak of a matrix "
         "product, and nothing else: batch norms in training cannot be folded."
     )

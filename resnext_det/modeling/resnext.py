@@ -178,7 +178,7 @@ def make_stage(
         deformable: arguments for `DeformBottleneckBlock`, to build the stage from these.
         zero_init_residual: start the last norm of every block at 0.
         shortcuts: whether the blocks have any.
-        checkpointed: keep only the inputs of the blocks.
+        checkpointed: keep few activations, and recompute the others in backward.
 
     Returns:
         The blocks. Stride 1 for res2 and dilated stages, else 2; res2_out_channels, doubled in

@@ -241,7 +241,7 @@ def _axis(
 
 
 def _ranges(first: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the ranges from `first` one after another, after the range each number is of."""
+    """Return ranges of `count` numbers from `first`, joined, after the range that each is of."""
     end = count.cumsum(0, dtype=torch.int32)
     owner = torch.repeat_interleave(count, output_size=int(end[-1]))
     numbers = (first - end + count).index_select(0, owner)
@@ -261,9 +261,8 @@ class _Pool(torch.autograd.Function):
         end = 0
         for count, feature in zip(matrix.counts, features, strict=True):
             table = feature.permute(0, 2, 3, 1).reshape(-1, channels)
-            # Some at a time, so that their copy is one from the cache.
-            some = max(1, BINS_AT_ONCE // matrix.bins)
-            for boxes in torch.split(matrix.boxes[end : end + count], some):
+            boxes_at_once = max(1, BINS_AT_ONCE // matrix.bins)
+            for boxes in torch.split(matrix.boxes[end : end + count], boxes_at_once):
                 first, end = end, end + len(boxes)
                 pixels, weights, starts = matrix.part(first, end)
                 part = F.embedding_bag(

@@ -79,11 +79,11 @@ def draw_objects(
     canvas = utils.draw_bounding_boxes(
         canvas,
         _visible_corners([each.box for each in bottom_up], picture),
-        [" ".join(each.label.split())[:_LONGEST_LABEL] for each in bottom_up],
+        [_one_line(each.label) for each in bottom_up],
         colors=[each.colour for each in bottom_up],
         width=max(2, round(shortest / 200)),
         font=str(_FONT),
-        font_size=label_size or max(10, round(shortest / 34)),
+        font_size=label_size or _font_size(picture),
         **_label_settings(bottom_up),
     )
     for each in bottom_up:
@@ -127,16 +127,25 @@ def _with_stuff(picture: Image.Image, stuff: Mapping[str, NDArray[np.bool_]]) ->
     colours: list[str | Colour] = [class_colour(zlib.crc32(name.encode())) for name in stuff]
     blended = utils.draw_segmentation_masks(pil_to_tensor(canvas), masks, _MASK_OPACITY, colours)
     canvas = Image.fromarray(blended.permute(1, 2, 0).numpy())
-    font = ImageFont.truetype(_FONT, max(10, round(min(canvas.size) / 34)))
+    font = ImageFont.truetype(_FONT, _font_size(canvas))
     pen = ImageDraw.Draw(canvas)
     for name, mask in stuff.items():
         rows, columns = np.nonzero(mask)
         if len(rows):
             middle = len(rows) // 2  # of the pixels, so one of them, which a mean may not be
             place = int(columns[middle]), int(rows[middle])
-            label = " ".join(name.split())[:_LONGEST_LABEL]
-            pen.text(place, label, "white", font, "mm", stroke_fill="black", stroke_width=1)
+            pen.text(
+                place, _one_line(name), "white", font, "mm", stroke_fill="black", stroke_width=1
+            )
     return canvas
+
+
+def _one_line(label: str) -> str:
+    return " ".join(label.split())[:_LONGEST_LABEL]
+
+
+def _font_size(picture: Image.Image) -> int:
+    return max(10, round(min(picture.size) / 34))
 
 
 def class_colour(category: int) -> Colour:
