@@ -37,9 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--webcam", nargs="?", type=int, const=0, metavar="N", help="a Linux camera (default: 0)"
     )
     parser.add_argument(
-        "--save", action="store_true", help="draw, into the folder `predicted` of the run"
+        "--save", action="store_true", help="draw into the folder `predicted` of the run"
     )
-    parser.add_argument("--output", type=Path, metavar="DIR", help="draw, into this folder")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="draw into this folder")
     parser.add_argument(
         *("--threshold", "--confidence-threshold"),
         type=float,
@@ -111,8 +111,8 @@ def run(arguments: argparse.Namespace) -> int:
     )
     for line in str(predictor.report).splitlines():
         print(plain(line, 1000))
-    show = () if output is not None else (_show,)
-    demo = Demo(predictor, output, arguments.threshold, arguments.images_per_batch, *show)
+    show = _show if output is None else None
+    demo = Demo(predictor, output, arguments.threshold, arguments.images_per_batch, show)
     try:
         if arguments.webcam is None:
             demo.run(sources)

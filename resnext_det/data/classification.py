@@ -37,7 +37,6 @@ logger = logging.getLogger(__name__)
 transforms: Any = library  # untyped
 
 LAYOUTS = ("folder", "cifar10", "cifar100", "coco")
-AUGMENTATIONS = ("inception", "padded", "none")
 _CIFAR: dict[str, Any] = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 _MOST_BYTES = 2**28  # of a file of CIFAR; the largest has 155 MB
 # Principal components of ImageNet's colours, RGB from 0 to 1 (fb.resnet.torch, datasets/imagenet).

@@ -138,7 +138,7 @@ class Demo:
         output: Path | None,
         threshold: float = 0.5,
         batch: int = 1,
-        show: Callable[[MediaFile, Prediction], None] = lambda source, found: None,
+        show: Callable[[MediaFile, Prediction], None] | None = None,
     ) -> None:
         """Prepare.
 
@@ -219,14 +219,16 @@ class Demo:
             raise raised
 
     def _draw_images(self, sources: Sequence[MediaFile], results: BinaryIO) -> None:
-        bar = progress_bar(sources, desc="drawing", unit="image")
+        desc = "detecting" if self._output is None else "drawing"
+        bar = progress_bar(sources, desc=desc, unit="image")
         for batch in batches(self._readable(bar, results), self._batch):
             predictions = self._detect([record for _, _, record in batch])
             for (source, picture, _), found in zip(batch, predictions):
                 if self._output is not None:
                     save_picture(draw_prediction(picture, found), self._output / source.drawn)
                 _write(results, source, picture, found)
-                self._show(source, found)
+                if self._show is not None:
+                    self._show(source, found)
                 self.images += 1
 
     def _readable(
