@@ -1,8 +1,7 @@
 """hf://OWNER/NAME[@REVISION]: detectors in repositories of the Hugging Face Hub.
 
-`resnext-det push` writes such a repository. To others it is foreign: only its config and its
-weights are read, as yaml and as safetensors, which hold no code, and not before their sizes are
-known.
+`resnext-det push` writes such a repository. A download is untrusted: only its config (yaml) and its
+weights (safetensors) are read, which hold no code, and only after their sizes are checked.
 """
 
 from __future__ import annotations
@@ -125,7 +124,7 @@ def _download(hub: Any, address: Address, name: str, new: list[Path]) -> Path:
         # The cache calls a large file by its digest, but huggingface_hub compares only its size.
         digest = _blob(file).name
         if len(digest) == 64 and file_digest(file) != digest:
-            raise WeightsError(f"{address}: {name} was damaged on its way: try again.")
+            raise WeightsError(f"{address}: {name} was damaged in transit: try again.")
     return file
 
 

@@ -7,8 +7,8 @@ r"""Evaluate a detector on a data set.
     %(prog)s --artifact detector.onnx                an exported detector, on the data of its run
 
 Writes metrics.json, the detections and an analysis of the errors to OUTPUT_DIR/inference, which
-with --run is in the run's folder. The same as `train --eval-only`. Those of an artifact go to
-NAME_evaluation beside it.
+with --run is in the run's folder. The same as `train --eval-only`. With --artifact, OUTPUT_DIR is
+NAME_evaluation beside the artifact.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from resnext_det_cli import flags
 from resnext_det_cli.train import run as run
 
-# Of the graph, or ignored by it.
+# Settings that are built into an artifact, or have no effect on one.
 _IN_ARTIFACT = ("MODEL.", "INPUT.FORMAT", "TEST.AUG.", "TEST.DETECTIONS_PER_IMAGE")
 
 

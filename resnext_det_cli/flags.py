@@ -28,7 +28,7 @@ def add_config(
             metavar="FOLDER",
             help="OUTPUT_DIR of a training: uses its config, its data and its weights "
             "(model_final.pth, or the last checkpoint if the training did not finish); or "
-            "hf://OWNER/NAME[@REVISION], what `push` wrote (output: output/NAME)",
+            "hf://OWNER/NAME[@REVISION], which `push` wrote (results go to output/NAME)",
         )
 
 

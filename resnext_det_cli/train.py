@@ -40,7 +40,7 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
     if arguments.run and not (arguments.eval_only or arguments.resume):
         parser.error("--run evaluates or continues a run: add --eval-only or --resume")
     if arguments.resume and isinstance(arguments.run, str):
-        parser.error(f"--resume needs the folder of a training, and {arguments.run} holds none")
+        parser.error(f"--resume needs the folder of a training, and {arguments.run!r} is not one")
     if arguments.json and not arguments.eval_only:
         parser.error("--json prints figures: add --eval-only")
     flags.take_precision(parser, arguments)

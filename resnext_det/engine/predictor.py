@@ -69,8 +69,8 @@ class Predictor:
         """Build the detector and load its weights.
 
         Args:
-            detector: the folder of a run; a checkpoint, which records its config, or an address
-                that MODEL.WEIGHTS may have; or a config with MODEL.WEIGHTS.
+            detector: the folder of a run; a checkpoint, which records its config, or its
+                address, as for MODEL.WEIGHTS; or a config with MODEL.WEIGHTS.
             config: of a checkpoint that records none, such as Detectron2's: a file, or the name of
                 a shipped config or of Detectron2's ("COCO-Detection/retinanet_R_50_FPN_1x.yaml").
             device: "cpu", "cuda" or "cuda:1"; by default MODEL.DEVICE, or the CPU without a GPU.

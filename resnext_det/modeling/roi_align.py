@@ -154,7 +154,7 @@ def _matrix(
     aligned: bool,
 ) -> _Matrix | None:
     exact = torch.float64 if levels[0].features.dtype == torch.float64 else torch.float32
-    # Neighbours share pixels in the cache: by level, image, strip and column.
+    # By level, image, strip of 128 pixels and column: neighbours share pixels in the cache.
     place = ((boxes[:, 0] * 64 + boxes[:, 2] // 128) * 10000 + boxes[:, 1]).argsort()
     level, order = level_of_box[place].sort(stable=True)
     order = place[order]

@@ -85,8 +85,8 @@ def repository(run: Path, address: Address, licence: str = "") -> Iterator[list[
         load_weights(model, renamed(cfg, str(weights)), whole_detector=True)
         if not metrics.evaluations or state_digest(model) != metrics.state_blake2b:
             raise EvaluationError(
-                f"the figures of {quoted(run)} are those of other weights than "
-                f"{quoted(checkpoint)}, or do not say of which. Evaluate the run again: "
+                f"the figures of {quoted(run)} are of other weights than {quoted(checkpoint)}, or "
+                "do not record theirs. Evaluate the run again: "
                 f"resnext-det eval --run {quoted(run)}"
             )
         write_text(shared, text)
