@@ -4,7 +4,7 @@ r"""Evaluate a detector on a data set.
     %(prog)s --run output/run --test-json annotations.json --test-images images --json
     %(prog)s --config-file configs/faster_rcnn_X_50_32x4d_FPN_paper.yaml \
         MODEL.WEIGHTS model_final.pth OUTPUT_DIR output/eval
-    %(prog)s --artifact detector.onnx                an exported detector, on the data of its run
+    %(prog)s --artifact detector.onnx    an exported detector, on the data of its run
 
 Writes metrics.json, the detections and an analysis of the errors to OUTPUT_DIR/inference, which
 with --run is in the run's folder. The same as `train --eval-only`. With --artifact, OUTPUT_DIR is

@@ -1,11 +1,11 @@
-"""Export a detector to ONNX, OpenVINO or torch, and prove that it detects the same.
+"""Export a detector to ONNX, OpenVINO or torch, and check that it detects the same.
 
     %(prog)s --run output/run --format openvino --output detector.xml
     %(prog)s --run output/run --format onnx --output detector.onnx --images photographs
 
 Compares the artifact with the detector on some images of the run's test set, or on those of
---images: unless every detection matches, no file is written. `resnext_det.runtime` runs it without
-torch and Detectron2; resnext-det eval --artifact evaluates it.
+--images: unless every detection matches, no file is written. `resnext_det.runtime` runs it, ONNX
+and OpenVINO without torch and Detectron2; `resnext-det eval --artifact` evaluates it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     listed = ", ".join(f"{suffix} for {name}" for name, suffix in FORMATS.items())
     parser.add_argument("--format", choices=FORMATS, help="(default: by the suffix of --output)")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help=listed)
-    parser.add_argument("--images", type=Path, metavar="FOLDER", help="to compare on")
+    images = "to compare on (default: 20 of the test set)"
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help=images)
     parser.add_argument("--opset", type=int, metavar="N", help="of ONNX (default: 17)")
     flags.add_overrides(parser)
 
@@ -36,6 +37,8 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
         parser.error(f"--output {arguments.output}: end it in {', '.join(by_suffix)}")
     if named != wanted:
         parser.error(f"--output {arguments.output}: a file of {wanted} ends in {FORMATS[wanted]}")
+    if arguments.opset is not None and wanted not in ("onnx", "openvino"):
+        parser.error(f"--opset is of ONNX, and {wanted} files have none")
 
 
 def run(arguments: argparse.Namespace) -> None:

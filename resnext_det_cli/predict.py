@@ -5,10 +5,10 @@
     %(prog)s --run output/run --webcam --output DIR
     %(prog)s --config-file F photo.jpg --output DIR MODEL.WEIGHTS model_final.pth
 
-Prints what it finds in each image. With --save or --output, it writes images as .jpg, videos as
-.mp4 without sound, and detections.jsonl instead, one JSON object per image or frame, with masks and
-keypoints if the detector has them. A camera (never tried with a real one) is recorded until Ctrl-C.
-Exit code 1: an input, which is named, could not be read to its end.
+Prints what it finds in each image. With --save or --output it writes instead: images as .jpg,
+videos as .mp4 without sound, and detections.jsonl, one JSON object per image or frame, with masks
+and keypoints if the detector has them. A camera (never tried with a real one) is recorded until
+Ctrl-C. Exit code 1: an input, which is named, could not be read to its end.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="IMAGE",
         help='images, videos, folders, or patterns ("*.jpg"); KEY VALUE overrides the config',
     )
-    parser.add_argument("--input", nargs="+", default=[], metavar="IMAGE", help="the same")
+    parser.add_argument("--input", nargs="+", default=[], metavar="IMAGE", help="more of them")
     parser.add_argument(
         "--webcam", nargs="?", type=int, const=0, metavar="N", help="a Linux camera (default: 0)"
     )

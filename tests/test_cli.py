@@ -104,6 +104,7 @@ def test_choices_match_the_package() -> None:
             "eval --artifact x.onnx MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.5",
             "'MODEL.ROI_HEADS.SCORE_THRESH_TEST' cannot be set with --artifact",
         ),
+        ("export --run x --output a.pt2 --opset 17", "--opset is of ONNX"),
         ("eval --run none", "the folder none holds no config.yaml"),
         ("predict --run none README.md", "neither the folder of a run nor a checkpoint"),
         ("report a --run b", "name the folder of one run"),
