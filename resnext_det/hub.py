@@ -17,6 +17,7 @@ from typing import Any
 from detectron2.utils.file_io import PathHandler, PathManager
 
 from resnext_det.checkpoint_file import read_run
+from resnext_det.config import parse_config
 from resnext_det.errors import ConfigError, ResNeXtError, WeightsError, quoted
 from resnext_det.files import file_digest, open_regular, size_text
 from resnext_det.weights.fetching import LARGEST
@@ -129,7 +130,7 @@ def _download(hub: Any, address: Address, name: str, new: list[Path]) -> Path:
 
 
 def _check(address: Address, weights: Path, config: Path) -> None:
-    """Refuse weights that are not safetensors, record no run, or record another config."""
+    """Refuse weights without a record of their run, and a config that is not that run's alone."""
     if not is_safetensors(weights):
         raise WeightsError(f"{address}: {WEIGHTS} is not a safetensors file.")
     try:
@@ -148,6 +149,8 @@ def _check(address: Address, weights: Path, config: Path) -> None:
             f"{address}: {CONFIG} is not the config that {WEIGHTS} records. Push the run again "
             "instead of editing it there; settings can be overridden when it is used."
         )
+    if "_BASE_" in parse_config(run.config, f"{address}: {CONFIG}"):
+        raise WeightsError(f"{address}: {CONFIG} names another file, _BASE_, which is not read.")
 
 
 def _blob(file: Path) -> Path:

@@ -388,6 +388,14 @@ def has(name: str, content: bytes | None) -> Callable[[Hub], None]:
     return lambda there: there.commit("me/toy", {name: content}) and None
 
 
+def names_local_file(there: Hub) -> None:
+    config = f"_BASE_: {ROOT / 'configs' / TOY}.yaml\n"
+    record = json.dumps({"class_names": NAMES, "versions": {}, "config": config})
+    files = {"config.yaml": config.encode()}
+    weights = safetensors.torch.save(TENSORS, {RUN: record})
+    there.commit("me/toy", {**files, "model.safetensors": weights})
+
+
 def cut(there: Hub) -> None:
     there.cut = 1
 
@@ -428,6 +436,7 @@ PICKLE = pickle.dumps({"model": {"a": np.zeros(2)}})
         (has("config.yaml", b"#" * (1 << 21)), r"config.yaml has 2\.0 MiB; at most 1\.0 MiB"),
         (has("config.yaml", None), "has no config.yaml: hf:// takes repositories that"),
         (has("config.yaml", b"SEED: 1"), "config.yaml is not the config that"),
+        (names_local_file, "names another file, _BASE_, which is not read"),
         (has("model.safetensors", None), "has no model.safetensors"),
         (has("model.safetensors", b""), "is not a safetensors file"),
         (has("model.safetensors", PICKLE), "is not a safetensors file"),
