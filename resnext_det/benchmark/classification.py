@@ -158,6 +158,6 @@ def _ours(precision: str, cfg: CfgNode, reading: bool) -> Run:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return float(loss)
+        return float(loss.detach())
 
     return run
