@@ -128,7 +128,7 @@ def picture_of(image: ImageSource, order: str | None = None) -> Image.Image:
 
     Raises:
         ConfigError: `order` is missing or unknown.
-        DatasetError: the image cannot be read, or is none of these.
+        DatasetError: the image cannot be read, or is of no kind listed above.
     """
     if isinstance(image, str | Path):
         with opened(image) as file:

@@ -171,7 +171,7 @@ def test_evaluation_of_an_artifact_has_the_detectors_figures(
         document = json.loads((folder / "inference" / "metrics.json").read_text())
     ours, theirs = map(np.array, detections)
     assert len(ours) > 100
-    # Not in order, as scores may be equal but for rounding.
+    # Compared regardless of order: rounding can swap detections with nearly equal scores.
     differences = np.abs(ours[:, None] - theirs).max(2)
     assert max(differences.min(0).max(), differences.min(1).max()) < 0.01
     assert document["weights"] == str(artifacts / "detector.onnx")

@@ -19,11 +19,11 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "deployment.md"
 
 
 class Refused(Exception):
-    """Stands in for fastapi.HTTPException."""
+    """A substitute for fastapi.HTTPException."""
 
 
 class App:
-    """Stands in for fastapi.FastAPI, if that is not installed."""
+    """A substitute for fastapi.FastAPI, used if FastAPI is not installed."""
 
     def post(self, path: str) -> Any:
         return lambda function: function
