@@ -30,6 +30,7 @@ from resnext_det.backbones import build_detector
 from resnext_det.data.toy import ToySpec, draw_image
 from resnext_det.environment import keep_freed_memory
 from resnext_det.modeling.fast import Precision, accelerate
+from resnext_det.runtime.engines import openvino_core
 from resnext_det.weights.loading import load_weights
 
 Inputs = list[dict[str, Any]]
@@ -399,7 +400,8 @@ def openvino_backbone(
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         converted = openvino.convert_model(Listed(), example_input=batch, input=list(batch.shape))
-    compiled = openvino.compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": precision})
+    settings = {"INFERENCE_PRECISION_HINT": precision}
+    compiled = openvino_core().compile_model(converted, "CPU", settings)
 
     def run() -> dict[str, Tensor]:
         outputs = compiled(batch.numpy())

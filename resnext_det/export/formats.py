@@ -19,7 +19,7 @@ from resnext_det.errors import ArtifactError, ConfigError, plain
 from resnext_det.export.graph import Graph, exported, traced
 from resnext_det.files import file_digest
 from resnext_det.runtime.description import KEY, Description
-from resnext_det.runtime.engines import OUTPUTS
+from resnext_det.runtime.engines import OUTPUTS, openvino_core
 
 OPSET = 17
 """Of ONNX: from 16 on, RoiAlign aligns as Detectron2 does."""
@@ -99,7 +99,7 @@ def _save_onnx(model: Any, description: Description, file: Path) -> None:
 def _save_openvino(model: Any, description: Description, file: Path) -> None:
     """Write an ONNX model as OpenVINO's .xml, and its weights as .bin beside it."""
     openvino = needed("openvino", "OpenVINO")
-    converted = openvino.Core().read_model(model.SerializeToString())
+    converted = openvino_core().read_model(model.SerializeToString())
     openvino.save_model(converted, file, compress_to_fp16=False)
     digest = {".bin": file_digest(file.with_suffix(".bin"))}
     converted.set_rt_info(replace(description, parts_sha256=digest).text(), [KEY])

@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,23 +60,35 @@ def _open_onnx(file: Path, threads: int) -> tuple[str, Run]:
     return session.get_modelmeta().custom_metadata_map.get(KEY, ""), run
 
 
-def _open_openvino(file: Path, threads: int) -> tuple[str, Run]:
+@cache
+def openvino_core() -> Any:
+    """Return OpenVINO's core, one for the life of the process.
+
+    The CPU plugin of a core gives the calling thread a stack for signal handlers, and when the core
+    goes, frees it and restores the one before (OpenVINO 2026.4, `SigAltStackSetup`). When the older
+    of two cores goes first, the younger one restores a stack that is freed: the next signal then
+    overwrites whatever lies there.
+    """
     openvino: Any = importlib.import_module("openvino")
+    return openvino.Core()
+
+
+def _open_openvino(file: Path, threads: int) -> tuple[str, Run]:
     with open_regular(file):
         pass  # a regular file
-    model = openvino.Core().read_model(file)
+    model = openvino_core().read_model(file)
     text = model.get_rt_info([KEY]).astype(str) if model.has_rt_info([KEY]) else ""
     if text:  # OpenVINO does not notice the .bin of another export
-        for suffix, digest in Description.parse(text, quoted(file)).parts_sha256.items():
-            if suffix != ".bin" or file_digest(file.with_suffix(suffix)) != digest:
-                raise ArtifactError(
-                    f"{quoted(file.with_suffix('.bin'))} does not belong to {quoted(file)}: copy "
-                    "both files of one export."
-                )
+        weights = file.with_suffix(".bin")
+        if Description.parse(text, quoted(file)).parts_sha256 != {".bin": file_digest(weights)}:
+            raise ArtifactError(
+                f"{quoted(weights)} does not belong to {quoted(file)}: copy both files of one "
+                "export."
+            )
     settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     if threads:
         settings["INFERENCE_NUM_THREADS"] = threads
-    compiled = openvino.compile_model(model, "CPU", settings)
+    compiled = openvino_core().compile_model(model, "CPU", settings)
 
     turn = threading.Lock()  # it has one request; a service may call from many threads
 

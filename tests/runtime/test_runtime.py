@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from PIL import Image
 from resnext_det.errors import ArtifactError, ConfigError, DatasetError
 from resnext_det.runtime import Description, load
 from resnext_det.runtime.description import KEY
+from resnext_det.runtime.engines import openvino_core
 
 onnx = pytest.importorskip("onnx")
 openvino = pytest.importorskip("openvino")
@@ -135,6 +135,30 @@ assert not [name for name in sys.modules if name.startswith("torch") and sys.mod
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_opening_and_dropping_artifacts_spares_the_stack_of_signal_handlers(tmp_path: Path) -> None:
+    """Each OpenVINO core sets that stack; the freed one of a core must not be left in place."""
+    save_openvino(tmp_path / "a.xml")
+    program = f"""
+import ctypes, pathlib
+from resnext_det.runtime import load
+
+class Stack(ctypes.Structure):
+    _fields_ = [("address", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+for oldest_first in (True, False):
+    both = [load({str(tmp_path / "a.xml")!r}) for _ in range(2)]
+    del both[0 if oldest_first else 1]
+    both.clear()
+    stack = Stack()
+    assert ctypes.CDLL(None).sigaltstack(None, ctypes.byref(stack)) == 0
+    lines = pathlib.Path("/proc/self/maps").read_text().splitlines()
+    mapped = [[int(end, 16) for end in line.split()[0].split("-")] for line in lines]
+    assert not stack.address or any(start <= stack.address < end for start, end in mapped), stack
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def refused() -> Iterator[tuple[str, str]]:
     yield "", "was not written by `resnext-det export`"
     yield "{", "cannot be read"
@@ -180,18 +204,26 @@ def test_refuses_damaged_and_foreign_files(file: Path, tmp_path: Path) -> None:
 
 
 def test_refuses_the_weights_of_another_export(tmp_path: Path) -> None:
-    model = openvino.Core().read_model(write(tmp_path / "a.onnx", ""))
-    for name in ("a", "b"):
-        openvino.save_model(model, tmp_path / f"{name}.xml")
-    content = (tmp_path / "b.bin").read_bytes()
-    (tmp_path / "b.bin").write_bytes(bytes([content[0] ^ 1]) + content[1:])
-    text = changed(parts_sha256={".bin": hashlib.sha256(content).hexdigest()})
-    model.set_rt_info(text, [KEY])
-    openvino.save_model(model, tmp_path / "a.xml")
-    assert load(tmp_path / "a.xml").description.class_names == ("cat", "dog")
-    shutil.copy(tmp_path / "b.bin", tmp_path / "a.bin")
+    file = tmp_path / "a.xml"
+    content = save_openvino(file)
+    assert load(file).description.class_names == ("cat", "dog")
+    file.with_suffix(".bin").write_bytes(bytes([content[0] ^ 1]) + content[1:])
     with pytest.raises(ArtifactError, match="does not belong to"):
-        load(tmp_path / "a.xml")
+        load(file)
+    save_openvino(file, digest=False)
+    with pytest.raises(ArtifactError, match="does not belong to"):
+        load(file)
+
+
+def save_openvino(file: Path, digest: bool = True) -> bytes:
+    """Write an artifact with the weights' digest or none, and return the weights."""
+    model = openvino_core().read_model(write(file.with_suffix(".onnx"), ""))
+    openvino.save_model(model, file)
+    weights = file.with_suffix(".bin").read_bytes()
+    digests = {".bin": hashlib.sha256(weights).hexdigest()} if digest else {}
+    model.set_rt_info(changed(parts_sha256=digests), [KEY])
+    openvino.save_model(model, file)
+    return weights
 
 
 @pytest.mark.parametrize(
