@@ -87,12 +87,15 @@ def add_resnext_config(cfg: CfgNode) -> None:
     # CHECKPOINT_PERIOD and TEST.EVAL_PERIOD are stretched in proportion (periods to a pass or
     # more). 0 leaves them alone.
     cfg.SOLVER.MAX_EPOCHS = 0.0
-    # On another number of processes than REFERENCE_WORLD_SIZE: "accumulate" gradients over
+    # On another number of processes than REFERENCE_WORLD_SIZE: "accumulate" gradients over its
     # micro-batches (the same images per update, the same learning rate, the same iterations),
     # "linear" (Detectron2's rule: batch, learning rate, iterations and periods), or "none".
     cfg.SOLVER.SCALING = "accumulate"
-    # Images per micro-batch and process, to save memory; 0 leaves it to SCALING.
+    # Images per micro-batch, to save memory; 0 leaves it to SCALING.
     cfg.SOLVER.IMS_PER_MICRO_BATCH = 0
+    # How many of its micro-batches a process computes at once. Above 1, a large GPU is used better,
+    # but images are padded to a common size and sampled with other random numbers.
+    cfg.SOLVER.MICRO_BATCHES_PER_PASS = 1
     # The linear rule: learning rate per image of a batch. Twice this or more causes a warning.
     cfg.SOLVER.LR_PER_IMAGE = 0.02 / 16
     # With SOLVER.AMP.ENABLED: "float16" (GPU only) or "bfloat16".

@@ -54,20 +54,24 @@ class Share:
     Attributes:
         process: rank of this process.
         processes: world size.
-        micro_batches: micro-batches per process and update.
+        total: micro-batches per update, over all processes.
         images: images per micro-batch.
     """
 
     process: int
     processes: int
-    micro_batches: int
+    total: int
     images: int
 
     @property
     def streams(self) -> range:
-        """The indices of this process's micro-batches among those of all processes."""
-        first = self.process * self.micro_batches
-        return range(first, first + self.micro_batches)
+        """The indices of this process's micro-batches: of 8 for 3 processes, 3, 3 and 2."""
+        return self.of(self.process)
+
+    def of(self, process: int) -> range:
+        """The indices of any process's micro-batches."""
+        first, end = (-(-rank * self.total // self.processes) for rank in (process, process + 1))
+        return range(first, end)
 
 
 @dataclass(frozen=True)
@@ -132,12 +136,11 @@ class MicroBatches(Sampler[list[Draw]]):
 
     def __iter__(self) -> Iterator[list[Draw]]:
         for number, batch in enumerate(self._batches()):
-            if number >= self._start * self._share.micro_batches:
+            if number >= self._start * len(self._share.streams):
                 yield batch
 
     def _batches(self) -> Iterator[list[Draw]]:
         share = self._share
-        total = share.processes * share.micro_batches
         waiting: dict[tuple[int, bool], list[Draw]] = {}
         ready: dict[int, deque[list[Draw]]] = {stream: deque() for stream in share.streams}
         draws = (Draw(position, index) for position, index in enumerate(self._order()))
@@ -145,7 +148,7 @@ class MicroBatches(Sampler[list[Draw]]):
             for queue in ready.values():
                 while not queue:
                     draw = next(draws)
-                    stream = draw.position % total
+                    stream = draw.position % share.total
                     if stream not in ready:
                         continue
                     key = stream, self._is_landscape is not None and self._is_landscape[draw.index]

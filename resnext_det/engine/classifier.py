@@ -157,7 +157,7 @@ class ClassifierTrainer(Trainer):
         """Return an infinite loader of one process's training data, from update `start` on."""
         if share is None:
             images = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
-            share = Share(comm.get_rank(), comm.get_world_size(), 1, images)
+            share = Share(comm.get_rank(), comm.get_world_size(), comm.get_world_size(), images)
         images, data = training_images(cfg), cfg.CLASSIFICATION
         mapper = Augmented(
             images,

@@ -33,8 +33,9 @@ class Plan:
     Attributes:
         cfg: the scaled config.
         processes: number of processes.
-        micro_batches: micro-batches per process and update; above 1, gradients are accumulated.
-        images_per_micro_batch: images that a process handles at once.
+        micro_batches: micro-batches per update, which the processes share, evenly or not.
+        images_per_micro_batch: images of each.
+        fixed: whether another number of processes would have the same micro-batches.
         scaling: SOLVER.SCALING and what it changed, in words.
         warnings: about settings that were shortened or are unusual.
     """
@@ -43,6 +44,7 @@ class Plan:
     processes: int
     micro_batches: int
     images_per_micro_batch: int
+    fixed: bool
     scaling: tuple[str, ...]
     warnings: tuple[str, ...] = ()
 
@@ -80,8 +82,8 @@ class Plan:
         rows = [
             (
                 "Images per update",
-                f"{solver.IMS_PER_BATCH:,} = {self.processes} x {self.micro_batches} x "
-                f"{self.images_per_micro_batch} (processes x micro-batches x images)",
+                f"{solver.IMS_PER_BATCH:,} = {self.micro_batches} x {self.images_per_micro_batch} "
+                f"(micro-batches x images), {self._shares()}",
             ),
             ("Scaling", "\n".join(self.scaling)),
             ("Images to train on", f"{images:,}"),
@@ -95,6 +97,11 @@ class Plan:
         ]
         text: str = tabulate(rows, tablefmt="plain", disable_numparse=True)
         return text
+
+    def _shares(self) -> str:
+        fewest, more = divmod(self.micro_batches, self.processes)
+        each = f"{fewest} or {fewest + 1}" if more else f"{fewest}"
+        return f"{each} on each of {self.processes} processes"
 
 
 def in_epochs(cfg: CfgNode, images: int) -> CfgNode:
@@ -130,15 +137,19 @@ def scale(cfg: CfgNode, world_size: int) -> tuple[CfgNode, Plan]:
     SOLVER.REFERENCE_WORLD_SIZE is the number of processes that the config was written for, or 0 for
     any. SOLVER.SCALING decides how another number repeats it:
 
-    - "accumulate": the same images per update, learning rate and iterations. A process splits its
-      share of the images into micro-batches, as large as possible without exceeding what a process
-      of the reference had, so that they fit in the same memory. 16 images of 8 processes become 8
-      micro-batches of 2 on 1 process, and a micro-batch of 1 each on 16 processes.
+    - "accumulate": the same images per update, learning rate and iterations. The micro-batches are
+      those of the reference: its 16 images on 8 processes are 8 micro-batches of 2, on any number
+      of processes up to 8. If the reference cannot share the batch evenly, micro-batches are the
+      largest that divide the batch and do not exceed a process's share, to fit in the same memory.
+      More processes than micro-batches get smaller ones, with a warning.
     - "linear": `DefaultTrainer.auto_scale_workers`: the same images per process; batch, learning
       rate, iterations and periods change in proportion.
     - "none": unchanged.
 
     SOLVER.IMS_PER_MICRO_BATCH sets the size of micro-batches, unless it is 0.
+
+    Micro-batches have their own images and random numbers. Their number does not follow from that
+    of the processes if the plan is `fixed`, so that any number of processes repeats the training.
 
     Returns:
         A frozen config with SOLVER.REFERENCE_WORLD_SIZE 0, so that it is not scaled again, and its
@@ -156,22 +167,30 @@ def scale(cfg: CfgNode, world_size: int) -> tuple[CfgNode, Plan]:
     scaled = _linear(cfg, world_size) if cfg.SOLVER.SCALING == "linear" else cfg
     scaled, more = shorten(scaled)
     solver, reference = scaled.SOLVER, cfg.SOLVER.REFERENCE_WORLD_SIZE
-    if solver.IMS_PER_BATCH % world_size:
+    batch, images = solver.IMS_PER_BATCH, solver.IMS_PER_MICRO_BATCH
+    if batch < world_size:
         raise ConfigError(
-            f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} is not divisible by {world_size} "
-            "processes: start a number of them that divides it, set SOLVER.IMS_PER_BATCH to a "
-            f"multiple of {world_size}, or set SOLVER.SCALING linear."
+            f"SOLVER.IMS_PER_BATCH {batch} is too small for {world_size} processes: start "
+            f"{batch} or fewer, or set SOLVER.IMS_PER_BATCH {world_size} or more, or "
+            "SOLVER.SCALING linear."
         )
-    share = most = solver.IMS_PER_BATCH // world_size
-    if solver.SCALING == "accumulate":
-        most = solver.IMS_PER_BATCH // (reference or world_size)
-    largest = next((size for size in range(min(share, most), 1, -1) if share % size == 0), 1)
-    images = solver.IMS_PER_MICRO_BATCH or largest
-    if share % images:
+    follows = bool(reference) and solver.SCALING == "accumulate"
+    if not images:
+        images = usual = _largest_divisor(batch, batch // (reference if follows else world_size))
+        if batch // images < world_size:
+            images = _largest_divisor(batch, batch // world_size)
+            more.append(
+                f"{world_size} processes are more than the {batch // usual} micro-batches that "
+                f"{reference} have (SOLVER.REFERENCE_WORLD_SIZE). An update is split into "
+                f"{batch // images} instead, with other images than on fewer processes."
+            )
+    elif batch % images or batch // images < world_size:
         raise ConfigError(
-            f"SOLVER.IMS_PER_MICRO_BATCH {images} does not divide the {share} images of a process; "
-            f"set a divisor of {share}, or 0."
+            f"SOLVER.IMS_PER_MICRO_BATCH {images} does not split SOLVER.IMS_PER_BATCH {batch} into "
+            f"{world_size} micro-batches or more, one for each process: set a divisor of {batch} "
+            f"up to {batch // world_size}, or 0."
         )
+    fixed = solver.SCALING != "linear" and (bool(solver.IMS_PER_MICRO_BATCH) or follows)
     scaled = scaled.clone()
     scaled.defrost()
     scaled.SOLVER.REFERENCE_WORLD_SIZE = 0
@@ -183,8 +202,14 @@ def scale(cfg: CfgNode, world_size: int) -> tuple[CfgNode, Plan]:
     ]
     how = f"{solver.SCALING}, from {reference or world_size} to {world_size} processes"
     warnings += [*more, *_unusual_rate(scaled)]
-    plan = Plan(scaled, world_size, share // images, images, (how, *changes), tuple(warnings))
+    plan = Plan(
+        scaled, world_size, batch // images, images, fixed, (how, *changes), tuple(warnings)
+    )
     return scaled, plan
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    return next((size for size in range(most, 1, -1) if number % size == 0), 1)
 
 
 def _linear(cfg: CfgNode, world_size: int) -> CfgNode:

@@ -17,6 +17,7 @@ from detectron2.structures import Instances
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -63,6 +64,7 @@ class TrainLoop(SimpleTrainer):
         max_norm: float | None = None,
         ema_decay: float | None = None,
         skip: int = 0,
+        per_pass: int = 1,
     ) -> None:
         """Initialize the loop.
 
@@ -79,6 +81,7 @@ class TrainLoop(SimpleTrainer):
             max_norm: maximum norm of all gradients together, or None to disable this clipping.
             ema_decay: decay of the weights' moving average, or None for no average.
             skip: how many updates with a non-finite loss to skip before aborting.
+            per_pass: how many micro-batches to compute at once.
         """
         super().__init__(model, None, optimizer)  # type: ignore[no-untyped-call]
         self._data = data
@@ -88,6 +91,10 @@ class TrainLoop(SimpleTrainer):
         self._precision = precision
         self._max_norm = max_norm
         self._skip = skip
+        self._passes = [
+            share.streams[first : first + per_pass]
+            for first in range(0, len(share.streams), per_pass)
+        ]
         self.skipped_updates = 0
         self.skipped_images = 0
         self._device = next(model.parameters()).device.type
@@ -124,16 +131,19 @@ class TrainLoop(SimpleTrainer):
         losses: list[dict[str, Tensor]] = []
         batches: list[Batch] = []
         data_time = 0.0
-        for stream in self.share.streams:
+        share = self.share
+        for streams in self._passes:
             began = time.perf_counter()
-            batch = next(self._data_loader_iter)
+            batch = [record for _ in streams for record in next(self._data_loader_iter)]
             data_time += time.perf_counter() - began
             self._count_skipped(batch)
-            seed_all(self.seed, 1, self.iter, stream)
-            is_last = stream == self.share.streams[-1]
+            seed_all(self.seed, 1, self.iter, streams[0])
+            is_last = streams is self._passes[-1]
+            # DistributedDataParallel averages over processes, however many micro-batches each has.
+            divisor = share.total / (share.processes * len(streams))
             with self._no_sync(not is_last):
                 found = self._losses(batch)
-                loss = sum(found.values(), torch.zeros(())) / self.share.micro_batches
+                loss = sum(found.values(), torch.zeros(())) / divisor
                 if not is_last:
                     self._backward(loss)
             losses.append({name: each.detach() for name, each in found.items()})
@@ -145,8 +155,7 @@ class TrainLoop(SimpleTrainer):
             return
         self._backward(loss)
         self.after_backward()  # type: ignore[no-untyped-call]
-        means = {name: torch.stack([part[name] for part in losses]).mean() for name in losses[0]}
-        self._write_metrics(means, data_time)
+        self._write_metrics(self._weighted(losses), data_time)
         self._apply()
 
     def _no_sync(self, enabled: bool) -> contextlib.AbstractContextManager[None]:
@@ -166,6 +175,15 @@ class TrainLoop(SimpleTrainer):
             logger.debug("%s", error)
             return {"total_loss": torch.tensor(math.nan, device=self._device, requires_grad=True)}
         return {"total_loss": found} if isinstance(found, Tensor) else found
+
+    def _weighted(self, losses: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return this process's losses so that their mean over processes is that of an update."""
+        weights = torch.tensor([len(streams) for streams in self._passes], dtype=torch.float64)
+        weights *= self.share.processes / self.share.total
+        return {
+            name: torch.stack([part[name].double() for part in losses]).cpu() @ weights
+            for name in losses[0]
+        }
 
     def _finite_everywhere(self, losses: list[dict[str, Tensor]]) -> bool:
         """Tell whether the losses of all processes are finite."""
@@ -232,7 +250,8 @@ class TrainLoop(SimpleTrainer):
         state: dict[str, Any] = super().state_dict()  # type: ignore[no-untyped-call]
         state |= {
             "seed": self.seed,
-            "streams": self.share.processes * self.share.micro_batches,
+            "streams": self.share.total,
+            "processes": self.share.processes,
             "scaler": self._scaler.state_dict(),
             "skipped_updates": self.skipped_updates,
             "skipped_images": self.skipped_images,
@@ -250,16 +269,23 @@ class TrainLoop(SimpleTrainer):
             self._scaler.load_state_dict(state["scaler"])
         self.skipped_updates = state.get("skipped_updates", 0)
         self.skipped_images = state.get("skipped_images", 0)
-        streams = self.share.processes * self.share.micro_batches
-        if state.get("streams", streams) != streams:
+        share = self.share
+        if (streams := state.get("streams", share.total)) != share.total:
             logger.warning(
                 "training started with %d micro-batches per update and resumes with %d, so it will "
-                "see different images than it would have seen",
-                state["streams"],
-                streams,
+                "see different images than it would have seen. SOLVER.IMS_PER_MICRO_BATCH %d keeps "
+                "them on up to %d processes",
+                *(streams, share.total, max(1, share.total * share.images // streams), streams),
             )
         if state.get("loss_normalizer") is not None:
             setattr(unwrap(self.model), _NORMALIZER, state["loss_normalizer"])
+        if (processes := state.get("processes", share.processes)) != share.processes:
+            for reason in local_state(unwrap(self.model)):
+                logger.warning(
+                    "training resumes on %d processes instead of %d, which its result depends on: "
+                    "%s",
+                    *(share.processes, processes, reason),
+                )
         if self.ema is not None and "ema" in state:
             self.ema.load_state_dict(state["ema"])
         elif self.ema is not None:
@@ -295,6 +321,34 @@ def distributed(model: nn.Module) -> nn.Module:
     more = {"device_ids": None} if on_cpu else {}
     wrapped: nn.Module = create_ddp_model(model, broadcast_buffers=False, **more)
     return wrapped
+
+
+def check_batch_norms(model: nn.Module, share: Share) -> None:
+    """Refuse SyncBN in processes with different numbers of micro-batches: they would never meet.
+
+    Raises:
+        ConfigError: as said.
+    """
+    has_any = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
+    if has_any and share.total % share.processes:
+        raise ConfigError(
+            f"the model has SyncBN, which {share.processes} processes must call equally often, but "
+            f"an update has {share.total} micro-batches. Start a number of processes that divides "
+            f"{share.total}, or set MODEL.RESNETS.NORM and MODEL.FPN.NORM to FrozenBN, BN or GN."
+        )
+
+
+def local_state(model: nn.Module) -> list[str]:
+    """Return why an update depends on the number of processes, for each reason."""
+    found = []
+    modules = list(model.modules())
+    if any(isinstance(module, nn.SyncBatchNorm) for module in modules):
+        found.append("SyncBN normalizes over one micro-batch of each process")
+    elif any(isinstance(m, _BatchNorm) and m.track_running_stats for m in modules):
+        found.append("running statistics of batch norms are those of the first process's images")
+    if hasattr(model, _NORMALIZER):
+        found.append("each process averages the losses' normalizer over its own images")
+    return found
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -52,7 +52,13 @@ from resnext_det.engine.hooks import (
 from resnext_det.engine.inference import evaluate_datasets, renamed
 from resnext_det.engine.recorded_config import check_classes, check_same_function, listed
 from resnext_det.engine.schedule import scale
-from resnext_det.engine.train_loop import TrainLoop, distributed, shared_seed, unwrap
+from resnext_det.engine.train_loop import (
+    TrainLoop,
+    check_batch_norms,
+    distributed,
+    shared_seed,
+    unwrap,
+)
 from resnext_det.engine.writers import Writers, build_writers, writing_period
 from resnext_det.evaluation.coco import Engine
 from resnext_det.evaluation.evaluator import DetectionEvaluator
@@ -109,6 +115,7 @@ class Trainer(DefaultTrainer):
         share = Share(
             comm.get_rank(), plan.processes, plan.micro_batches, plan.images_per_micro_batch
         )
+        check_batch_norms(model, share)
         clip = solver.CLIP_GRADIENTS
         clips_total = clip.ENABLED and clip.CLIP_TYPE == GLOBAL_NORM
         return TrainLoop(
@@ -123,6 +130,7 @@ class Trainer(DefaultTrainer):
             max_norm=clip.CLIP_VALUE if clips_total else None,
             ema_decay=solver.EMA.DECAY if solver.EMA.ENABLED else None,
             skip=solver.SKIP_BAD_UPDATES,
+            per_pass=solver.MICRO_BATCHES_PER_PASS,
         )
 
     @classmethod
@@ -222,8 +230,8 @@ class Trainer(DefaultTrainer):
         solver, test = self.cfg.SOLVER, self.cfg.TEST
         found: list[HookBase] = [hooks.IterationTimer(), hooks.LRScheduler()]
         if test.PRECISE_BN.ENABLED and get_bn_modules(self._trainer.model):
-            share = Share(comm.get_rank(), comm.get_world_size(), 1, self._trainer.share.images)
-            # With a seed of its own, as these images are not those of the training.
+            # The same images in every process, with a seed that makes them others than training's.
+            share = Share(0, 1, 1, self._trainer.share.images)
             loader = self.build_train_loader(self.cfg, share, self._trainer.seed + 1)
             found.append(
                 PreciseBN(test.EVAL_PERIOD, self._trainer.model, loader, test.PRECISE_BN.NUM_ITER)  # type: ignore[no-untyped-call]
@@ -313,7 +321,7 @@ class Trainer(DefaultTrainer):
         """
         if share is None:
             images = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
-            share = Share(comm.get_rank(), comm.get_world_size(), 1, images)
+            share = Share(comm.get_rank(), comm.get_world_size(), comm.get_world_size(), images)
         return build_stream(cfg, NamingDatasetMapper(cfg, True), share, seed, start)
 
     @classmethod

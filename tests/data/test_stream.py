@@ -36,44 +36,47 @@ def order() -> Iterator[int]:
     return TrainingSampler(SIZE, seed=5)._infinite_indices()
 
 
-def updates(processes: int, micro_batches: int, count: int, **more: Any) -> list[list[list[Draw]]]:
+def updates(processes: int, total: int, count: int, **more: Any) -> list[list[list[Draw]]]:
     """The micro-batches of all processes, by update; in the order of their streams."""
-    each = [
-        itertools.islice(
-            MicroBatches(order, Share(process, processes, micro_batches, 2), **more),
-            count * micro_batches,
-        )
-        for process in range(processes)
-    ]
-    taken = [list(batches) for batches in each]
+    shares = [Share(process, processes, total, 2) for process in range(processes)]
+    each = [iter(MicroBatches(order, share, **more)) for share in shares]
     return [
-        [batch for part in taken for batch in part[n * micro_batches : (n + 1) * micro_batches]]
-        for n in range(count)
+        [next(batches) for share, batches in zip(shares, each) for _ in share.streams]
+        for _ in range(count)
     ]
 
 
 @pytest.mark.parametrize("is_landscape", [None, IS_LANDSCAPE], ids=["mixed", "grouped"])
 def test_processes_and_accumulation_see_the_same_images(is_landscape: list[bool] | None) -> None:
-    expected = updates(8, 1, 12, is_landscape=is_landscape)
-    for processes in (1, 2, 4):
-        assert updates(processes, 8 // processes, 12, is_landscape=is_landscape) == expected
+    expected = updates(8, 8, 12, is_landscape=is_landscape)
+    for processes in range(1, 8):
+        assert updates(processes, 8, 12, is_landscape=is_landscape) == expected
 
 
 @pytest.mark.parametrize("is_landscape", [None, IS_LANDSCAPE], ids=["mixed", "grouped"])
 @pytest.mark.parametrize("start", [0, 1, 7])
 def test_a_stream_continues_where_it_stopped(start: int, is_landscape: list[bool] | None) -> None:
-    whole = updates(2, 3, 12, is_landscape=is_landscape)
-    assert updates(2, 3, 12 - start, is_landscape=is_landscape, start=start) == whole[start:]
+    whole = updates(2, 6, 12, is_landscape=is_landscape)
+    assert updates(4, 6, 12 - start, is_landscape=is_landscape, start=start) == whole[start:]
 
 
 def test_every_image_comes_once_per_epoch_with_others_of_its_orientation() -> None:
-    batches = [batch for update in updates(2, 2, 23) for batch in update]
+    batches = [batch for update in updates(2, 4, 23) for batch in update]
     ordered = sorted((draw for batch in batches for draw in batch), key=lambda draw: draw.position)
     assert [draw.position for draw in ordered] == list(range(len(ordered)))
     assert sorted(draw.index for draw in ordered[:SIZE]) == list(range(SIZE))
-    for update in updates(2, 2, 20, is_landscape=IS_LANDSCAPE):
+    for update in updates(2, 4, 20, is_landscape=IS_LANDSCAPE):
         for batch in update:
             assert len({IS_LANDSCAPE[draw.index] for draw in batch}) == 1
+
+
+def test_processes_share_micro_batches_evenly_or_not() -> None:
+    for total in range(1, 20):
+        for processes in range(1, total + 1):
+            shares = [Share(process, processes, total, 2).streams for process in range(processes)]
+            assert [stream for share in shares for stream in share] == list(range(total))
+            assert {len(share) for share in shares} <= {total // processes, -(-total // processes)}
+    assert [len(Share(process, 3, 8, 2).streams) for process in range(3)] == [3, 3, 2]
 
 
 def test_the_order_is_detectron2s() -> None:
@@ -82,7 +85,7 @@ def test_the_order_is_detectron2s() -> None:
         sampler = TrainingSampler(SIZE, seed=5)
         sampler._rank, sampler._world_size = process, 2
         stock = list(itertools.islice(iter(sampler), 20))
-        ours = itertools.islice(MicroBatches(order, Share(process, 2, 1, 2)), 10)
+        ours = itertools.islice(MicroBatches(order, Share(process, 2, 2, 2)), 10)
         assert [draw.index for batch in ours for draw in batch] == stock
 
 

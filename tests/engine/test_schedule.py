@@ -109,17 +109,22 @@ def test_accumulation_keeps_the_update(batch: int, reference: int) -> None:
     words = ["SOLVER.IMS_PER_BATCH", batch, "SOLVER.REFERENCE_WORLD_SIZE", reference]
     given = config(*SHORT, *words)
     for processes in range(1, batch + 1):
-        if batch % processes:
-            with pytest.raises(ConfigError, match=f"not divisible by {processes} processes"):
-                scale(given, processes)
-            continue
         cfg, plan = scale(given, processes)
-        assert processes * plan.micro_batches * plan.images_per_micro_batch == batch
+        assert plan.micro_batches * plan.images_per_micro_batch == batch
         assert rates(cfg) == rates(given)
         # The largest size that fits in the memory of a process of the reference.
-        share, most = batch // processes, max(1, batch // (reference or processes))
-        possible = [n for n in range(1, share + 1) if share % n == 0 and n <= most]
+        most = min(batch // processes, max(1, batch // (reference or processes)))
+        possible = [n for n in range(1, batch + 1) if batch % n == 0 and n <= most]
         assert plan.images_per_micro_batch == max(possible)
+        alone = scale(given, 1)[1]
+        assert plan.fixed == bool(reference)
+        if reference and processes <= alone.micro_batches:
+            assert (plan.micro_batches, plan.warnings) == (alone.micro_batches, alone.warnings)
+        elif reference:
+            assert (
+                f"{processes} processes are more than the {alone.micro_batches} micro-batches"
+                in plan.warnings[0]
+            )
         # Scaling changes nothing else, and happens once.
         restored = cfg.clone()
         restored.defrost()
@@ -137,8 +142,8 @@ def test_linear_is_detectron2s_rule(processes: int) -> None:
     rule.defrost()
     rule.SOLVER.REFERENCE_WORLD_SIZE = 0
     assert cfg.dump() == rule.dump()
-    assert (plan.images_per_micro_batch, plan.micro_batches) == (2, 1)
-    assert plan.warnings == ()
+    assert (plan.images_per_micro_batch, plan.micro_batches) == (2, processes)
+    assert plan.warnings == () and not plan.fixed
     assert abs(cfg.SOLVER.MAX_ITER * processes * 2 - 180_000 * 16) <= processes
     described = plan.describe(COCO_IMAGES)
     assert f"linear, from 8 to {processes} processes" in described
@@ -147,27 +152,32 @@ def test_linear_is_detectron2s_rule(processes: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "processes", "images", "micro_batches"),
+    ("words", "processes", "images", "shares", "fixed"),
     [
-        (["none"], 2, 8, 1),
-        (["linear", "SOLVER.REFERENCE_WORLD_SIZE", 0], 2, 8, 1),
-        (["accumulate", "SOLVER.IMS_PER_MICRO_BATCH", 1], 2, 1, 8),
-        (["accumulate", "SOLVER.IMS_PER_MICRO_BATCH", 16], 1, 16, 1),
-        (["linear", "SOLVER.IMS_PER_MICRO_BATCH", 1], 2, 1, 2),
+        (["none"], 2, 8, "1", False),
+        (["none", "SOLVER.IMS_PER_MICRO_BATCH", 4], 3, 4, "1 or 2", True),
+        (["linear", "SOLVER.REFERENCE_WORLD_SIZE", 0], 2, 8, "1", False),
+        (["accumulate"], 3, 2, "2 or 3", True),
+        (["accumulate", "SOLVER.IMS_PER_MICRO_BATCH", 1], 2, 1, "8", True),
+        (["accumulate", "SOLVER.IMS_PER_MICRO_BATCH", 16], 1, 16, "1", True),
+        (["linear", "SOLVER.IMS_PER_MICRO_BATCH", 1], 2, 1, "2", False),
     ],
 )
-def test_micro_batches(words: list[Any], processes: int, images: int, micro_batches: int) -> None:
+def test_micro_batches(
+    words: list[Any], processes: int, images: int, shares: str, fixed: bool
+) -> None:
     _, plan = scale(config("SOLVER.SCALING", *words), processes)
-    assert (plan.images_per_micro_batch, plan.micro_batches) == (images, micro_batches)
+    assert (plan.images_per_micro_batch, plan.fixed) == (images, fixed)
+    assert f"{shares} on each of {processes} processes" in plan.describe(COCO_IMAGES)
 
 
 @pytest.mark.parametrize(
     ("words", "processes", "message"),
     [
-        ([], 3, "16 is not divisible by 3 processes"),
-        ([], 32, "divisible by 32"),
+        ([], 32, "SOLVER.IMS_PER_BATCH 16 is too small for 32 processes"),
+        (["SOLVER.IMS_PER_MICRO_BATCH", 8], 3, "SOLVER.IMS_PER_MICRO_BATCH 8 does not split"),
         ([], 0, "0 processes"),
-        (["SOLVER.IMS_PER_MICRO_BATCH", 3], 1, "SOLVER.IMS_PER_MICRO_BATCH 3 does not divide"),
+        (["SOLVER.IMS_PER_MICRO_BATCH", 3], 1, "SOLVER.IMS_PER_MICRO_BATCH 3 does not split"),
         (["SOLVER.SCALING", "cosine"], 1, "'cosine'; it must be one of accumulate, linear, none"),
         (
             ["SOLVER.SCALING", "linear", "SOLVER.IMS_PER_BATCH", 12],
@@ -296,7 +306,7 @@ def test_describes_the_papers_plan() -> None:
     """24.35 epochs with a decay at 16.23: 16 of 118,287 images per iteration."""
     described = plan_of().describe(COCO_IMAGES)
     lines = {line[:20].strip(): line[20:] for line in described.splitlines()}
-    assert lines["Images per update"].startswith("16 = 1 x 8 x 2 (processes x micro-batches")
+    assert lines["Images per update"].startswith("16 = 8 x 2 (micro-batches x images), 8 on each")
     assert lines["Images to train on"] == "118,287"
     assert lines["Warm-up"] == "from 2e-05, until iteration 1,000 (0.14 epochs)"
     assert lines["Decay"] == "to 0.002 at iteration 120,000 (16.23 epochs)"

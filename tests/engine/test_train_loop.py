@@ -15,13 +15,19 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from resnext_det.data.stream import Share
-from resnext_det.engine.train_loop import Batch, TrainLoop, distributed, shared_seed
+from resnext_det.engine.train_loop import (
+    Batch,
+    TrainLoop,
+    check_batch_norms,
+    distributed,
+    shared_seed,
+)
 from resnext_det.errors import ConfigError, TrainingError
 
 IMAGES = torch.randn(4096, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-class Detector(nn.Module):
+class Detector(nn.Sequential):
     """Two losses of a linear layer; one depends on random numbers, like sampled proposals."""
 
     def __init__(self, random: bool = True) -> None:
@@ -48,8 +54,7 @@ def numbers(share: Share, start: int, broken: tuple[int, ...] = ()) -> Iterator[
     """Yield images that depend on update and stream only, as the real data does."""
     for update in itertools.count(start):
         for stream in share.streams:
-            total = share.processes * share.micro_batches
-            first = (update * total + stream) * share.images
+            first = (update * share.total + stream) * share.images
             yield [
                 {"number": n, "file_name": f"{n}.jpg", "broken": n in broken}
                 for n in range(first, first + share.images)
@@ -107,6 +112,15 @@ def test_micro_batches_accumulate_to_one_large_batch() -> None:
     torch.testing.assert_close(weights(split), weights(whole), rtol=0, atol=1e-14)
 
 
+def test_several_micro_batches_in_a_pass_make_the_same_update() -> None:
+    """Of five micro-batches in passes of 2, 2 and 1, losses are weighted by their number."""
+    few, many = (loop(Share(0, 1, 5, 2), model=Detector(random=False), per_pass=n) for n in (2, 1))
+    storages = [run(each, range(3)) for each in (few, many)]
+    torch.testing.assert_close(weights(few), weights(many), rtol=0, atol=1e-14)
+    found, expected = (storage.latest()["total_loss"][0] for storage in storages)
+    assert found == pytest.approx(expected, rel=1e-14)
+
+
 def test_an_update_depends_on_seed_iteration_and_state_alone(tmp_path: Path) -> None:
     straight = loop(Share(0, 1, 2, 2), ema_decay=0.5)
     run(straight, range(6))
@@ -154,6 +168,7 @@ def test_averages_the_weights(caplog: pytest.LogCaptureFixture) -> None:
     averaged.load_state_dict(loop(Share(0, 1, 2, 2)).state_dict())
     assert "has no moving average" in caplog.text
     assert "2 micro-batches per update and resumes with 1" in caplog.text
+    assert "SOLVER.IMS_PER_MICRO_BATCH 2 keeps" in caplog.text
 
 
 @pytest.mark.parametrize("precision", [None, torch.bfloat16])
@@ -201,6 +216,33 @@ def test_counts_images_skipped_by_the_loader(caplog: pytest.LogCaptureFixture) -
     run(trained, range(1))
     assert "image skipped (1 so far): image x" in caplog.text
     assert trained.state_dict()["skipped_images"] == 1
+
+
+@pytest.mark.parametrize(
+    ("layer", "said"),
+    [
+        (nn.BatchNorm2d(2), "running statistics of batch norms"),
+        (nn.SyncBatchNorm(2), "SyncBN normalizes over"),
+        (nn.GroupNorm(1, 2), ""),
+    ],
+)
+def test_warns_if_the_number_of_processes_changes_the_result(
+    layer: nn.Module, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained = loop(Share(0, 1, 8, 2), model=Detector().append(layer))
+    state = {**trained.state_dict(), "processes": 3}
+    trained.load_state_dict({**state, "loss_normalizer": 9.0})
+    assert ("resumes on 1 processes instead of 3" in caplog.text) and said in caplog.text
+    assert "the losses' normalizer over its own images" in caplog.text
+    assert "different images" not in caplog.text
+
+
+def test_refuses_syncbn_in_unequal_shares() -> None:
+    model = nn.Sequential(nn.SyncBatchNorm(1))
+    check_batch_norms(model, Share(0, 4, 8, 2))
+    check_batch_norms(nn.Sequential(nn.BatchNorm2d(1)), Share(0, 3, 8, 2))
+    with pytest.raises(ConfigError, match="3 processes must call equally often"):
+        check_batch_norms(model, Share(0, 3, 8, 2))
 
 
 def test_refuses_syncbn_in_several_cpu_processes(monkeypatch: pytest.MonkeyPatch) -> None:
