@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="evaluate the RPN alone, and write its proposals, as DATASETS.PROPOSAL_FILES_TRAIN "
         "and _TEST take them (.safetensors)",
     )
-    parser.set_defaults(eval_only=True, resume=False, overwrite=False)
+    parser.set_defaults(eval_only=True, resume=False, overwrite=False, data=None)
     flags.add_own_data(parser, training=False)
     flags.add_processes(parser)
     flags.add_overrides(parser)

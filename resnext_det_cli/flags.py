@@ -9,6 +9,7 @@ _IMAGES = (
     "their images (default: ../SPLIT if J is named NAME_SPLIT.json as in COCO, else J's folder)"
 )
 
+LAYOUTS = ("coco", "yolo", "voc", "cvat")
 PRECISIONS = ("stock", "fp32", "bf16", "fp16")
 _PRECISION = "MODEL.RESNEXT.PRECISION"
 
@@ -96,6 +97,14 @@ def add_own_data(parser: argparse.ArgumentParser, *, training: bool = True) -> N
     group.add_argument(
         "--ignore-health", action="store_true", help="continue although annotations have errors"
     )
+
+
+def add_data(parser: argparse._ActionsContainer) -> None:
+    """Add --data and --layout, read by `resnext_det.data.folder`."""
+    parser.add_argument(
+        "--data", type=Path, metavar="FOLDER", help="images with COCO, YOLO, VOC or CVAT files"
+    )
+    parser.add_argument("--layout", choices=LAYOUTS, help="if the folder holds several")
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:

@@ -1,5 +1,7 @@
 r"""Train a detector, or evaluate one with --eval-only.
 
+    %(prog)s --data photos --output output/photos --dry-run    the plan for your own data
+    %(prog)s --data photos --output output/photos --model x101 --epochs 30
     %(prog)s --config-file configs/faster_rcnn_X_50_32x4d_FPN_paper.yaml \
         MODEL.WEIGHTS resnext50_32x4d.pth OUTPUT_DIR output/run
     %(prog)s --config-file output/run/config.yaml --resume
@@ -17,9 +19,11 @@ from typing import Any
 
 from resnext_det_cli import flags
 
+MODELS = ("x50", "x101")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    flags.add_config(parser, run=True)
+    flags.add_config(parser, run=True, required=False)
     switches = {
         "--eval-only": "evaluate MODEL.WEIGHTS",
         "--resume": "continue from OUTPUT_DIR's checkpoint",
@@ -31,12 +35,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(save_proposals=None, artifact=None)
     flags.add_precision(parser)
     flags.add_cross_check(parser)
+    _add_folder(parser)
     flags.add_own_data(parser)
     flags.add_processes(parser)
     flags.add_overrides(parser)
 
 
+def _add_folder(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("a folder of your own data")
+    flags.add_data(group)
+    group.add_argument("--model", choices=MODELS, help="ResNeXt-50 or 101, 32x4d (default: x50)")
+    group.add_argument("--epochs", type=float, metavar="N", help="passes over the images")
+    group.add_argument("--output", type=Path, metavar="RUN", help="the run (default: output/NAME)")
+    group.add_argument(
+        "--write", action="store_true", help="keep the split in the folder, in resnext_det/"
+    )
+    group.add_argument("--dry-run", action="store_true", help="print the plan, and stop")
+
+
 def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    if not (arguments.config_file or arguments.run or arguments.data):
+        parser.error("name what to train: --data FOLDER, --config-file or --run")
+    _check_folder_flags(parser, arguments)
     if arguments.run and not (arguments.eval_only or arguments.resume):
         parser.error("--run evaluates or continues a run: add --eval-only or --resume")
     if arguments.resume and isinstance(arguments.run, str):
@@ -44,6 +64,26 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
     if arguments.json and not arguments.eval_only:
         parser.error("--json prints figures: add --eval-only")
     flags.take_precision(parser, arguments)
+
+
+def _check_folder_flags(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    if not arguments.data:
+        of_folder = ("layout", "model", "epochs", "output", "write", "dry_run")
+        given = [f"--{name.replace('_', '-')}" for name in of_folder if getattr(arguments, name)]
+        if given:
+            parser.error(f"{', '.join(given)} is for --data FOLDER")
+        return
+    if arguments.run or arguments.eval_only or arguments.train_json or arguments.test_json:
+        parser.error(
+            "--data trains on a folder: leave out --run, --eval-only, --train-json and so on"
+        )
+    if arguments.model and arguments.config_file:
+        parser.error("--model and --config-file both name a detector: give one")
+    if arguments.epochs is not None and not 0 < arguments.epochs < 1e6:
+        parser.error(f"--epochs is {arguments.epochs:g}; it must be more than 0")
+    if arguments.output and "OUTPUT_DIR" in arguments.opts[::2]:
+        parser.error("--output and OUTPUT_DIR both name the run: give one")
+    arguments.model = arguments.model or MODELS[0]
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -55,11 +95,16 @@ def run(arguments: argparse.Namespace) -> None:
     from resnext_det.data.proposals import check_proposals
     from resnext_det.engine.evaluate import of_run
     from resnext_det.engine.launch import Job, run_everywhere
+    from resnext_det.engine.own_data import take_folder
     from resnext_det.engine.setup import check_folder
     from resnext_det.evaluation.results_file import metrics_file
 
     with json_alone(arguments.json) as print_json:
         job = Job.of(arguments)
+        if arguments.data:
+            print(take_folder(arguments, job.world_size))
+            if arguments.dry_run:
+                return
         if arguments.artifact:
             _take_artifact(arguments)
         elif arguments.run:

@@ -87,6 +87,11 @@ def test_choices_match_the_package() -> None:
         ("", "COMMAND"),
         ("trian", "invalid choice: 'trian'"),
         ("train --run x", "add --eval-only or --resume"),
+        ("train", "name what to train: --data FOLDER, --config-file or --run"),
+        ("train --config-file x --epochs 3 --dry-run", "--epochs, --dry-run is for --data"),
+        ("train --data x --config-file y --model x50", "both name a detector"),
+        ("train --data x --epochs nan", "--epochs is nan"),
+        ("train --data no/such/folder", "no/such/folder is not a folder"),
         ("train --config-file x --json", "add --eval-only"),
         ("train --config-file no/such/file.yaml", "faster_rcnn_X_50_32x4d_FPN_paper"),
         (
