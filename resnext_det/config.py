@@ -96,6 +96,10 @@ def add_resnext_config(cfg: CfgNode) -> None:
     # How many of its micro-batches a process computes at once. Above 1, a large GPU is used better,
     # but images are padded to a common size and sampled with other random numbers.
     cfg.SOLVER.MICRO_BATCHES_PER_PASS = 1
+    # Add the gradients of micro-batches in their own order, so that an update has the same bits on
+    # any number of processes. Batch norms' statistics and RetinaNet's normalizer then are means
+    # over micro-batches.
+    cfg.SOLVER.EXACT_SUM = False
     # The linear rule: learning rate per image of a batch. Twice this or more causes a warning.
     cfg.SOLVER.LR_PER_IMAGE = 0.02 / 16
     # With SOLVER.AMP.ENABLED: "float16" (GPU only) or "bfloat16".

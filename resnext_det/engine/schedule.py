@@ -184,6 +184,7 @@ def scale(cfg: CfgNode, world_size: int) -> tuple[CfgNode, Plan]:
                 f"{reference} have (SOLVER.REFERENCE_WORLD_SIZE). An update is split into "
                 f"{batch // images} instead, with other images than on fewer processes."
             )
+            follows = False
     elif batch % images or batch // images < world_size:
         raise ConfigError(
             f"SOLVER.IMS_PER_MICRO_BATCH {images} does not split SOLVER.IMS_PER_BATCH {batch} into "
@@ -191,6 +192,17 @@ def scale(cfg: CfgNode, world_size: int) -> tuple[CfgNode, Plan]:
             f"up to {batch // world_size}, or 0."
         )
     fixed = solver.SCALING != "linear" and (bool(solver.IMS_PER_MICRO_BATCH) or follows)
+    if solver.EXACT_SUM and not fixed:
+        raise ConfigError(
+            "SOLVER.EXACT_SUM needs micro-batches that do not depend on the number of processes: "
+            f"set SOLVER.IMS_PER_MICRO_BATCH to a divisor of {batch} up to {batch // world_size}, "
+            "and SOLVER.SCALING accumulate."
+        )
+    if solver.EXACT_SUM and not scaled.MODEL.DEVICE.startswith("cpu"):
+        more.append(
+            "SOLVER.EXACT_SUM adds up micro-batches in order, but some of PyTorch's sums within "
+            "one have no fixed order on a GPU."
+        )
     scaled = scaled.clone()
     scaled.defrost()
     scaled.SOLVER.REFERENCE_WORLD_SIZE = 0
@@ -243,7 +255,7 @@ def check_solver(cfg: CfgNode) -> None:
     keys = [key for key in RULES if key.startswith(("SOLVER.", "TEST."))]
     refuse(*(wrong(key, value_of(cfg, key)) for key in keys))
     solver = cfg.SOLVER
-    steps, end_rate, half, twice = None, None, None, None
+    steps, end_rate, half, twice, inexact = None, None, None, None, None
     if solver.LR_SCHEDULER_NAME == MULTI_STEP and any(
         later <= earlier for earlier, later in itertools.pairwise(solver.STEPS)
     ):
@@ -266,7 +278,13 @@ def check_solver(cfg: CfgNode) -> None:
             "the precision of the training. Set SOLVER.AMP.ENABLED False, or MODEL.RESNEXT."
             "PRECISION fp32."
         )
-    refuse(steps, end_rate, half, twice)
+    solver = complete(cfg).SOLVER
+    if solver.EXACT_SUM and solver.MICRO_BATCHES_PER_PASS > 1:
+        inexact = (
+            f"SOLVER.MICRO_BATCHES_PER_PASS is {solver.MICRO_BATCHES_PER_PASS}, and SOLVER."
+            "EXACT_SUM True, which takes them one by one. Set one of them back (1, or False)."
+        )
+    refuse(steps, end_rate, half, twice, inexact)
 
 
 def shorten(cfg: CfgNode) -> tuple[CfgNode, list[str]]:

@@ -25,14 +25,10 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from resnext_det.data.annotations import forget
 from resnext_det.data.stream import Share, seed_all
+from resnext_det.engine.exact_sum import NORMALIZER, ExactSum
 from resnext_det.errors import ConfigError, TrainingError
 
 logger = logging.getLogger(__name__)
-
-# Detectron2's RetinaNet and FCOS keep a moving average of the number of positive anchors in this
-# attribute but not in the state dict (DenseDetector._ema_update), so a resume would reset it. Each
-# process averages its own images, so their updates depend on the number of processes.
-_NORMALIZER = "loss_normalizer"
 
 Batch = list[dict[str, Any]]
 Data = Callable[[int, int], Iterable[Batch]]
@@ -65,6 +61,7 @@ class TrainLoop(SimpleTrainer):
         ema_decay: float | None = None,
         skip: int = 0,
         per_pass: int = 1,
+        exact: bool = False,
     ) -> None:
         """Initialize the loop.
 
@@ -82,6 +79,7 @@ class TrainLoop(SimpleTrainer):
             ema_decay: decay of the weights' moving average, or None for no average.
             skip: how many updates with a non-finite loss to skip before aborting.
             per_pass: how many micro-batches to compute at once.
+            exact: sum gradients to the same bits on any number of processes; `per_pass` must be 1.
         """
         super().__init__(model, None, optimizer)  # type: ignore[no-untyped-call]
         self._data = data
@@ -98,6 +96,7 @@ class TrainLoop(SimpleTrainer):
         self.skipped_updates = 0
         self.skipped_images = 0
         self._device = next(model.parameters()).device.type
+        self._exact = ExactSum(unwrap(model), share) if exact else None
         self._scaler = torch.GradScaler(self._device, enabled=scaled)
         self.ema: AveragedModel | None = None
         if ema_decay is not None:
@@ -132,20 +131,25 @@ class TrainLoop(SimpleTrainer):
         batches: list[Batch] = []
         data_time = 0.0
         share = self.share
+        if self._exact is not None:
+            self._exact.start()
         for streams in self._passes:
             began = time.perf_counter()
             batch = [record for _ in streams for record in next(self._data_loader_iter)]
             data_time += time.perf_counter() - began
             self._count_skipped(batch)
             seed_all(self.seed, 1, self.iter, streams[0])
-            is_last = streams is self._passes[-1]
+            is_last = self._exact is None and streams is self._passes[-1]
             # DistributedDataParallel averages over processes, however many micro-batches each has.
-            divisor = share.total / (share.processes * len(streams))
-            with self._no_sync(not is_last):
+            processes = 1 if self._exact is not None else share.processes
+            with self._no_sync(not is_last), self._interpreted(self._exact is not None):
                 found = self._losses(batch)
-                loss = sum(found.values(), torch.zeros(())) / divisor
+                loss = sum(found.values(), torch.zeros(()))
+                loss = loss / (share.total / (processes * len(streams)))
                 if not is_last:
                     self._backward(loss)
+            if self._exact is not None:
+                self._exact.add(streams[0])
             losses.append({name: each.detach() for name, each in found.items()})
             batches.append(batch)
         # Before the last backward pass, in which the processes wait for each other's gradients.
@@ -153,15 +157,27 @@ class TrainLoop(SimpleTrainer):
             self.optimizer.zero_grad()
             self._skip_update(losses, batches)
             return
-        self._backward(loss)
+        if self._exact is None:
+            self._backward(loss)
+        else:
+            self._exact.finish()
         self.after_backward()  # type: ignore[no-untyped-call]
         self._write_metrics(self._weighted(losses), data_time)
         self._apply()
 
     def _no_sync(self, enabled: bool) -> contextlib.AbstractContextManager[None]:
-        """Keep gradients in this process, for all micro-batches but the last."""
+        """Keep gradients in this process, as for all micro-batches but the last."""
         if enabled and isinstance(self.model, DistributedDataParallel):
             return self.model.no_sync()
+        return contextlib.nullcontext()
+
+    def _interpreted(self, enabled: bool) -> contextlib.AbstractContextManager[None]:
+        """Do not compile TorchScript's functions, such as RetinaNet's focal loss.
+
+        They round differently from the third call in a process on, in which they are compiled.
+        """
+        if enabled:
+            return torch.jit.optimized_execution(False)  # type: ignore[attr-defined]
         return contextlib.nullcontext()
 
     def _backward(self, loss: Tensor) -> None:
@@ -252,10 +268,11 @@ class TrainLoop(SimpleTrainer):
             "seed": self.seed,
             "streams": self.share.total,
             "processes": self.share.processes,
+            "kernels": _kernels(self._device),
             "scaler": self._scaler.state_dict(),
             "skipped_updates": self.skipped_updates,
             "skipped_images": self.skipped_images,
-            "loss_normalizer": getattr(unwrap(self.model), _NORMALIZER, None),
+            "loss_normalizer": getattr(unwrap(self.model), NORMALIZER, None),
         }
         if self.ema is not None:
             state["ema"] = self.ema.state_dict()
@@ -278,8 +295,16 @@ class TrainLoop(SimpleTrainer):
                 *(streams, share.total, max(1, share.total * share.images // streams), streams),
             )
         if state.get("loss_normalizer") is not None:
-            setattr(unwrap(self.model), _NORMALIZER, state["loss_normalizer"])
-        if (processes := state.get("processes", share.processes)) != share.processes:
+            setattr(unwrap(self.model), NORMALIZER, state["loss_normalizer"])
+        kernels = _kernels(self._device)
+        if self._exact is not None and state.get("kernels", kernels) != kernels:
+            logger.warning(
+                "SOLVER.EXACT_SUM: training resumes with other kernels (%s before, now %s), which "
+                "may round differently. OMP_NUM_THREADS sets the number of threads",
+                *(state["kernels"], kernels),
+            )
+        processes = state.get("processes", share.processes)
+        if self._exact is None and processes != share.processes:
             for reason in local_state(unwrap(self.model)):
                 logger.warning(
                     "training resumes on %d processes instead of %d, which its result depends on: "
@@ -323,19 +348,32 @@ def distributed(model: nn.Module) -> nn.Module:
     return wrapped
 
 
-def check_batch_norms(model: nn.Module, share: Share) -> None:
+def check_batch_norms(model: nn.Module, share: Share, *, exact: bool) -> None:
     """Refuse SyncBN in processes with different numbers of micro-batches: they would never meet.
 
     Raises:
-        ConfigError: as said.
+        ConfigError: as said, or the sum is to be `exact`, which SyncBN cannot be.
     """
     has_any = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
+    if has_any and exact:
+        raise ConfigError(
+            "SOLVER.EXACT_SUM is True, but the model has SyncBN, which normalizes over the "
+            "processes, however many there are. Set MODEL.RESNETS.NORM and MODEL.FPN.NORM to "
+            "FrozenBN, BN or GN, or SOLVER.EXACT_SUM False."
+        )
     if has_any and share.total % share.processes:
         raise ConfigError(
             f"the model has SyncBN, which {share.processes} processes must call equally often, but "
             f"an update has {share.total} micro-batches. Start a number of processes that divides "
             f"{share.total}, or set MODEL.RESNETS.NORM and MODEL.FPN.NORM to FrozenBN, BN or GN."
         )
+
+
+def _kernels(device: str) -> str:
+    """Return what the rounding of one micro-batch depends on, besides the versions installed."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{device}, {torch.get_num_threads()} threads"
 
 
 def local_state(model: nn.Module) -> list[str]:
@@ -346,7 +384,7 @@ def local_state(model: nn.Module) -> list[str]:
         found.append("SyncBN normalizes over one micro-batch of each process")
     elif any(isinstance(m, _BatchNorm) and m.track_running_stats for m in modules):
         found.append("running statistics of batch norms are those of the first process's images")
-    if hasattr(model, _NORMALIZER):
+    if hasattr(model, NORMALIZER):
         found.append("each process averages the losses' normalizer over its own images")
     return found
 

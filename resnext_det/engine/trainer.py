@@ -115,7 +115,7 @@ class Trainer(DefaultTrainer):
         share = Share(
             comm.get_rank(), plan.processes, plan.micro_batches, plan.images_per_micro_batch
         )
-        check_batch_norms(model, share)
+        check_batch_norms(model, share, exact=solver.EXACT_SUM)
         clip = solver.CLIP_GRADIENTS
         clips_total = clip.ENABLED and clip.CLIP_TYPE == GLOBAL_NORM
         return TrainLoop(
@@ -131,6 +131,7 @@ class Trainer(DefaultTrainer):
             ema_decay=solver.EMA.DECAY if solver.EMA.ENABLED else None,
             skip=solver.SKIP_BAD_UPDATES,
             per_pass=solver.MICRO_BATCHES_PER_PASS,
+            exact=solver.EXACT_SUM,
         )
 
     @classmethod

@@ -117,8 +117,8 @@ def test_accumulation_keeps_the_update(batch: int, reference: int) -> None:
         possible = [n for n in range(1, batch + 1) if batch % n == 0 and n <= most]
         assert plan.images_per_micro_batch == max(possible)
         alone = scale(given, 1)[1]
-        assert plan.fixed == bool(reference)
-        if reference and processes <= alone.micro_batches:
+        assert plan.fixed == bool(reference and processes <= alone.micro_batches)
+        if plan.fixed:
             assert (plan.micro_batches, plan.warnings) == (alone.micro_batches, alone.warnings)
         elif reference:
             assert (
@@ -178,6 +178,15 @@ def test_micro_batches(
         (["SOLVER.IMS_PER_MICRO_BATCH", 8], 3, "SOLVER.IMS_PER_MICRO_BATCH 8 does not split"),
         ([], 0, "0 processes"),
         (["SOLVER.IMS_PER_MICRO_BATCH", 3], 1, "SOLVER.IMS_PER_MICRO_BATCH 3 does not split"),
+        (["SOLVER.EXACT_SUM", True], 9, "a divisor of 16 up to 1, and SOLVER.SCALING accumulate"),
+        (
+            ["SOLVER.EXACT_SUM", True, "SOLVER.REFERENCE_WORLD_SIZE", 0],
+            *(2, "SOLVER.EXACT_SUM needs micro-batches that do not depend"),
+        ),
+        (
+            ["SOLVER.EXACT_SUM", True, "SOLVER.MICRO_BATCHES_PER_PASS", 4],
+            *(1, "SOLVER.MICRO_BATCHES_PER_PASS is 4"),
+        ),
         (["SOLVER.SCALING", "cosine"], 1, "'cosine'; it must be one of accumulate, linear, none"),
         (
             ["SOLVER.SCALING", "linear", "SOLVER.IMS_PER_BATCH", 12],
@@ -196,6 +205,13 @@ def test_micro_batches(
 def test_refuses_impossible_batches(words: list[Any], processes: int, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         scale(config(*words), processes)
+
+
+def test_an_exact_sum_is_not_exact_on_gpus() -> None:
+    cpu, cuda = ({"SOLVER.EXACT_SUM": True, "MODEL.DEVICE": device} for device in ("cpu", "cuda"))
+    assert scale(with_values(cpu), 3)[1].warnings == ()
+    (warning,) = scale(with_values(cuda), 3)[1].warnings
+    assert "no fixed order on a GPU" in warning
 
 
 @pytest.mark.parametrize("batch", [1, 3, 35])

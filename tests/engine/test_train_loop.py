@@ -239,10 +239,10 @@ def test_warns_if_the_number_of_processes_changes_the_result(
 
 def test_refuses_syncbn_in_unequal_shares() -> None:
     model = nn.Sequential(nn.SyncBatchNorm(1))
-    check_batch_norms(model, Share(0, 4, 8, 2))
-    check_batch_norms(nn.Sequential(nn.BatchNorm2d(1)), Share(0, 3, 8, 2))
+    check_batch_norms(model, Share(0, 4, 8, 2), exact=False)
+    check_batch_norms(nn.Sequential(nn.BatchNorm2d(1)), Share(0, 3, 8, 2), exact=True)
     with pytest.raises(ConfigError, match="3 processes must call equally often"):
-        check_batch_norms(model, Share(0, 3, 8, 2))
+        check_batch_norms(model, Share(0, 3, 8, 2), exact=False)
 
 
 def test_refuses_syncbn_in_several_cpu_processes(monkeypatch: pytest.MonkeyPatch) -> None:
