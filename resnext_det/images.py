@@ -43,11 +43,12 @@ _MOST_JPEG_BYTES = 2**26  # to read into memory; of 8 bits a pixel, 64 megapixel
 
 @dataclass(frozen=True)
 class Header:
-    """Size of an upright image in pixels, and bits per channel in its file."""
+    """Size of an upright image in pixels, bits per channel, and whether EXIF data turn it."""
 
     width: int
     height: int
     bits: int
+    turned: bool = False
 
 
 def read_header(file: str | Path) -> Header:
@@ -58,9 +59,10 @@ def read_header(file: str | Path) -> Header:
     """
     with _opened(file) as image:
         width, height = image.size
-        if orientation(image) in _TRANSPOSING:
+        turn = orientation(image)
+        if turn in _TRANSPOSING:
             width, height = height, width
-        return Header(width, height, bits_of(image))
+        return Header(width, height, bits_of(image), turn in _TURNED)
 
 
 def read_image(file: str | Path, pixel_format: str = "RGB", *, fast: bool = False) -> NDArray[Any]:

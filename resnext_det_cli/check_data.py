@@ -1,12 +1,17 @@
-"""Check annotations in COCO's format, and the images they name, before training.
+"""Check your own data before training: annotations, images, splits, classes and anchors.
 
+    %(prog)s --data photos                                   a folder, as `train --data` takes it
+    %(prog)s --data photos --json INPUT.MIN_SIZE_TRAIN 800   for a program, at another size
     %(prog)s --annotations instances_train.json
     %(prog)s --annotations instances_train.json --images train
     %(prog)s --annotations instances_train.json --json       the findings, for a program
 
+With --data: also images that train shares with other splits, rare classes, tiny objects, and the
+objects that the RPN's anchors reach, with better anchors to paste.
+
 Exit code 0: fit for training and evaluation, perhaps with warnings; 1: there are errors; 2: the
-check failed, as a file is missing or not in COCO's format. Without --images only the annotations
-are checked.
+check failed, as a file is missing or unreadable. Without --images, --annotations checks the file
+alone.
 """
 
 from __future__ import annotations
@@ -18,11 +23,21 @@ from resnext_det_cli import flags
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--annotations", type=Path, required=True, metavar="J", help="the annotations"
-    )
+    flags.add_data(parser)
+    flags.add_config(parser, required=False)
+    parser.add_argument("--annotations", type=Path, metavar="J", help="the annotations")
     parser.add_argument("--images", type=Path, metavar="D", help="the folder of the images")
     flags.add_json(parser)
+    flags.add_overrides(parser)
+
+
+def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    if bool(arguments.data) == bool(arguments.annotations):
+        parser.error("name what to check: --data FOLDER, or --annotations FILE")
+    if arguments.images and arguments.data:
+        parser.error("--images is for --annotations")
+    if arguments.annotations and (arguments.layout or arguments.config_file or arguments.opts):
+        parser.error("--layout, --config-file and KEY VALUE are for --data")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -34,6 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
     from resnext_det.data.health import examine
     from resnext_det.errors import DatasetError, quoted
 
+    if arguments.data:
+        return _run_folder(arguments)
     file, images = arguments.annotations, arguments.images
     if images and not images.is_dir():
         raise DatasetError(f"--images: {quoted(images)} is not a folder.")
@@ -44,3 +61,20 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print(f"{quoted(file)}: {health.text()}")
     return 1 if health.errors else 0
+
+
+def _run_folder(arguments: argparse.Namespace) -> int:
+    import json
+
+    from resnext_det.engine.own_data import survey_folder
+    from resnext_det.errors import quoted
+
+    given = dict(zip(arguments.opts[::2], arguments.opts[1::2]))
+    folder, found = survey_folder(arguments.data, arguments.layout, arguments.config_file, given)
+    if arguments.json:
+        about = {"folder": str(folder.path), "layout": folder.layout, "notes": folder.notes}
+        print(json.dumps(about | found.document(), indent=2))
+    else:
+        print(f"{quoted(folder.path)}: layout {folder.layout}")
+        print("\n".join([*(f"note: {each}" for each in folder.notes), "", found.text()]))
+    return 1 if found.failed else 0

@@ -20,7 +20,10 @@ def add_config(
     """Add --config-file; with `run`, require it or --run, unless not `required`."""
     group = parser.add_mutually_exclusive_group(required=required) if run else parser
     group.add_argument(
-        "--config-file", required=not run, metavar="FILE", help="or the name of a shipped config"
+        "--config-file",
+        required=required and not run,
+        metavar="FILE",
+        help="or the name of a shipped config",
     )
     if run:
         group.add_argument(

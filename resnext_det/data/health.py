@@ -343,7 +343,7 @@ def _check_files(images: list[Record], folder: Path, skipped: bool) -> Iterator[
     with ThreadPoolExecutor(_THREADS) as pool:
         bar = {"total": len(named), "desc": "image headers", "unit": "image", "delay": 2}
         headers = list(progress_bar(pool.map(read, named), **bar))
-    unreadable, other_size, deep = [], [], []
+    unreadable, other_size, deep, flagged = [], [], [], []
     for (name, image), header in zip(named.items(), headers):
         width, height = image.get("width"), image.get("height")
         shown = quoted(Path(name))
@@ -352,6 +352,8 @@ def _check_files(images: list[Record], folder: Path, skipped: bool) -> Iterator[
             continue
         if header.bits > 8:
             deep.append(shown)
+        if header.turned:
+            flagged.append(shown)
         if (header.width, header.height) != (width, height):
             given = f"{quoted(width, 20)} x {quoted(height, 20)}"
             other_size.append(f"{shown} is {header.width} x {header.height}, not {given}")
@@ -361,6 +363,8 @@ def _check_files(images: list[Record], folder: Path, skipped: bool) -> Iterator[
         (f"image files of another size than their annotations{hint}", other_size),
     ):
         yield from Finding("error", what, can_ignore=skipped).of(bad)
+    what = "images turned by their EXIF orientation: annotations must be of the upright image"
+    yield from _warning(what).of(flagged)
     what = (
         "images of more than 8 bits a channel, of which the upper 8 are used (if they do not use "
         "the whole range, scale them to 8 bits first)"

@@ -19,8 +19,10 @@ from tabulate import tabulate
 
 from resnext_det.backbones import build_detector
 from resnext_det.config import load_config, locate_config
+from resnext_det.data.anchors import Anchors
 from resnext_det.data.dividing import with_validation, write_parts
 from resnext_det.data.folder import OURS, Folder, read_folder
+from resnext_det.data.survey import Survey, survey
 from resnext_det.engine.setup import check_folder
 from resnext_det.errors import ConfigError, named, plain, quoted
 from resnext_det.weights.catalog import ENTRIES, SCHEME, Entry
@@ -112,6 +114,45 @@ def take_folder(arguments: argparse.Namespace, world_size: int) -> str:
     arguments.config_file = config
     arguments.opts = _words(overrides | given)
     return text
+
+
+def survey_folder(
+    path: Path, layout: str | None, config: str | None, given: Mapping[str, str]
+) -> tuple[Folder, Survey]:
+    """Examine a folder for the detector that `take_folder` would train.
+
+    Args:
+        path: the folder.
+        layout: see `read_folder`.
+        config: a config file, or None for x50's.
+        given: overrides.
+
+    Raises:
+        DatasetError: see `read_folder`.
+        ConfigError: the config is refused.
+    """
+    folder = read_folder(path, layout)
+    overrides: dict[str, str] = {}
+    if config is None:
+        _images(folder, given, overrides)
+    cfg = load_config(config or MODELS["x50"], _words(overrides | dict(given)))
+    sizes = sorted(cfg.INPUT.MIN_SIZE_TRAIN)
+    size = sizes[len(sizes) // 2], cfg.INPUT.MAX_SIZE_TRAIN
+    return folder, survey(folder, _anchors(cfg), size)
+
+
+def _anchors(cfg: CfgNode) -> Anchors | None:
+    """Return the anchors of an RPN or of RetinaNet; None if their strides are unknown."""
+    one_stage = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
+    features = (cfg.MODEL.RETINANET if one_stage else cfg.MODEL.RPN).IN_FEATURES
+    known = {f"p{level}": 2**level for level in range(2, 8)}
+    known |= {f"res{level}": 2**level for level in range(2, 6)}
+    generator = cfg.MODEL.ANCHOR_GENERATOR
+    if generator.NAME != "DefaultAnchorGenerator" or not set(features) <= set(known):
+        return None
+    sizes, ratios = (tuple(map(tuple, each)) for each in (generator.SIZES, generator.ASPECT_RATIOS))
+    strides = tuple(known[each] for each in features)
+    return Anchors(sizes, ratios, strides, generator.OFFSET)
 
 
 def _words(overrides: Mapping[str, str]) -> list[str]:
