@@ -235,7 +235,8 @@ def test_two_processes(datasets: Path, tool: Tool, tmp_path: Path) -> None:
         counts = load_file(tmp_path / "proposals" / f"{name}.safetensors")["counts"]
         assert len(counts) == images
         assert (counts > 0).all()
-    assert "2 x 1 x 1 (processes x" in (tmp_path / "fast_rcnn" / "log.txt").read_text()
+    log = (tmp_path / "fast_rcnn" / "log.txt").read_text()
+    assert "2 x 1 (micro-batches x images), 1 on each of 2 processes" in log
 
 
 @pytest.mark.slow
