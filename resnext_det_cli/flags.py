@@ -110,7 +110,7 @@ def add_data(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--layout", choices=LAYOUTS, help="if the folder holds several")
 
 
-def add_processes(parser: argparse.ArgumentParser) -> None:
+def add_processes(parser: argparse.ArgumentParser, *, elastic: bool = False) -> None:
     """Add the flags that `resnext_det.engine.launch.Job.of` reads."""
     add = parser.add_argument_group("processes").add_argument
     add("--num-gpus", type=int, metavar="N", help="processes here, on GPUs or CPU (default: 1)")
@@ -128,3 +128,17 @@ def add_processes(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="how long to wait for the other machines at startup (default: 600)",
     )
+    parser.set_defaults(nnodes=None, max_restarts=None)
+    if elastic:
+        add(
+            "--nnodes",
+            metavar="MIN:MAX",
+            help="as torchrun's: machines may join and leave; the same command starts, joins and, "
+            "implying --resume, continues",
+        )
+        add(
+            "--max-restarts",
+            type=int,
+            metavar="K",
+            help="with --nnodes, how often a machine's processes may fail (default: 10)",
+        )

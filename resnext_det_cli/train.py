@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flags.add_cross_check(parser)
     _add_folder(parser)
     flags.add_own_data(parser)
-    flags.add_processes(parser)
+    flags.add_processes(parser, elastic=True)
     flags.add_overrides(parser)
 
 
@@ -101,6 +101,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     with json_alone(arguments.json) as print_json:
         job = Job.of(arguments)
+        if (job.is_elastic or job.is_restarted) and not arguments.eval_only:
+            arguments.resume = True
         if arguments.data:
             print(take_folder(arguments, job.world_size))
             if arguments.dry_run:
@@ -119,7 +121,7 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.opts += ["TEST.CROSS_CHECK", "True"]
         cfg = load_config(arguments.config_file, arguments.opts)
         cfg = custom.from_arguments(cfg, arguments)
-        check_run(cfg, arguments, job.world_size)
+        check_run(cfg, arguments, job.world_size, elastic=job.is_elastic)
         if cfg.MODEL.LOAD_PROPOSALS:
             check_proposals(cfg, training=not arguments.eval_only)
         if not arguments.eval_only:
@@ -160,13 +162,16 @@ def _take_artifact(arguments: argparse.Namespace) -> None:
     arguments.opts = [*settings(description, arguments.artifact), *arguments.opts]
 
 
-def check_run(cfg: Any, arguments: argparse.Namespace, world_size: int) -> None:
+def check_run(
+    cfg: Any, arguments: argparse.Namespace, world_size: int, *, elastic: bool = False
+) -> None:
     """Fail now, once for all processes, on what would end the run later."""
     from resnext_det.config_rules import refuse_impossible
     from resnext_det.data.checks import check_datasets
     from resnext_det.engine.evaluate import check_expectations, last_checkpoint
     from resnext_det.engine.schedule import scale
     from resnext_det.engine.writers import check_wandb
+    from resnext_det.errors import ConfigError
     from resnext_det.evaluation.coco import Engine
 
     check_expectations(cfg)
@@ -180,7 +185,14 @@ def check_run(cfg: Any, arguments: argparse.Namespace, world_size: int) -> None:
             last_checkpoint(cfg)
         return
     check_wandb(cfg)
-    scale(cfg, world_size)
+    _, plan = scale(cfg, world_size)
+    if elastic and not plan.fixed:
+        raise ConfigError(
+            f"--nnodes {arguments.nnodes} needs micro-batches that do not depend on the number of "
+            f"processes, up to {world_size}: set SOLVER.IMS_PER_MICRO_BATCH to a divisor of "
+            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} up to "
+            f"{cfg.SOLVER.IMS_PER_BATCH // world_size}, and SOLVER.SCALING accumulate."
+        )
 
 
 def _work(cfg: Any, arguments: argparse.Namespace) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
+import socket
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +118,8 @@ class Checkpointer(fvcore.Checkpointer):
         A collective call; the main process chooses the file.
 
         Raises:
-            TrainingError: all checkpoints are damaged, or a process cannot load the chosen one.
+            TrainingError: all checkpoints are damaged, or a process cannot load the chosen one, or
+                finds another file under its name.
             WeightsError: the checkpoint is of another model.
             ConfigError: a setting has changed that a resume cannot change.
         """
@@ -130,13 +135,16 @@ class Checkpointer(fvcore.Checkpointer):
         except Exception as error:  # load_state_dict may raise anything
             failure = f"{type(error).__name__}: {error}"
             logger.debug("%s cannot be loaded", chosen.file, exc_info=True)
-        failures = comm.all_gather(failure)
-        for rank, text in enumerate(failures):
+        content = None if failure else _fingerprint(chosen.file)
+        found = comm.all_gather((socket.gethostname(), failure, content))
+        for rank, (host, text, content) in enumerate(found):
+            if text is None and content != found[0][2]:
+                text = f"it is another file than on {found[0][0]}."
             if text is not None:
                 raise TrainingError(
-                    f"{chosen.file} cannot be resumed by rank {rank} of {len(failures)}: {text} - "
-                    "All machines must see the same OUTPUT_DIR, and the config must be the one "
-                    "that training was started with."
+                    f"{chosen.file} on {host} cannot be resumed by rank {rank} of {len(found)}: "
+                    f"{text} - All machines must see the same OUTPUT_DIR, and the config must be "
+                    "the one that training was started with."
                 )
         if self.save_to_disk:
             self.tag_last_checkpoint(chosen.file.name)
@@ -184,6 +192,14 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
         except OSError as error:
             raise not_written(folder / _POINTER, error) from error
         self.recent_checkpoints = [str(file) for file in found]
+
+
+def _fingerprint(file: Path) -> tuple[int, int]:
+    """Return a file's size and, of a zip archive, a checksum of its entries' checksums."""
+    entries = []
+    with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(file) as archive:
+        entries = [(each.filename, each.CRC) for each in archive.infolist()]
+    return file.stat().st_size, zlib.crc32(repr(entries).encode())
 
 
 def last_good(folder: Path) -> Path | None:

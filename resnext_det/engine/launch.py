@@ -14,10 +14,11 @@ import multiprocessing
 import os
 import re
 import signal
+import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -29,7 +30,7 @@ import torch
 import torch.distributed as dist
 from detectron2.engine import DEFAULT_TIMEOUT
 from detectron2.utils import comm
-from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -39,6 +40,7 @@ from resnext_det.engine.hooks import SAME_SIGNAL, SIGNALS, STOPPED
 from resnext_det.errors import ConfigError, TrainingError, reported
 
 # Set for every process by torchrun and by the elastic launcher.
+_RESTART_COUNT = "TORCHELASTIC_RESTART_COUNT"
 _TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 _ADDRESS = re.compile(r"tcp://(?:\[[0-9a-fA-F:.%]+\]|[^\s:/?#@\[\]]+):([0-9]{1,5})/?")
 # These loggers repeat, at length, failures that are reported here in one line.
@@ -46,6 +48,10 @@ _NOISY = ("torch.distributed.elastic", "torch.multiprocessing.spawn")
 
 _LONGEST_TIMEOUT = 7 * 24 * 3600.0  # seconds
 _ECHO = 5.0  # seconds for the process that caused a lost connection to report first
+_RESTARTS = 10  # of an elastic job, by default
+# Of an elastic job, in seconds: how often machines report, how often one may not, and how long to
+# wait for more machines once there are enough. torch's defaults, 5, 3 and 30, prolong each restart.
+_MEETING = {"keep_alive_interval": 2, "keep_alive_max_attempt": 3, "last_call_timeout": 5}
 
 
 @dataclass(frozen=True)
@@ -54,11 +60,13 @@ class Job:
 
     Attributes:
         processes: processes per machine, one per GPU if there are GPUs.
-        machines: number of machines.
+        machines: number of machines, at most if the job is elastic.
         machine_rank: rank of this machine, from 0.
         dist_url: rendezvous address: "auto" (single machine), or tcp://HOST:PORT of machine 0.
         timeout: seconds to wait for the other machines and processes at startup.
         local_rank: this process's rank on its machine if torchrun started it, else None.
+        fewest: number of machines that an elastic job needs; 0 if all must be there.
+        restarts: how often an elastic job's processes on one machine may fail.
     """
 
     processes: int = 1
@@ -67,11 +75,23 @@ class Job:
     dist_url: str = "auto"
     timeout: float = 600.0
     local_rank: int | None = None
+    fewest: int = 0
+    restarts: int = 0
 
     @property
     def world_size(self) -> int:
         """The number of processes across all machines."""
         return self.processes * self.machines
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether machines may join and leave."""
+        return self.fewest > 0
+
+    @property
+    def is_restarted(self) -> bool:
+        """Whether torchrun started this process, and not for the first time."""
+        return self.local_rank is not None and os.environ.get(_RESTART_COUNT, "0") != "0"
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> Job:
@@ -103,9 +123,27 @@ class Job:
     def _of_flags(cls, arguments: argparse.Namespace) -> Job:
         processes = 1 if arguments.num_gpus is None else arguments.num_gpus
         machines = 1 if arguments.num_machines is None else arguments.num_machines
+        fewest, restarts = 0, arguments.max_restarts
+        if arguments.nnodes is not None:
+            fewest, machines = _range(arguments.nnodes)
+            restarts = _RESTARTS if restarts is None else restarts
+            if arguments.num_machines is not None or arguments.machine_rank is not None:
+                raise ConfigError(
+                    "--nnodes gives the number of machines, and ranks follow from their order of "
+                    "arrival: omit --num-machines and --machine-rank."
+                )
+        elif restarts is not None:
+            raise ConfigError("--max-restarts needs --nnodes MIN:MAX.")
         job = cls(
-            processes, machines, arguments.machine_rank or 0, _address(arguments.dist_url or "auto")
+            processes,
+            machines,
+            arguments.machine_rank or 0,
+            _address(arguments.dist_url or "auto"),
+            fewest=fewest,
+            restarts=restarts or 0,
         )
+        if job.restarts < 0:
+            raise ConfigError(f"--max-restarts is {job.restarts}: use 0 or more.")
         if processes < 1 or not 0 <= job.machine_rank < machines:
             raise ConfigError(
                 f"--num-gpus is {processes}, --num-machines {machines} and --machine-rank "
@@ -114,8 +152,9 @@ class Job:
             )
         if machines > 1 and job.dist_url == "auto":
             raise ConfigError(
-                f"--num-machines {machines} needs --dist-url tcp://HOST:PORT with the host name of "
-                "machine 0 and a free port, the same on every machine."
+                f"{machines} machines need --dist-url tcp://HOST:PORT with the host name of "
+                "machine 0 (with --nnodes, of one that stays) and a free port, the same on every "
+                "machine."
             )
         return job
 
@@ -144,6 +183,15 @@ class Job:
                     "or start without torchrun."
                 )
         return job
+
+
+def _range(nodes: str) -> tuple[int, int]:
+    """Read MIN:MAX, or N for N:N."""
+    match = re.fullmatch(r"([0-9]{1,6})(?::([0-9]{1,6}))?", nodes)
+    least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= least <= most:
+        raise ConfigError(f"--nnodes is {nodes!r}: use MIN:MAX, such as 1:4.")
+    return least, most
 
 
 def _address(url: str) -> str:
@@ -189,6 +237,8 @@ def run_everywhere(
     """
     if job.local_rank is not None:
         code = _work(function, arguments, job)
+    elif job.is_elastic:
+        code = _launch_elastic(function, arguments, job)
     elif job.world_size > 1:
         code = _launch(function, arguments, job)
     else:
@@ -209,12 +259,76 @@ def _explained() -> Iterator[None]:
         raise
 
 
-def _launch(function: Callable[..., None], arguments: tuple[Any, ...], job: Job) -> int:
-    """Start this machine's processes and return the exit code of the job."""
+def _silence_launcher() -> None:
     if "LOGLEVEL" not in os.environ:  # with which users ask torch for these messages
         for name in _NOISY:
             logging.getLogger(name).addHandler(logging.NullHandler())
             logging.getLogger(name).propagate = False
+
+
+def _launch_elastic(function: Callable[..., None], arguments: tuple[Any, ...], job: Job) -> int:
+    """Start this machine's processes, again whenever machines join, leave or fail.
+
+    After a signal, which they obey by saving within 30 seconds, the others go on without them.
+    """
+    _silence_launcher()
+    # After the first meeting of the machines, torch 2.14 keeps the store for their processes. A
+    # restarted process finds the addresses of dead ones in it ("Gloo connectFullMesh failed"), the
+    # number of restarts, which would tell attempts apart, differs between machines (a hang), and
+    # once the machine that serves it has gone, the others still look there. Not sharing the store
+    # gives each attempt a new one, on another port.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    endpoint = "localhost:0" if job.dist_url == "auto" else job.dist_url.removeprefix("tcp://")
+    with reported(), _explained():
+        own, is_host = _route(endpoint)
+        config = LaunchConfig(
+            min_nodes=job.fewest,
+            max_nodes=job.machines,
+            nproc_per_node=job.processes,
+            run_id="resnext_det",
+            rdzv_backend="c10d",
+            rdzv_endpoint=endpoint,
+            rdzv_configs={"join_timeout": round(job.timeout), "is_host": is_host, **_MEETING},
+            local_addr=own,
+            max_restarts=job.restarts,
+            logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
+        )
+        try:
+            codes = elastic_launch(config, _work)(function, arguments, job)
+        except SignalException:
+            return STOPPED
+        except ChildFailedError as error:
+            return _exit_code(error)
+    return max(code or 0 for code in codes.values())
+
+
+def _route(endpoint: str) -> tuple[str, bool]:
+    """Return this machine's address on the way to an endpoint, and whether to serve it here.
+
+    Names of machines need not resolve, as in containers.
+
+    Raises:
+        ConfigError: there is no such host.
+    """
+    host, _, port = endpoint.rpartition(":")
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            host.strip("[]"), int(port) or 1, type=socket.SOCK_DGRAM
+        )[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)  # sends nothing
+            own: str = probe.getsockname()[0]
+    except OSError as error:
+        raise ConfigError(f"--dist-url names {host}, which cannot be reached: {error}.") from error
+    if own != address[0]:
+        return own, False
+    with socket.socket(family) as client:  # another job on this machine may serve it already
+        return own, client.connect_ex(address) != 0
+
+
+def _launch(function: Callable[..., None], arguments: tuple[Any, ...], job: Job) -> int:
+    """Start this machine's processes and return the exit code of the job."""
+    _silence_launcher()
     is_single = job.dist_url == "auto"
     with forwarded_signals() as signals, reported(), _explained():
         config = LaunchConfig(
@@ -244,20 +358,25 @@ def _launch(function: Callable[..., None], arguments: tuple[Any, ...], job: Job)
         try:
             codes = finished.result()
         except ChildFailedError as error:
-            code: int = error.get_first_failure()[1].exitcode
-            if code >= 0:
-                return code
-            if signals:
-                return 128 + signals[-1]
-            # A killed process could not report it itself.
-            reason = "see the output above"
-            if code == -signal.SIGKILL:
-                reason = OUT_OF_MEMORY_KILLER
-            with reported(128 - code):
-                raise TrainingError(
-                    f"a process of this job was killed by signal {-code}, {reason}."
-                ) from error
+            return _exit_code(error, signals)
     return max(code or 0 for code in codes.values())
+
+
+def _exit_code(error: ChildFailedError, signals: Sequence[int] = ()) -> int:
+    """Return the exit code of a job that failed, or exit with it and a message."""
+    code: int = error.get_first_failure()[1].exitcode
+    if code >= 0:
+        return code
+    if signals:
+        return 128 + signals[-1]
+    # A killed process could not report it itself.
+    reason = "see the output above"
+    if code == -signal.SIGKILL:
+        reason = OUT_OF_MEMORY_KILLER
+    with reported(128 - code):
+        raise TrainingError(
+            f"a process of this job was killed by signal {-code}, {reason}."
+        ) from error
 
 
 def _work(function: Callable[..., None], arguments: tuple[Any, ...], job: Job) -> int:
@@ -282,6 +401,14 @@ def _work(function: Callable[..., None], arguments: tuple[Any, ...], job: Job) -
             code = STOPPED if stop.code == STOPPED else 0
         # A process that left early would look like a failure to the others.
         comm.synchronize()
+        if code == STOPPED and job.is_elastic:
+            # Stopped because machines join or leave. This machine's agent soon does the same; if
+            # the signal was for another machine alone, failing makes it start again.
+            deadline = time.monotonic() + _ECHO
+            while not SIGNALS.received and time.monotonic() < deadline:
+                time.sleep(0.1)
+            _leave_destructors(code)
+            sys.exit(code)
     except Exception as error:
         code = _report(error, store, job)
         _leave_destructors(code)
@@ -298,9 +425,10 @@ def _store(job: Job) -> Any:
     """Return the store that all processes share."""
     start = timedelta(seconds=job.timeout)
     store, _, _ = next(dist.rendezvous("env://", timeout=start))  # type: ignore[attr-defined]
-    # torchrun's store survives a restart (PyTorch 2.14). Without a prefix, gloo would spend half an
-    # hour connecting to the addresses of the previous attempt.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    # A store of torchrun's own survives a restart (see `_launch_elastic`). Without a prefix, gloo
+    # would spend half an hour connecting to the addresses of the previous attempt.
+    is_kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    attempt = os.environ.get(_RESTART_COUNT, "0") if is_kept else "0"
     return dist.PrefixStore(f"attempt/{attempt}", store)  # type: ignore[attr-defined]
 
 
@@ -313,7 +441,7 @@ def _join(store: Any, job: Job) -> None:
     start = timedelta(seconds=job.timeout)
     store.set(f"process/{rank}", "here")
     store.wait([f"process/{each}" for each in range(size)], start)
-    if size != job.world_size:
+    if size != job.world_size and not job.is_elastic:
         raise ConfigError(
             f"{size} processes were started, but --num-machines {job.machines} --num-gpus "
             f"{job.processes} makes {job.world_size}: use the same values on every machine."
@@ -323,7 +451,8 @@ def _join(store: Any, job: Job) -> None:
         store=store,
         rank=rank,
         world_size=size,
-        timeout=max(DEFAULT_TIMEOUT, start),
+        # An elastic job must notice that a machine is cut off, and start again.
+        timeout=start if job.is_elastic else max(DEFAULT_TIMEOUT, start),
     )
     comm.create_local_process_group(job.processes)
     comm.synchronize()
@@ -337,7 +466,8 @@ def _report(error: Exception, store: Any, job: Job) -> int:
         if SIGNALS.received:
             return 128 + SIGNALS.received
     try:
-        is_first = store.add(f"failed/{job.machine_rank}", 1) == 1
+        machine = os.environ.get("GROUP_RANK", job.machine_rank)
+        is_first = store.add(f"failed/{machine}", 1) == 1
     except dist.DistError:  # the store's host is gone
         is_first = True
     sentence = explain(error)

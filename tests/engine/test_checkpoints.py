@@ -3,6 +3,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,9 @@ def test_refuses_another_model_or_optimizer(folder: Path) -> None:
     assert torch.equal(other.model.weight, before)
     training = Training(folder)
     training.trainer.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
-    with pytest.raises(TrainingError, match=r"model_final\.pth cannot be resumed.*param.*group"):
+    with pytest.raises(
+        TrainingError, match=r"model_final\.pth on .* cannot be resumed.*param.*group"
+    ):
         training.checkpointer.resume()
 
 
@@ -248,7 +251,8 @@ def resume_together(rank: int, folder: Path, answers: Any) -> None:
     os.chdir(folder)
     found = [answer(Path(name)) for name in ("good", "damaged", "empty")]
     os.chdir(folder / ("empty" if rank == 1 else ""))  # like a machine with a disk of its own
-    answers.put((rank, [*found, answer(Path("good"))]))
+    found += [answer(Path("good")), answer(Path("other"))]
+    answers.put((rank, found))
     torch.distributed.destroy_process_group()
 
 
@@ -258,6 +262,8 @@ def test_all_processes_resume_from_the_same_checkpoint(folder: Path) -> None:
     folder.rename(meeting / "good")
     (meeting / "empty").mkdir()
     (meeting / "damaged").mkdir()
+    for place, seed in ((meeting, 3), (meeting / "empty", 4)):  # of the same name, size and shapes
+        Training(place / "other", seed=seed).run(0, 1).checkpointer.save("model", iteration=0)
     (meeting / "damaged" / "model_0000001.pth").write_bytes(b"damaged")
     answers = fork.Queue()
     processes = [
@@ -270,11 +276,13 @@ def test_all_processes_resume_from_the_same_checkpoint(folder: Path) -> None:
     for process in processes:
         process.join()
     assert found[0] == found[1]
-    good, damaged, empty, unseen = found[0]
+    good, damaged, empty, unseen, other = found[0]
     expected = torch.load(meeting / "good" / "model_0000005.pth")["model"]["weight"]
     assert good == ("model_0000005.pth", 5, expected.tolist())
     assert damaged[0] == "TrainingError" and "model_0000001.pth" in damaged[1]
     assert empty is None
-    assert unseen[0] == "TrainingError" and "by rank 1 of 2" in unseen[1]
+    host = socket.gethostname()
+    assert unseen[0] == "TrainingError" and f"on {host} cannot be resumed by rank 1" in unseen[1]
+    assert f"rank 1 of 2: it is another file than on {host}." in other[1]
     assert (meeting / "good" / "by_0.pth").is_file()
     assert not (meeting / "good" / "by_1.pth").exists()  # only the main process writes

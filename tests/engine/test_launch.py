@@ -86,13 +86,20 @@ def restarted(folder):
     fail_in_turn(ZeroDivisionError)
 
 
+def left(folder):
+    if not (folder / "gone").exists():
+        until_signalled(folder)
+    assert comm.get_world_size() == 1
+    (folder / "alone").touch()
+
+
 def until_signalled(folder):
     # As library threads do that are still running when the process exits.
     atexit.register(os.abort)
     rank = comm.get_rank()
     with SIGNALS.listening():
         while not SIGNALS.agreed():
-            if rank == 0:
+            if rank == 0 and comm.get_world_size() == 2:
                 (folder / "ready").touch()
             time.sleep(0.05)
     if rank == 0:
@@ -106,10 +113,11 @@ def until_signalled(folder):
 
 def main():
     parser = argparse.ArgumentParser()
-    add_processes(parser)
+    add_processes(parser, elastic=True)
     parser.add_argument("opts", nargs="*")
     arguments = parser.parse_intermixed_args()
     names, folder, *more = arguments.opts
+    code = 0
     for name in names.split(","):
         print(f"-- {name}", file=sys.stderr, flush=True)
         try:
@@ -176,12 +184,16 @@ def test_reports_first_failure_only(script: Path) -> None:
         assert not any(map(is_running, workers))
 
 
-def test_torchrun_restarts_after_kill(script: Path) -> None:
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
-    words += ["--max-restarts", 1, script, "restarted", script.parent, "--num-gpus", 2]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+
+
+@pytest.mark.parametrize("launcher", [[*TORCHRUN, "--max-restarts", 1], []], ids=["torchrun", ""])
+def test_restarts_after_kill(script: Path, launcher: list[object]) -> None:
+    own = [] if launcher else ["--nnodes", "1:1", "--max-restarts", 1]
+    words = [*launcher, script, "restarted", script.parent, "--num-gpus", 2, *own]
     process = start(*words)
     output = stderr_of(process)
-    assert process.returncode == 1  # torchrun's own
+    assert process.returncode == 1
     assert output.count("ZeroDivisionError: rank") == 1
     assert "ZeroDivisionError: rank 1 fails" in output
     for rank in (0, 1):
@@ -205,6 +217,24 @@ def test_two_machines_stop_together(script: Path, url: str) -> None:
     for rank in (0, 1):
         number = signal.SIGTERM * rank  # only the second machine was signalled
         assert (script.parent / f"left-{rank}").read_text() == f"0 of 1, signal {number}"
+
+
+@pytest.mark.slow
+def test_a_machine_leaves_and_the_other_goes_on(script: Path, url: str) -> None:
+    """Both stop and save; the one that got no signal starts again."""
+    words = [script, "--nnodes", "1:2", "--dist-url", url, "left", script.parent]
+    machines = [start(*words)]
+    time.sleep(1)  # the first serves the rendezvous
+    machines.append(start(*words))
+    deadline = time.monotonic() + 120
+    while not (script.parent / "ready").exists() and time.monotonic() < deadline:
+        assert all(machine.poll() is None for machine in machines)
+        time.sleep(0.1)
+    (script.parent / "gone").touch()
+    machines[1].terminate()
+    errors = [stderr_of(machine) for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 75], errors
+    assert (script.parent / "saved").exists() and (script.parent / "alone").exists()
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -283,7 +313,7 @@ def test_single_process_runs_in_place(capsys: pytest.CaptureFixture[str]) -> Non
 
 def parse(words: str) -> Job:
     parser = argparse.ArgumentParser()
-    add_processes(parser)
+    add_processes(parser, elastic=True)
     return Job.of(parser.parse_args(words.split()))
 
 
@@ -292,6 +322,9 @@ def test_reads_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parse("--num-gpus 2 --dist-timeout 7") == Job(2, timeout=7)
     words = "--num-machines 3 --machine-rank 2 --num-gpus 4 --dist-url "
     assert parse(f"{words} tcp://[::1]:29500/") == Job(4, 3, 2, "tcp://[::1]:29500")
+    elastic = parse("--nnodes 1:4 --num-gpus 2 --dist-url tcp://a:1 --max-restarts 3")
+    assert elastic == Job(2, 4, 0, "tcp://a:1", fewest=1, restarts=3)
+    assert parse("--nnodes 1") == Job(fewest=1, restarts=10)
     monkeypatch.setenv("MASTER_ADDR", "fe80::1")
     with pytest.raises(ConfigError, match="needs MASTER_ADDR and MASTER_PORT"):
         parse(f"{words} env://")
@@ -304,8 +337,13 @@ def test_reads_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("--num-gpus 0", "--num-gpus is 0"),
         ("--machine-rank 2 --num-machines 2 --dist-url tcp://a:1", "--machine-rank 2"),
-        ("--num-machines 2", "needs --dist-url tcp://HOST:PORT"),
+        ("--num-machines 2", "2 machines need --dist-url tcp://HOST:PORT"),
         ("--dist-timeout nan", "--dist-timeout is nan"),
+        ("--nnodes 4:1", "--nnodes is '4:1': use MIN:MAX"),
+        ("--nnodes 1:4", "4 machines need --dist-url tcp://HOST:PORT"),
+        ("--nnodes 1 --machine-rank 0", "omit --num-machines and --machine-rank"),
+        ("--max-restarts 3", "--max-restarts needs --nnodes"),
+        ("--nnodes 1 --max-restarts -1", "--max-restarts is -1"),
         ("--dist-url tcp://host:70000", "port from 1 to 65535"),
         ("--dist-url tcp://:29500", "tcp://HOST:PORT"),
         ("--dist-url tcp://host:29500?rank=3", "tcp://HOST:PORT"),

@@ -1,0 +1,185 @@
+"""Trainings on machines that come and go, which end with the bits of one that nobody disturbed.
+
+Each machine is a network namespace with a cable to a switch, so this needs root on Linux.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = "SOLVER.IMS_PER_BATCH 4 SOLVER.IMS_PER_MICRO_BATCH 1 SOLVER.EXACT_SUM True"
+SETTINGS += " SOLVER.MAX_ITER 60 SOLVER.STEPS (50,) SOLVER.WARMUP_ITERS 2 SOLVER.BASE_LR 0.01"
+SETTINGS += " SOLVER.CHECKPOINT_PERIOD 5 DATASETS.TEST () MODEL.WEIGHTS  INPUT.MAX_SIZE_TRAIN 80"
+SETTINGS += " INPUT.MIN_SIZE_TRAIN (48,64)"
+PREFIX = f"rx{os.getpid() % 10_000}"  # of the namespaces
+PATIENCE = 20  # seconds until a machine that is cut off is given up
+# Events, each after some more updates. The first machine always stays.
+SCENARIOS = (
+    *("kill_worker", "kill", "terminate", "cut", "join", "slow kill join"),
+    *("kill_worker kill_worker", "terminate kill", "join cut", "kill join terminate"),
+)
+
+
+def ip(*words: object) -> None:
+    subprocess.run(["ip", *map(str, words)], check=True, capture_output=True, text=True)
+
+
+@contextmanager
+def machines(count: int) -> Iterator[list[str]]:
+    """Create namespaces with addresses 10.77.0.1 and so on, on a bridge in one more."""
+    names = [f"{PREFIX}h{number}" for number in range(count)]
+    switch = f"{PREFIX}sw"
+    try:
+        try:
+            ip("netns", "add", switch)
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"no network namespaces here: {getattr(error, 'stderr', error)}")
+        ip("-n", switch, "link", "add", "bridge", "type", "bridge")
+        ip("-n", switch, "link", "set", "bridge", "up")
+        for number, name in enumerate(names):
+            ip("netns", "add", name)
+            cable = "link", "add", "eth0", "netns", name, "type", "veth"
+            ip(*cable, "peer", "name", f"port{number}", "netns", switch)
+            ip("-n", switch, "link", "set", f"port{number}", "master", "bridge", "up")
+            ip("-n", name, "addr", "add", f"10.77.0.{number + 1}/24", "dev", "eth0")
+            for device in ("lo", "eth0"):
+                ip("-n", name, "link", "set", device, "up")
+        yield names
+    finally:
+        for name in (*names, switch):
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+class Machine:
+    """One machine of a job, of which the first serves the rendezvous."""
+
+    def __init__(self, name: str, folder: Path, datasets: Path, nodes: str = "1:3") -> None:
+        self.name = name
+        self._log = (folder.parent / f"{name}.log").open("a")
+        words = ["--config-file", "faster_rcnn_X_26_8x4d_FPN_toy", "--nnodes", nodes]
+        words += ["--dist-url", "tcp://10.77.0.1:29500", "--dist-timeout", str(PATIENCE)]
+        words += ["OUTPUT_DIR", str(folder), *SETTINGS.split(" ")]
+        inside = ["ip", "netns", "exec", name] if name else []
+        self.process = subprocess.Popen(
+            [*inside, sys.executable, "-W", "ignore", "-m", "resnext_det_cli", "train", *words],
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "DETECTRON2_DATASETS": str(datasets),
+                "GLOO_SOCKET_IFNAME": "eth0",  # names of these machines do not resolve
+                "PYTHONPATH": str(ROOT),
+            },
+            stdout=self._log,
+            stderr=self._log,
+            start_new_session=True,
+        )
+
+    def kill(self) -> None:
+        """Kill the agent and its workers, as if the power failed."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    def kill_worker(self) -> None:
+        """Kill one training process."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        workers = [
+            int(child)
+            for child in children.read_text().split()
+            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
+        ]
+        os.kill(random.choice(workers), signal.SIGKILL)
+
+    def terminate(self) -> None:
+        """Announce its end, as schedulers do."""
+        self.process.terminate()
+        began = time.monotonic()
+        assert self.process.wait(60) == 75
+        assert time.monotonic() - began < 30
+
+    def cut(self) -> None:
+        """Pull its cable."""
+        ip("-n", self.name, "link", "set", "eth0", "down")
+
+    def slow(self) -> None:
+        """Delay and lose its packets."""
+        loss = "netem", "delay", "5ms", "loss", "1%"
+        subprocess.run(
+            ["tc", "-n", self.name, "qdisc", "add", "dev", "eth0", "root", *loss], check=False
+        )
+
+
+def iteration(folder: Path) -> int:
+    """Return the iteration of the newest checkpoint."""
+    files = [file.stem for file in folder.glob("model_0*.pth")]
+    return max((int(name.removeprefix("model_")) for name in files), default=-1)
+
+
+def wait_for(done: Callable[[], bool], job: list[Machine], seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline, "the job does not go on"
+        assert job[0].process.poll() in (None, 0), "the first machine failed"
+        time.sleep(0.05)
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    content = torch.load(folder / "model_final.pth", weights_only=True)
+    momentum = content["trainer"]["_trainer"]["optimizer"]["state"]
+    return {**content["model"], **{str(n): each["momentum_buffer"] for n, each in momentum.items()}}
+
+
+def train_alone(folder: Path, datasets: Path) -> Path:
+    with machines(1) as (name,):
+        alone = [Machine(name, folder / "whole", datasets, "1")]
+        wait_for(lambda: alone[0].process.poll() == 0, alone)
+    return folder / "whole"
+
+
+def check(scenario: str, whole: Path, shared: Path, datasets: Path, seed: int) -> None:
+    """Run a scenario, and compare the weights with those of a training that nobody disturbed."""
+    choose = random.Random(seed)
+    with machines(3) as names:
+        late = "join" in scenario
+        job = [Machine(name, shared, datasets) for name in names[: 2 if late else 3]]
+        every = list(job)
+        try:
+            for event in scenario.split():
+                due = iteration(shared) + choose.choice((5, 10))
+                wait_for(lambda due=due: iteration(shared) >= due, job)  # type: ignore[misc]
+                time.sleep(choose.random())
+                if event == "join":
+                    job.append(Machine(names[2], shared, datasets))
+                    every.append(job[-1])
+                else:
+                    stays = event in ("kill_worker", "slow")
+                    getattr(job[-1] if stays else job.pop(), event)()
+            wait_for(lambda: job[0].process.poll() == 0, job)
+        finally:
+            for machine in every:
+                machine.kill()
+        one, other = weights(whole), weights(shared)
+        assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+@pytest.fixture(scope="module")
+def whole(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_alone(tmp_path_factory.mktemp("whole"), datasets)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_ends_with_the_same_bits(seed: int, whole: Path, datasets: Path, tmp_path: Path) -> None:
+    check(SCENARIOS[seed % len(SCENARIOS)], whole, tmp_path / "shared", datasets, seed)
