@@ -82,7 +82,7 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     from resnext_det.evaluation.annotations import read_ground_truth
     from resnext_det.evaluation.coco import Engine, Protocol, proposal_figures, proposal_table
     from resnext_det.evaluation.detections import read_detections, suspicions
-    from resnext_det.evaluation.error_analysis import error_table
+    from resnext_det.evaluation.error_analysis import error_table, threshold_line
     from resnext_det.evaluation.evaluator import evaluate_detections, write_evaluated
     from resnext_det.evaluation.results_file import INFERENCE
     from resnext_det.files import check_writable, file_digest
@@ -108,11 +108,11 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         protocol = Protocol.of(kind, tuple(arguments.oks_sigmas))
         found = evaluate_detections(truth, detections, protocol, engine)
         print(f"\n{kind}\n{found.figures.table()}")
-        print(f"\n{error_table(found.details)}")
+        print(f"\n{error_table(found.details)}\n\n{threshold_line(found.details)}")
         evaluated[kind] = found
     if arguments.cross_check:
         print("\nhotcoco and pycocotools agree.")
-    document = {kind: each.figures.document() for kind, each in evaluated.items()}
+    document = {kind: each.document() for kind, each in evaluated.items()}
     if arguments.baseline:
         before = compare.read_baseline(arguments.baseline, truth)
         draws = arguments.resamples, arguments.seed

@@ -2,6 +2,7 @@
 
     %(prog)s output/run
     %(prog)s --run output/run --output page.html
+    %(prog)s output/run --baseline output/other    is it better, and how surely?
 
 The page embeds its images and loads nothing. Evaluate the run first.
 """
@@ -15,6 +16,7 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="RUN", nargs="?", type=Path, help="an evaluated run")
     parser.add_argument("--run", type=Path, metavar="RUN", help="the same")
+    parser.add_argument("--baseline", type=Path, metavar="RUN", help="a run to compare with")
     parser.add_argument("--output", type=Path, help="the page to write (default: RUN/report.html)")
 
 
@@ -28,5 +30,5 @@ def run(arguments: argparse.Namespace) -> None:
     from resnext_det.errors import quoted
     from resnext_det.report.page import write_report
 
-    page = write_report(arguments.run or arguments.folder, arguments.output)
+    page = write_report(arguments.run or arguments.folder, arguments.output, arguments.baseline)
     print(f"Report: {quoted(page, 4096)}")

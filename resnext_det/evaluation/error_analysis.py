@@ -53,7 +53,10 @@ def analyse_errors(
         objects have no curves:
         "curves": by class and IoU ("0.50", "0.75", "0.50:0.95"), precisions at the 101 "recalls";
         "by_score": by class, "precision" and "recall" at an IoU of 0.5 for score thresholds 0,
-            0.01, ..., 1, and "best": score, precision, recall and f1 where F1 is highest, or None;
+            0.01, ..., 1, "best": score, precision, recall and f1 where F1 is highest, or None, and
+            the number of "objects";
+        "calibration": "error" (ECE), and "bins" of ten scores with detections, as their mean
+            "score", the share that is "right" at an IoU of 0.5, and their "count";
         "confusion": "classes" and "counts" (K + 1, K + 1), true class by detected class, the last
             of both being background; at this "iou", from this "score";
         "errors": TIDE's, as "kind", "count", and "cost" in points of AP50.
@@ -89,7 +92,44 @@ def analyse_errors(
             for kind in ERROR_KINDS
         ],
         "by_score": _by_score(status, truth, detections),
+        "calibration": _calibration(evaluation),
     }
+
+
+def _calibration(evaluation: hotcoco.COCOeval) -> dict[str, Any]:
+    """Return how far scores are from the share of detections that are right (1706.04599)."""
+    found = evaluation.calibration(n_bins=10, iou_threshold=OVERLAP)
+    bins = [
+        {
+            "score": 100 * each["avg_confidence"],
+            "right": 100 * each["avg_accuracy"],
+            "count": int(each["count"]),
+        }
+        for each in found["bins"]
+        if each["count"]
+    ]
+    return {"error": 100 * float(found["ece"]), "bins": bins}
+
+
+def thresholds(details: Details) -> dict[str, Any]:
+    """Return what metrics.json says about scores: where F1 is highest, and how right they are."""
+    best = {name: each["best"] for name, each in details["by_score"].items()}
+    return {
+        "thresholds": {"iou": OVERLAP, "all": best.pop("", None), "per_class": best},
+        "calibration_error": details["calibration"]["error"],
+    }
+
+
+def threshold_line(details: Details) -> str:
+    """Return the best threshold of all classes, and the calibration, for a terminal."""
+    best = details["by_score"].get("", {}).get("best")
+    if best is None:
+        return "no detection is right at an IoU of 0.5: no score threshold can be recommended"
+    return (
+        f"F1 is highest at a score of {best['score']:.2f}: precision {best['precision']:.1f} %, "
+        f"recall {best['recall']:.1f} %. On average, a score differs from the share of right "
+        f"detections by {details['calibration']['error']:.1f} points (ECE)"
+    )
 
 
 def _rounded(shares: NDArray[np.float64]) -> list[float]:
@@ -140,6 +180,7 @@ def _score_curve(
         "precision": _rounded(hits[kept] / np.maximum(kept, 1)),
         "recall": _rounded(hits[kept] / objects),
         "best": best,
+        "objects": objects,
     }
 
 

@@ -27,7 +27,12 @@ from resnext_det.evaluation.coco import (
     proposal_table,
 )
 from resnext_det.evaluation.detections import Detections
-from resnext_det.evaluation.error_analysis import Details, analyse_errors
+from resnext_det.evaluation.error_analysis import (
+    Details,
+    analyse_errors,
+    threshold_line,
+    thresholds,
+)
 from resnext_det.evaluation.predictions import Predictions, found_in
 from resnext_det.evaluation.results_file import (
     check_no_training_log,
@@ -45,6 +50,10 @@ class Evaluated:
 
     figures: Figures
     details: Details
+
+    def document(self) -> dict[str, Any]:
+        """Return what metrics.json says about them."""
+        return self.figures.document() | thresholds(self.details)
 
 
 def evaluate_detections(
@@ -92,7 +101,7 @@ def write_evaluated(
     figures: dict[str, Any] = {}
     details: dict[str, Any] = {}
     for kind, each in evaluated.items():
-        figures |= each.figures.document() if kind == "bbox" else {kind: each.figures.document()}
+        figures |= each.document() if kind == "bbox" else {kind: each.document()}
         details |= each.details if kind == "bbox" else {kind: each.details}
     details_file = f"details_{file_name_of(dataset)}.json"
     write_json(folder / details_file, details, indent=None)
@@ -245,7 +254,7 @@ class DetectionEvaluator(DatasetEvaluator):
             self.output, self.dataset, self.description, truth, detections, evaluated, entry
         )
         for kind, each in evaluated.items():
-            self._log(truth, kind, each.figures.table())
+            self._log(truth, kind, f"{each.figures.table()}\n\n{threshold_line(each.details)}")
         return {kind: each.figures.flat() for kind, each in evaluated.items()}
 
     def _proposals(self, truth: GroundTruth, proposals: Detections) -> dict[str, float]:

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from resnext_det.data.annotations import read_json
+from resnext_det.data.survey import FEWEST
 from resnext_det.errors import DatasetError, quoted
 from resnext_det.evaluation.error_analysis import ERROR_KINDS
 from resnext_det.evaluation.results_file import INVALID
@@ -22,6 +23,9 @@ logger = logging.getLogger(__name__)
 
 _MOST_IN_TABLE = 20  # classes; of more, only the most confused pairs are listed
 _MOST_PAIRS = 20
+_MOST_ACTIONS = 12
+_CONFUSED = 0.1  # share of a class's objects that are taken for another class
+_GOOD = 80.0  # percent
 _IOUS = {"0.50": "IoU 0.50", "0.75": "IoU 0.75", "0.50:0.95": "IoU 0.50 to 0.95"}
 
 
@@ -82,6 +86,33 @@ class Confusion:
 
 
 @dataclass(frozen=True)
+class Action:
+    """A class with mistakes at its own best threshold, and what to do about them.
+
+    Attributes:
+        name: of the class.
+        objects: that were evaluated on.
+        trained: objects that were trained on; None if unknown.
+        score: the threshold with the highest F1; None if nothing was found.
+        precision: there, in percent.
+        recall: there, in percent.
+        missed: objects not found there.
+        false: wrong detections there.
+        advice: one sentence.
+    """
+
+    name: str
+    objects: int
+    trained: int | None
+    score: float | None
+    precision: float
+    recall: float
+    missed: int
+    false: int
+    advice: str
+
+
+@dataclass(frozen=True)
 class Details:
     """Where a detector errs.
 
@@ -90,34 +121,108 @@ class Details:
         errors: the costliest first.
         confusion: of the classes.
         best_scores: score threshold with the highest F1, by class.
+        actions: for the classes with most mistakes, these first.
+        calibration: mean difference of scores from the share of right detections, in points.
     """
 
     charts: dict[str, bytes]
     errors: list[ErrorKind]
     confusion: Confusion
     best_scores: dict[str, float]
+    actions: list[Action]
+    calibration: float | None
 
 
-def read_details(file: Path | None) -> Details | None:
-    """Read details_NAME.json of `error_analysis`; None, with a warning, if it is malformed."""
+def read_details(file: Path | None, trained: Mapping[str, int] | None = None) -> Details | None:
+    """Read details_NAME.json of `error_analysis`; None, with a warning, if it is malformed.
+
+    Args:
+        file: that file.
+        trained: objects that were trained on, by class, if known.
+    """
     if file is None:
         return None
     try:
         document = read_json(file)
         scores = document["by_score"]
+        confusion = _confusion(document["confusion"])
+        calibration = document.get("calibration")  # earlier versions had none
+        charts = _charts(document["recalls"], document["curves"].get(""), scores.get(""))
+        if calibration is not None and calibration["bins"]:
+            charts["Are scores probabilities?"] = _reliability(calibration["bins"])
         return Details(
-            charts=_charts(document["recalls"], document["curves"].get(""), scores.get("")),
+            charts=charts,
             errors=_errors(document["errors"]),
-            confusion=_confusion(document["confusion"]),
+            confusion=confusion,
             best_scores={
                 str(name): float(entry["best"]["score"])
                 for name, entry in scores.items()
                 if entry["best"] is not None
             },
+            actions=_actions(scores, confusion, trained),
+            calibration=None if calibration is None else float(calibration["error"]),
         )
     except (DatasetError, *INVALID) as error:
         logger.warning("the report leaves out malformed details, %s: %r", quoted(file), error)
         return None
+
+
+def _actions(
+    scores: Mapping[str, Any], confusion: Confusion, trained: Mapping[str, int] | None
+) -> list[Action]:
+    """Return the classes with most mistakes."""
+    actions = []
+    for name, entry in scores.items():
+        if not name or "objects" not in entry:  # earlier versions did not count them
+            continue
+        objects, best = int(entry["objects"]), entry["best"]
+        score = precision = recall = 0.0
+        if best is not None:
+            score, precision, recall = (
+                float(best[key]) for key in ("score", "precision", "recall")
+            )
+        found = round(objects * recall / 100)
+        false = round(100 * found / precision) - found if precision else 0
+        known = None if trained is None else trained.get(name, 0)
+        advice = _advice(name, objects, known, precision, recall, confusion)
+        if objects - found or false:
+            action = Action(str(name), objects, known, score if best else None, precision, recall,
+                            objects - found, false, advice)  # fmt: skip
+            actions.append(action)
+    return sorted(actions, key=lambda each: -each.missed - each.false)[:_MOST_ACTIONS]
+
+
+def _advice(
+    name: str,
+    objects: int,
+    trained: int | None,
+    precision: float,
+    recall: float,
+    confusion: Confusion,
+) -> str:
+    """Return what would help a class most, in one sentence."""
+    if trained is not None and trained < FEWEST:
+        return f"Too few examples: only {trained} to train on. Label more."
+    row = confusion.counts[confusion.classes.index(name)].copy()
+    row[[confusion.classes.index(name), -1]] = 0
+    other = confusion.classes[int(row.argmax())]
+    if row.max() >= max(_CONFUSED * objects, 2):
+        return f"Confused: {row.max()} taken for {other}. Compare the labels of both."
+    if recall < _GOOD and recall <= precision:
+        return "Missed: add images like those missed, and look for unlabelled objects."
+    if precision < _GOOD:
+        return "False alarms: add such images without objects, and look for missing labels."
+    if objects < FEWEST:
+        return f"Uncertain: only {objects} to evaluate on."
+    return "Good. More images help most."
+
+
+def _reliability(bins: Sequence[Mapping[str, Any]]) -> bytes:
+    """Draw the share of right detections over their score."""
+    score, right = (_finite([float(each[key]) for each in bins]) for key in ("score", "right"))
+    ideal = np.array([0.0, 100.0])
+    lines = [Line("right detections", score, right), Line("ideal", ideal, ideal)]
+    return _chart(lines, "mean score in % (IoU 0.50)")
 
 
 def _charts(

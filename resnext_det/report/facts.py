@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import math
 import re
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
 from resnext_det.checkpoint_file import Run, read_run
 from resnext_det.config import Tree, parse_config, read_config
 from resnext_det.config_rules import CLASSIFIER
+from resnext_det.data.annotations import parse_annotations, read_categories
 from resnext_det.data.checks import CUSTOM
+from resnext_det.data.custom import read_record
+from resnext_det.data.records import is_object
 from resnext_det.errors import ConfigError, ResNeXtError, quoted
-from resnext_det.evaluation.results_file import INFERENCE, Scalars
+from resnext_det.evaluation.results_file import INFERENCE, INVALID, Scalars
 from resnext_det.weights import catalog
 from resnext_det.weights.converting import Record
 from resnext_det.weights.reading import read_checkpoint
@@ -33,6 +40,7 @@ _KEYS = (
 )
 # fmt: on
 _SCHEME = "resnext://"
+_MOST_BYTES = 100_000_000
 
 
 def run_config(run: Path) -> Tree:
@@ -45,6 +53,34 @@ def run_config(run: Path) -> Tree:
                 logger.warning("the report leaves out the config: %s", error)
                 return {}
     return {}
+
+
+def training_objects(run: Path, config: Tree) -> dict[str, int] | None:
+    """Count the objects of each class that a run was trained on; None if they are unknown.
+
+    Files of more than 100 MB are not read.
+    """
+    counts: Counter[str] = Counter()
+    try:
+        recorded = read_record(run)
+        names = config["DATASETS"]["TRAIN"]
+        for name in ast.literal_eval(names) if isinstance(names, str) else names:
+            if name not in recorded and name not in DatasetCatalog:
+                return None
+            known = recorded.get(name)
+            file = known.file if known else Path(MetadataCatalog.get(name).json_file)
+            if file.stat().st_size > _MOST_BYTES:
+                return None
+            document = parse_annotations(file)
+            classes = read_categories(document["categories"], file)
+            counts.update(
+                classes[each["category_id"]]
+                for each in document["annotations"]
+                if is_object(each) and not each.get("iscrowd") and each["category_id"] in classes
+            )
+    except (OSError, ResNeXtError, *INVALID):
+        return None
+    return dict(counts) or None
 
 
 def value_of(config: Tree, key: str) -> str:

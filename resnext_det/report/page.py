@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from resnext_det.errors import DatasetError, ResNeXtError
+from resnext_det.evaluation.annotations import read_ground_truth
 from resnext_det.evaluation.classified import results_file
 from resnext_det.evaluation.coco import ClassFigures, Figures
-from resnext_det.evaluation.compare import Difference
+from resnext_det.evaluation.compare import (
+    Difference,
+    compare,
+    comparison_document,
+    read_baseline,
+)
+from resnext_det.evaluation.detections import read_detections
 from resnext_det.evaluation.results_file import (
     INFERENCE,
     INVALID,
@@ -30,6 +37,7 @@ from resnext_det.report.facts import (
     model_name,
     run_config,
     schedule_facts,
+    training_objects,
     weights_facts,
 )
 from resnext_det.report.gallery import (
@@ -102,22 +110,24 @@ class Section:
         return [(name, value) for name, value in facts.items() if value]
 
 
-def write_report(run: Path, output: Path | None = None) -> Path:
+def write_report(run: Path, output: Path | None = None, baseline: Path | None = None) -> Path:
     """Write one self-contained page about an evaluated run, whole or not at all.
 
     Args:
         run: the folder of a classifier's training, or one with inference/metrics.json, the
             detections that it names and, after a training, metrics.jsonl and config.yaml.
         output: the page; report.html in the run's folder by default.
+        baseline: another evaluated run to compare with.
 
     Returns:
         The page that was written.
 
     Raises:
-        DatasetError: metrics.json, annotations or detections are missing or malformed.
+        DatasetError: metrics.json, annotations or detections are missing or malformed, or the
+            baseline was evaluated with other annotations.
         ResNeXtError: the page cannot be written.
     """
-    page = render_classifier(run) if results_file(run).is_file() else _render(run)
+    page = render_classifier(run) if results_file(run).is_file() else _render(run, baseline)
     target = run / "report.html" if output is None else output
     try:
         with written_beside(target) as beside:
@@ -129,10 +139,15 @@ def write_report(run: Path, output: Path | None = None) -> Path:
     return target
 
 
-def _render(run: Path) -> str:
+def _render(run: Path, baseline: Path | None) -> str:
     metrics = read_metrics(run)
+    if baseline is not None:
+        metrics = replace(
+            metrics, evaluations=[_against(each, baseline) for each in metrics.evaluations]
+        )
     training = read_training(run)
     config = run_config(run)
+    trained = training_objects(run, config)
     augmented = _augmented(run, metrics)
     evaluations = [*metrics.evaluations, *augmented]
     share = max(3, MOST_PICTURES // max(1, len(evaluations)))
@@ -143,7 +158,7 @@ def _render(run: Path) -> str:
         sections=[
             Section(
                 each,
-                read_details(each.details),
+                read_details(each.details, trained),
                 _differences(each.baseline),
                 make_gallery(each, share),
                 each in augmented,
@@ -163,6 +178,14 @@ def _render(run: Path) -> str:
         shown_from=SHOWN_FROM,
         matched_from=MATCHED_FROM,
     )
+
+
+def _against(evaluation: DatasetMetrics, baseline: Path) -> DatasetMetrics:
+    """Compare an evaluation with that of another run."""
+    truth = read_ground_truth(evaluation.annotations)
+    now = read_detections(evaluation.detections, truth)
+    differences = compare(truth, read_baseline(baseline, truth), now)
+    return replace(evaluation, baseline=comparison_document(baseline, differences))
 
 
 def _augmented(run: Path, metrics: Metrics) -> list[DatasetMetrics]:

@@ -15,7 +15,7 @@ from pycocotools.cocoeval import COCOeval
 
 from resnext_det.evaluation.annotations import read_ground_truth
 from resnext_det.evaluation.detections import Detections
-from resnext_det.evaluation.error_analysis import Details, error_table
+from resnext_det.evaluation.error_analysis import Details, error_table, threshold_line
 from resnext_det.evaluation.evaluator import Evaluated, evaluate_detections
 
 Document = dict[str, Any]
@@ -120,6 +120,8 @@ def test_without_correct_detections(tmp_path: Path, rows: list[str]) -> None:
     curve = found.details["by_score"][""]
     assert curve["best"] is None
     assert max(curve["precision"]) == max(curve["recall"]) == 0
+    assert found.document()["thresholds"]["all"] is None
+    assert "no score threshold" in threshold_line(found.details)
 
 
 def counted_at(
@@ -150,7 +152,8 @@ def test_curves_over_the_score_agree_with_pycocotools(tmp_path: Path) -> None:
     document = {"images": images, "categories": CATEGORIES, "annotations": annotations}
     file.write_text(json.dumps(document))
     truth = read_ground_truth(file)
-    found = evaluate_detections(truth, Detections.of(rows, truth)).details["by_score"]
+    evaluated = evaluate_detections(truth, Detections.of(rows, truth))
+    found = evaluated.details["by_score"]
     assert set(found) == {"", "cat", "dog"}
 
     with contextlib.redirect_stdout(io.StringIO()):
@@ -169,6 +172,9 @@ def test_curves_over_the_score_agree_with_pycocotools(tmp_path: Path) -> None:
             columns = each["dtScores"], each["dtMatches"][0], each["dtIgnore"][0]
             scored += [(score, match > 0) for score, match, ignore in zip(*columns) if not ignore]
         curve = found[name]
+        assert curve["objects"] == objects
+        if not name:
+            check_calibration(evaluated.details["calibration"], scored)
         for number in range(101):
             precision, recall, _ = counted_at(number / 100, scored, objects)
             assert curve["precision"][number] == pytest.approx(precision, abs=0.006)
@@ -179,3 +185,21 @@ def test_curves_over_the_score_agree_with_pycocotools(tmp_path: Path) -> None:
         )
         found_there = best["precision"], best["recall"], best["f1"]
         assert found_there == pytest.approx(counted_at(best["score"], scored, objects))
+    written = evaluated.document()["thresholds"]
+    assert written["all"] == found[""]["best"]
+    assert written["per_class"] == {name: found[name]["best"] for name in ("cat", "dog")}
+    assert evaluated.document()["calibration_error"] == evaluated.details["calibration"]["error"]
+    assert f"at a score of {written['all']['score']:.2f}" in threshold_line(evaluated.details)
+
+
+def check_calibration(found: Document, scored: list[tuple[float, bool]]) -> None:
+    """Compare with Guo et al.'s definition (1706.04599, section 2): ten bins of equal width."""
+    bins: dict[int, list[tuple[float, bool]]] = {}
+    for score, right in scored:
+        bins.setdefault(min(int(10 * score), 9), []).append((score, right))
+    means = {number: np.mean(each, axis=0) for number, each in bins.items()}
+    differences = [len(bins[n]) * abs(score - right) for n, (score, right) in means.items()]
+    assert found["error"] == pytest.approx(100 * sum(differences) / len(scored))
+    assert [each["count"] for each in found["bins"]] == [len(bins[n]) for n in sorted(bins)]
+    for each, number in zip(found["bins"], sorted(bins)):
+        assert (each["score"], each["right"]) == pytest.approx(tuple(100 * means[number]))

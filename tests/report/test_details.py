@@ -51,6 +51,58 @@ def test_reads_details(tmp_path: Path) -> None:
     assert details.confusion.pairs == [("cat", "dog", 3, 0.3), ("dog", "cat", 1, 1.0)]
     assert details.confusion.rows[0] == ("cat", [(6, 0.6), (3, 0.3), (1, 0.1)])
     assert details.best_scores == {"": 0.6, "cat": 0.6}
+    assert details.actions == [] and details.calibration is None  # written by an earlier version
+
+
+def scored(objects: int, precision: float, recall: float) -> dict[str, Any]:
+    best = {"score": 0.6, "precision": precision, "recall": recall, "f1": 1.0}
+    return {**SCORES, "best": best if recall else None, "objects": objects}
+
+
+def test_classes_to_act_on(tmp_path: Path) -> None:
+    names = ["rare", "confused", "missed", "false", "few", "good", "perfect", "never"]
+    counts = np.zeros((9, 9), int)
+    counts[1, 2], counts[1, 0], counts[1, -1] = 30, 3, 50  # most are missed
+    scores = {
+        "": SCORES,
+        "rare": scored(10, 50.0, 50.0),
+        "confused": scored(100, 90.0, 60.0),
+        "missed": scored(100, 90.0, 30.0),
+        "false": scored(40, 50.0, 75.0),
+        "few": scored(10, 90.0, 90.0),
+        "good": scored(100, 90.0, 90.0),
+        "perfect": scored(100, 100.0, 100.0),
+        "never": scored(30, 0.0, 0.0),
+    }
+    confusion = {"classes": [*names, "background"], "iou": 0.5, "score": 0.5}
+    bins = [{"score": 12.0, "right": 3.0, "count": 5}, {"score": 93.0, "right": 85.0, "count": 2}]
+    content = document(
+        by_score=scores,
+        confusion={**confusion, "counts": counts.tolist()},
+        calibration={"error": 8.7, "bins": bins},
+    )
+    file = tmp_path / "details.json"
+    file.write_text(json.dumps(content))
+    trained = {**dict.fromkeys(names, 500), "rare": 7}
+    details = read_details(file, trained)
+    assert details is not None and details.calibration == 8.7
+    ElementTree.fromstring(details.charts["Are scores probabilities?"])
+    found = {each.name: each for each in details.actions}
+    assert list(found) == ["missed", "confused", "false", "never", "good", "rare", "few"]
+    assert (found["false"].missed, found["false"].false) == (10, 30)  # 30 of 60 are right
+    assert (found["never"].missed, found["never"].score) == (30, None)
+    for name, advice in {
+        "rare": "Too few examples: only 7 to train on",
+        "confused": "Confused: 30 taken for missed",
+        "missed": "Missed",
+        "false": "False alarms",
+        "few": "Uncertain: only 10 to evaluate on",
+        "good": "Good",
+        "never": "Missed",
+    }.items():
+        assert found[name].advice.startswith(advice), name
+    unknown = read_details(file)
+    assert unknown is not None and {each.trained for each in unknown.actions} == {None}
 
 
 def test_many_classes_have_pairs_instead_of_a_table() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from resnext_det.data.custom import CustomData
 from resnext_det.errors import DatasetError, ResNeXtError
+from resnext_det.evaluation.annotations import read_ground_truth
+from resnext_det.evaluation.detections import read_detections
+from resnext_det.evaluation.evaluator import evaluate_detections
 from resnext_det.evaluation.results_file import read_metrics
+from resnext_det.files import file_digest
+from resnext_det.report.facts import run_config, training_objects
 from resnext_det.report.page import write_report
 from resnext_det_cli import main
 from tests.report.conftest import CLASSES, CONFIG, edit
@@ -103,7 +110,7 @@ def test_figures_and_facts(evaluated_run: Path, tmp_path: Path) -> None:
         "Loss", "Precision in %", "Learning rate", "Best", "Worst", "Most confused",
     ):  # fmt: skip
         assert words in page.text, words
-    assert len(page.pictures) == 5 + 2 * page.source.count("<figcaption>")
+    assert len(page.pictures) == 6 + 2 * page.source.count("<figcaption>")
     assert page.source.count("<figcaption>") > 10
     again = write_report(evaluated_run, tmp_path / "new" / "page.html")
     assert again.read_text(encoding="utf-8") == page.source
@@ -257,3 +264,45 @@ def test_failed_writing_keeps_the_old_page(run: Path, monkeypatch: pytest.Monkey
 def test_report_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", "--run", str(run), "--output", str(run / "page.html")]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"Report: {run / 'page.html'}"
+
+
+def test_report_against_another_run(run: Path, tmp_path: Path) -> None:
+    edit(run, baseline=None)
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    truth = read_ground_truth(read_metrics(run).evaluations[0].annotations)
+    file = read_metrics(other).evaluations[0].detections
+    kept = json.loads(file.read_text())[::2]
+    file.write_text(json.dumps(kept))
+    edit(other, detections_sha256=file_digest(file))
+    page = Page(write_report(run, baseline=other))
+    now, before = (
+        evaluate_detections(truth, read_detections(each.detections, truth)).figures.figures["AP"]
+        for each in (read_metrics(run).evaluations[0], read_metrics(other).evaluations[0])
+    )
+    assert now is not None and before is not None
+    assert f"Comparison with {other}" in page.text
+    assert f"AP {shown(before)} {shown(now)} {now - before:+.2f}" in page.text
+    edit(other, annotations_sha256="0" * 64)
+    with pytest.raises(DatasetError, match="with other annotations"):
+        write_report(run, baseline=other)
+
+
+def test_classes_to_act_on_know_the_training_data(run: Path, annotation_file: Path) -> None:
+    data = CustomData(annotation_file, annotation_file.parent)
+    entry = {"annotations": str(data.file), "images": str(data.images), "sha256": ""}
+    (run / "datasets.json").write_text(json.dumps({data.name: entry}))
+    with (run / "config.yaml").open("a") as stream:
+        stream.write(f"DATASETS: {{TRAIN: [{data.name}]}}\n")
+    document = json.loads(annotation_file.read_text())
+    names = {each["id"]: each["name"] for each in document["categories"]}
+    counts = Counter(
+        names[each["category_id"]] for each in document["annotations"] if not each["iscrowd"]
+    )
+    assert training_objects(run, run_config(run)) == counts
+    text = Page(write_report(run)).text
+    assert "Classes to act on" in text
+    few = set(map(int, re.findall(r"Too few examples: only (\d+) to train on", text)))
+    assert few and few <= set(counts.values())
+    data.file.unlink()
+    assert training_objects(run, run_config(run)) is None
