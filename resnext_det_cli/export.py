@@ -2,6 +2,7 @@
 
     %(prog)s --run output/run --format openvino --output detector.xml
     %(prog)s --run output/run --format onnx --output detector.onnx --images photographs
+    %(prog)s --run output/run --output detector.xml --int8 --lose-at-most 0.5
 
 Compares the artifact with the detector on some images of the run's test set, or on those of
 --images: unless every detection matches, no file is written. `resnext_det.runtime` runs it, ONNX
@@ -16,6 +17,7 @@ from pathlib import Path
 from resnext_det_cli import flags
 
 FORMATS = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2", "torchscript": ".ts"}
+LOSE_AT_MOST = 0.5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     images = "to compare on (default: 20 of the test set)"
     parser.add_argument("--images", type=Path, metavar="FOLDER", help=images)
     parser.add_argument("--opset", type=int, metavar="N", help="of ONNX (default: 17)")
+    parser.add_argument(
+        "--int8",
+        action="store_true",
+        help="quantize the OpenVINO model, calibrated on DATASETS.TRAIN, judged on DATASETS.TEST",
+    )
+    parser.add_argument(
+        "--lose-at-most", type=float, metavar="AP", help="points of AP that --int8 may cost (0.5)"
+    )
     flags.add_overrides(parser)
 
 
@@ -39,6 +49,13 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
         parser.error(f"--output {arguments.output}: a file of {wanted} ends in {FORMATS[wanted]}")
     if arguments.opset is not None and wanted not in ("onnx", "openvino"):
         parser.error(f"--opset is of ONNX, and {wanted} files have none")
+    if arguments.lose_at_most is not None and not arguments.int8:
+        parser.error("--lose-at-most is for --int8")
+    if arguments.int8:
+        if arguments.lose_at_most is None:
+            arguments.lose_at_most = LOSE_AT_MOST
+        if not 0 <= arguments.lose_at_most <= 100:
+            parser.error(f"--lose-at-most {arguments.lose_at_most}: 0 to 100 points of AP")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -68,6 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
         images=images,
         run=source,
         opset=arguments.opset or OPSET,
+        lose_at_most=arguments.lose_at_most,
     )
     suffixes = [arguments.output.suffix, *description.parts_sha256]
     files = [arguments.output.with_suffix(suffix) for suffix in suffixes]

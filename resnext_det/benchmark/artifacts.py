@@ -15,12 +15,13 @@ from detectron2.structures import Boxes, Instances
 
 from resnext_det.benchmark.contenders import FP32, STOCK, Agreement, example
 from resnext_det.benchmark.measure import Row, Setup, Table, apart
-from resnext_det.export.formats import saver
+from resnext_det.export.formats import save_model, saver
 from resnext_det.export.graph import Graph
+from resnext_det.export.quantizing import quantized
 from resnext_det.runtime.description import Description
-from resnext_det.runtime.engines import format_of, open_artifact
+from resnext_det.runtime.engines import format_of, open_artifact, openvino_core
 
-_SUFFIXES = {"onnxruntime fp32": ".onnx", "OpenVINO fp32": ".xml"}
+_FLOAT = {"onnxruntime fp32": ".onnx", "OpenVINO fp32": ".xml"}
 
 
 def artifacts(setup: Setup) -> list[Table]:
@@ -33,14 +34,20 @@ def artifacts(setup: Setup) -> list[Table]:
     }
     sizes: dict[str, float] = {}
     with TemporaryDirectory() as folder:
-        for name, suffix in _SUFFIXES.items():
-            file = Path(folder) / f"detector{suffix}"
+        files = {name: Path(folder) / f"float{suffix}" for name, suffix in _FLOAT.items()}
+        for name, file in list(files.items()):
             form = format_of(file)
             if not all(map(importlib.util.find_spec, ("onnx", form.engine))):
+                del files[name]
                 continue
             saver(form.name, Graph(STOCK.build(cfg)), pixels)(_UNDESCRIBED, file)
-            files = [each for each in file.parent.iterdir() if each.suffix in (suffix, ".bin")]
-            sizes[name] = sum(each.stat().st_size for each in files) / 2**20
+            if form.name == "openvino" and importlib.util.find_spec("nncf"):
+                files["OpenVINO int8"] = Path(folder) / "int8.xml"
+                model = quantized(openvino_core().read_model(file), [pixels.numpy()])
+                save_model(model, _UNDESCRIBED, files["OpenVINO int8"])
+        for name, file in files.items():
+            parts = [file, file.with_suffix(".bin")] if file.suffix == ".xml" else [file]
+            sizes[name] = sum(each.stat().st_size for each in parts) / 2**20
             runs[name] = partial(_opened, file, pixels.numpy())
         measured = apart(runs, setup.rounds, "artifacts")
     stock = measured[STOCK.name].result[0]["instances"]
@@ -58,7 +65,9 @@ def artifacts(setup: Setup) -> list[Table]:
     note = (
         f"One generated image of {height} x {width} pixels by what `resnext-det export` writes, "
         "each in a process of its own, with as many threads as torch has. Memory is what the first "
-        "pass adds to a process that has loaded the detector. Columns as under Inference. The "
+        "pass adds to a process that has loaded the detector. Columns as under Inference. Int8 is "
+        "calibrated on this image, and its differences are of random weights: for those of trained "
+        "ones see Deployment. The "
         "export command itself compares on real images, and keeps no artifact that differs."
     )
     return [Table("Exported detectors", note, rows)]

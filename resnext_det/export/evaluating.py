@@ -72,6 +72,8 @@ def evaluate_artifact(cfg: CfgNode, file: Path) -> dict[str, Any]:
     """
     model = Artifact(file)
     logger.info("evaluating %s", file)
+    if cfg.TEST.AUG.ENABLED:
+        logger.warning("TEST.AUG is ignored: an artifact detects in one size")
     return Trainer.test(cfg, model)
 
 

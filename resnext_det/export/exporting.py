@@ -17,10 +17,11 @@ from resnext_det.console import progress_bar
 from resnext_det.data.checks import check_registered
 from resnext_det.engine.predictor import Predictor
 from resnext_det.environment import versions
-from resnext_det.errors import ArtifactError, ConfigError
+from resnext_det.errors import ArtifactError, ConfigError, quoted
 from resnext_det.export.compare import LOWEST_SCORE, compare
 from resnext_det.export.formats import OPSET, needed, saver
 from resnext_det.export.graph import Graph
+from resnext_det.export.quantizing import CALIBRATION_IMAGES, nncf, quantize
 from resnext_det.files import file_digest, written_together
 from resnext_det.images import read_picture
 from resnext_det.runtime.description import Description
@@ -39,6 +40,7 @@ def export(
     images: Sequence[Path] = (),
     run: str = "",
     opset: int = OPSET,
+    lose_at_most: float | None = None,
 ) -> Description:
     """Export the detector of a config and its weights.
 
@@ -49,26 +51,31 @@ def export(
         images: to compare on; by default some of DATASETS.TEST.
         run: the folder of the training, to record.
         opset: of ONNX, for the formats that need it.
+        lose_at_most: quantize to int8, if that costs at most so many points of AP.
 
     Returns:
         What the artifact says about itself, including the comparison.
 
     Raises:
-        ArtifactError: the format cannot express the detector, or the artifact detects something
-            else; nothing is left behind.
+        ArtifactError: the format cannot express the detector, the artifact detects something
+            else, or int8 loses too much; nothing is left behind.
         ConfigError: the detector cannot be exported, or a package is missing.
         WeightsError: the weights do not fill the whole detector.
     """
     form = format_of(file)
     for package in {form.engine} | ({"onnx"} if form.name in ("onnx", "openvino") else set()):
         needed(package, form.name)
+    if lose_at_most is not None:
+        _check_int8(cfg, form.name)
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.RESNEXT.PRECISION = "stock"
     cfg.freeze()
     if cfg.INPUT.FORMAT not in ("BGR", "RGB"):
-        raise ConfigError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT}; only BGR and RGB are exported.")
+        raise ConfigError(
+            f"INPUT.FORMAT is {quoted(cfg.INPUT.FORMAT)}; only BGR and RGB are exported."
+        )
     predictor = Predictor(cfg)
     graph = Graph(predictor.model)
     logger.info("%s", predictor.report)
@@ -92,8 +99,26 @@ def export(
         logger.info("%s", comparison)
         description = replace(description, comparison=asdict(comparison))
         save(description, inside)
+        if lose_at_most is not None:
+            trained = _spread(cfg.DATASETS.TRAIN[0], CALIBRATION_IMAGES)
+            pixels = [image.numpy() for image in _read(predictor, trained)]
+            quantize(cfg, description, inside, pixels, lose_at_most)
         written, _ = open_artifact(inside)
     return written
+
+
+def _check_int8(cfg: CfgNode, form: str) -> None:
+    if form != "openvino":
+        raise ConfigError(f"int8 is for OpenVINO only, not for {form}: --format openvino.")
+    for key in ("TRAIN", "TEST"):
+        if not cfg.DATASETS[key]:
+            raise ConfigError(
+                f"DATASETS.{key} is empty, and int8 is calibrated on images of DATASETS.TRAIN and "
+                "judged on those of DATASETS.TEST: name a data set."
+            )
+        check_registered(cfg.DATASETS[key][0])
+    with nncf():
+        pass  # installed
 
 
 def tested(cfg: CfgNode, count: int = IMAGES) -> list[Path]:
@@ -108,7 +133,11 @@ def tested(cfg: CfgNode, count: int = IMAGES) -> list[Path]:
             "DATASETS.TEST is empty, and the artifact is compared with the detector on images: "
             "name a folder of some, --images FOLDER."
         )
-    name = cfg.DATASETS.TEST[0]
+    return _spread(cfg.DATASETS.TEST[0], count)
+
+
+def _spread(name: str, count: int) -> list[Path]:
+    """Return images of a data set, evenly spread."""
     check_registered(name)
     records = DatasetCatalog.get(name)
     step = max(1, len(records) // count)

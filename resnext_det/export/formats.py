@@ -97,13 +97,16 @@ def _save_onnx(model: Any, description: Description, file: Path) -> None:
 
 
 def _save_openvino(model: Any, description: Description, file: Path) -> None:
-    """Write an ONNX model as OpenVINO's .xml, and its weights as .bin beside it."""
+    save_model(openvino_core().read_model(model.SerializeToString()), description, file)
+
+
+def save_model(model: Any, description: Description, file: Path) -> None:
+    """Write OpenVINO's model as .xml, and its weights as .bin beside it."""
     openvino = needed("openvino", "OpenVINO")
-    converted = openvino_core().read_model(model.SerializeToString())
-    openvino.save_model(converted, file, compress_to_fp16=False)
+    openvino.save_model(model, file, compress_to_fp16=False)
     digest = {".bin": file_digest(file.with_suffix(".bin"))}
-    converted.set_rt_info(replace(description, parts_sha256=digest).text(), [KEY])
-    openvino.save_model(converted, file, compress_to_fp16=False)
+    model.set_rt_info(replace(description, parts_sha256=digest).text(), [KEY])
+    openvino.save_model(model, file, compress_to_fp16=False)
 
 
 def _save_torch(
@@ -121,7 +124,7 @@ def _first_line(error: Exception) -> str:
     return plain(str(error).strip().partition("\n")[0].rstrip("."), 200)
 
 
-def needed(module: str, purpose: str) -> Any:
+def needed(module: str, purpose: str, extra: str = "export") -> Any:
     """Import an optional module.
 
     Raises:
@@ -132,7 +135,7 @@ def needed(module: str, purpose: str) -> Any:
     except ImportError as error:
         raise ConfigError(
             f"exporting to {purpose} needs {module}, and importing it failed "
-            f"({plain(str(error))}): pip install 'resnext_det[export]'"
+            f"({plain(str(error))}): pip install 'resnext_det[{extra}]'"
         ) from error
 
 

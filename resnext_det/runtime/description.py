@@ -40,7 +40,8 @@ class Description:
         precision: of the graph, such as "fp32".
         versions: of what wrote it.
         comparison: with the detector it was exported from: images, detections, and the largest
-            difference of their boxes in pixels and of their scores.
+            difference of their boxes in pixels and of their scores. These are of the float model;
+            int8 adds AP, AP_in_float, and the interval of their difference.
         parts_sha256: of files that belong to it, by the end of their name.
     """
 

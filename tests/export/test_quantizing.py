@@ -1,0 +1,158 @@
+"""Int8 artifacts, judged on annotations that are what the float detector finds: its AP is 100."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+
+from resnext_det import Predictor
+from resnext_det.benchmark.contenders import photograph
+from resnext_det.config import config_of
+from resnext_det.data.toy import CLASSES
+from resnext_det.errors import ArtifactError, ConfigError
+from resnext_det.evaluation.annotations import read_ground_truth
+from resnext_det.evaluation.compare import Difference
+from resnext_det.export import quantizing
+from resnext_det.export.exporting import export
+from resnext_det.runtime import load
+from resnext_det.runtime.engines import openvino_core
+from resnext_det_cli import main
+from tests.conftest import StockEvaluation
+from tests.export.test_exporting import config_of as config_of_run
+
+pytest.importorskip("onnx")
+pytest.importorskip("openvino")
+pytest.importorskip("nncf")
+
+NAME = "found_by_the_detector"
+IMAGES = 24
+
+
+@pytest.fixture(scope="module")
+def annotations(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("found")
+    predictor = Predictor(run, precision="stock")
+    images: list[dict[str, Any]] = []
+    objects: list[dict[str, Any]] = []
+    for number in range(1, IMAGES + 1):
+        file = folder / f"{number}.png"
+        photograph(np.random.default_rng(number), 96, 128).save(file)
+        images.append({"id": number, "file_name": file.name, "height": 96, "width": 128})
+        for row in predictor(file).to_coco(number, range(1, len(CLASSES) + 1)):
+            area = row["bbox"][2] * row["bbox"][3]
+            objects.append({**row, "id": len(objects) + 1, "area": area, "iscrowd": 0})
+    categories = [{"id": number, "name": name} for number, name in enumerate(CLASSES, 1)]
+    document = {"images": images, "annotations": objects, "categories": categories}
+    (folder / "found.json").write_text(json.dumps(document))
+    register_coco_instances(NAME, {}, str(folder / "found.json"), str(folder))
+    DatasetCatalog.get(NAME)  # which registers the classes
+    yield folder / "found.json"
+    DatasetCatalog.remove(NAME)
+    MetadataCatalog.remove(NAME)
+
+
+@pytest.fixture(scope="module")
+def cfg(run: Path, annotations: Path) -> CfgNode:
+    names = str((NAME,))
+    return config_of(config_of_run(run), ["DATASETS.TRAIN", names, "DATASETS.TEST", names])
+
+
+@pytest.fixture
+def images(annotations: Path) -> list[Path]:
+    return [annotations.parent / f"{number}.png" for number in (1, 2)]
+
+
+def test_records_what_int8_costs(
+    cfg: CfgNode,
+    images: list[Path],
+    annotations: Path,
+    tmp_path: Path,
+    stock_evaluation: StockEvaluation,
+) -> None:
+    file = tmp_path / "a.xml"
+    described = export(cfg, file, images=images, lose_at_most=100)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a.bin", "a.xml"]
+    detector = load(file)
+    assert detector.description == described and described.precision == "int8"
+    found = described.comparison
+    # In float stay 5 levels of the RPN's 2 last layers, and the head's 2.
+    assert (found["layers"], found["layers_in_int8"]) == (56, 44)
+    weights = sum(each.numel() for each in Predictor(cfg).model.parameters())
+    assert file.with_suffix(".bin").stat().st_size < 1.5 * weights  # bytes
+    rows = []
+    for number in range(1, IMAGES + 1):
+        rows += detector(annotations.parent / f"{number}.png").to_coco(number)
+    assert found["AP"] == pytest.approx(100 * stock_evaluation(annotations, rows).stats[0])
+    assert found["AP_in_float"] == pytest.approx(100, abs=0.5)
+    trial = quantizing._Trial(cfg, described, tmp_path, read_ground_truth(annotations), mock.Mock())
+    compiled = openvino_core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    searched, each = trial.average_precision(compiled, DatasetCatalog.get(NAME), mock.Mock())
+    assert searched == pytest.approx(found["AP"]) and len(each) == IMAGES
+    lost = found["AP"] - found["AP_in_float"]
+    assert found["AP_difference_lower"] < lost < found["AP_difference_upper"] < 0
+
+
+def test_keeps_nothing_if_the_budget_cannot_be_met(
+    cfg: CfgNode, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searches = []
+
+    def quantized(model: Any, pixels: Any, trial: Any = None, lose_at_most: float = 0) -> Any:
+        searches.append(lose_at_most)
+        return model
+
+    lost = Difference("AP", 40.0, 39.25, -0.75, -1.0, -0.5)
+    monkeypatch.setattr(quantizing, "quantized", quantized)
+    monkeypatch.setattr(quantizing._Trial, "lost", lambda *_: lost)
+    monkeypatch.setattr(quantizing, "_layers", lambda _: (56, 3))
+    with pytest.raises(ArtifactError, match=r"with 3 of 56 layers .* loses 0.75 AP on .* is 0.5:"):
+        export(cfg, tmp_path / "a.xml", images=images, lose_at_most=0.5)
+    assert searches == [0, 0.5]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_search_keeps_layers_in_float(cfg: CfgNode, images: list[Path], tmp_path: Path) -> None:
+    found = export(cfg, tmp_path / "a.xml", images=images, lose_at_most=60).comparison
+    assert found["AP"] >= found["AP_in_float"] - 60
+    assert 0 < found["layers_in_int8"] < 44
+
+
+def test_refuses_what_it_cannot_quantize(
+    cfg: CfgNode, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="not for onnx: --format openvino"):
+        export(cfg, tmp_path / "a.onnx", images=images, lose_at_most=1)
+    for key in ("DATASETS.TRAIN", "DATASETS.TEST"):
+        with pytest.raises(ConfigError, match=f"{key} is empty, and int8"):
+            export(config_of(cfg, [key, "()"]), tmp_path / "a.xml", images=images, lose_at_most=1)
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    with pytest.raises(ConfigError, match=r"needs nncf.*pip install 'resnext_det\[int8\]'"):
+        export(cfg, tmp_path / "a.xml", images=images, lose_at_most=1)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--lose-at-most", "1"], "--lose-at-most is for --int8"),
+        (["--int8", "--lose-at-most", "nan"], "nan: 0 to 100 points of AP"),
+        (["--int8", "--lose-at-most", "-1"], "-1.0: 0 to 100 points of AP"),
+    ],
+)
+def test_refuses_a_budget_that_makes_no_sense(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["export", "--run", str(tmp_path), "--output", str(tmp_path / "a.xml"), *words])
+    assert message in capsys.readouterr().err
