@@ -36,7 +36,7 @@ from resnext_det.runtime.engines import OUTPUTS, Arrays, openvino_core
 logger = logging.getLogger(__name__)
 
 CALIBRATION_IMAGES = 64
-_RANKING_IMAGES = 100  # to order the layers by what they cost
+_RANKING_IMAGES = 32  # to order the layers by what they cost
 _LAYERS = ("Convolution", "GroupConvolution", "MatMul")
 
 

@@ -122,7 +122,10 @@ def test_keeps_nothing_if_the_budget_cannot_be_met(
 
 
 @pytest.mark.slow
-def test_search_keeps_layers_in_float(cfg: CfgNode, images: list[Path], tmp_path: Path) -> None:
+def test_search_keeps_layers_in_float(
+    cfg: CfgNode, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantizing, "_RANKING_IMAGES", 2)
     found = export(cfg, tmp_path / "a.xml", images=images, lose_at_most=60).comparison
     assert found["AP"] >= found["AP_in_float"] - 60
     assert 0 < found["layers_in_int8"] < 44
