@@ -48,7 +48,10 @@ def artifacts(setup: Setup) -> list[Table]:
         for name, file in files.items():
             parts = [file, file.with_suffix(".bin")] if file.suffix == ".xml" else [file]
             sizes[name] = sum(each.stat().st_size for each in parts) / 2**20
-            runs[name] = partial(_opened, file, pixels.numpy())
+            runs[name] = partial(_opened, file, pixels.numpy(), "fp32")
+            if name == "OpenVINO fp32":
+                runs["OpenVINO bf16"] = partial(_opened, file, pixels.numpy(), "bf16")
+                sizes["OpenVINO bf16"] = sizes[name]
         measured = apart(runs, setup.rounds, "artifacts")
     stock = measured[STOCK.name].result[0]["instances"]
     rows = []
@@ -73,8 +76,8 @@ def artifacts(setup: Setup) -> list[Table]:
     return [Table("Exported detectors", note, rows)]
 
 
-def _opened(file: Path, pixels: Any) -> Callable[[], Mapping[str, Any]]:
-    _, run = open_artifact(file, torch.get_num_threads())
+def _opened(file: Path, pixels: Any, precision: str) -> Callable[[], Mapping[str, Any]]:
+    _, run = open_artifact(file, torch.get_num_threads(), precision)
     return partial(run, pixels)
 
 

@@ -15,7 +15,7 @@ from resnext_det.runtime.engines import Arrays, Run, open_artifact
 from resnext_det.runtime.resizing import resized, target_size
 
 
-def load(file: str | Path, *, threads: int = 0) -> Detector:
+def load(file: str | Path, *, threads: int = 0, precision: str = "fp32") -> Detector:
     """Load an artifact of `resnext-det export`.
 
     ONNX and OpenVINO files are data. Those of torch hold code that runs when they are loaded: load
@@ -24,12 +24,14 @@ def load(file: str | Path, *, threads: int = 0) -> Detector:
     Args:
         file: .onnx for onnxruntime, .xml (beside its .bin) for OpenVINO, .pt2 or .ts for torch.
         threads: of the engine; 0 for its default, usually all cores.
+        precision: of the layers in float, "fp32", or, of OpenVINO, "bf16": faster on processors
+            with AMX, and not compared with the detector.
 
     Raises:
         ArtifactError: it is missing, damaged, of another program or of a newer version.
-        ConfigError: its engine is not installed.
+        ConfigError: its engine is not installed, or does not compute in this precision.
     """
-    return Detector(*open_artifact(Path(file), threads))
+    return Detector(*open_artifact(Path(file), threads, precision))
 
 
 class Detector:

@@ -34,17 +34,19 @@ class Format:
         name: as `resnext-det export --format` takes it.
         suffix: of its files.
         engine: the module that runs it.
-        open: returns the metadata's JSON and a function that runs the graph, given the file and
-            the number of threads (0 for the engine's default).
+        open: returns the metadata's JSON and a function that runs the graph, given the file, the
+            number of threads (0 for the engine's default) and the precision of layers in float.
+        precisions: that the engine computes in.
     """
 
     name: str
     suffix: str
     engine: str
-    open: Callable[[Path, int], tuple[str, Run]]
+    open: Callable[[Path, int, str], tuple[str, Run]]
+    precisions: tuple[str, ...] = ("fp32",)
 
 
-def _open_onnx(file: Path, threads: int) -> tuple[str, Run]:
+def _open_onnx(file: Path, threads: int, _: str) -> tuple[str, Run]:
     onnxruntime: Any = importlib.import_module("onnxruntime")  # without types, as the next
     with open_regular(file) as stream:
         content = stream.read()  # from memory: the file then cannot name others to read
@@ -73,7 +75,7 @@ def openvino_core() -> Any:
     return openvino.Core()
 
 
-def _open_openvino(file: Path, threads: int) -> tuple[str, Run]:
+def _open_openvino(file: Path, threads: int, precision: str) -> tuple[str, Run]:
     with open_regular(file):
         pass  # a regular file
     model = openvino_core().read_model(file)
@@ -85,7 +87,8 @@ def _open_openvino(file: Path, threads: int) -> tuple[str, Run]:
                 f"{quoted(weights)} does not belong to {quoted(file)}: copy both files of one "
                 "export."
             )
-    settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+    settings["INFERENCE_PRECISION_HINT"] = {"fp32": "f32"}.get(precision, precision)
     if threads:
         settings["INFERENCE_NUM_THREADS"] = threads
     compiled = openvino_core().compile_model(model, "CPU", settings)
@@ -100,7 +103,7 @@ def _open_openvino(file: Path, threads: int) -> tuple[str, Run]:
     return text, run
 
 
-def _open_torch(file: Path, threads: int) -> tuple[str, Run]:
+def _open_torch(file: Path, threads: int, _: str) -> tuple[str, Run]:
     torch: Any = importlib.import_module("torch")
     importlib.import_module("torchvision")  # registers RoIAlign and NMS
     more = {KEY: ""}
@@ -108,7 +111,7 @@ def _open_torch(file: Path, threads: int) -> tuple[str, Run]:
     return more[KEY], _torch_run(torch, program, threads)
 
 
-def _open_torchscript(file: Path, threads: int) -> tuple[str, Run]:
+def _open_torchscript(file: Path, threads: int, _: str) -> tuple[str, Run]:
     torch: Any = importlib.import_module("torch")
     importlib.import_module("torchvision")
     more: dict[str, Any] = {KEY: ""}
@@ -133,7 +136,7 @@ def _torch_run(torch: Any, program: Any, threads: int) -> Run:
 
 FORMATS = (
     Format("onnx", ".onnx", "onnxruntime", _open_onnx),
-    Format("openvino", ".xml", "openvino", _open_openvino),
+    Format("openvino", ".xml", "openvino", _open_openvino, ("fp32", "bf16")),
     # These hold code, which runs when they are loaded.
     Format("torch", ".pt2", "torch", _open_torch),
     Format("torchscript", ".ts", "torch", _open_torchscript),
@@ -154,14 +157,19 @@ def format_of(file: Path) -> Format:
     raise ArtifactError(f"{quoted(file)} is no artifact: their names end in {listed}.")
 
 
-def open_artifact(file: Path, threads: int = 0) -> tuple[Description, Run]:
+def open_artifact(file: Path, threads: int = 0, precision: str = "fp32") -> tuple[Description, Run]:
     """Read an artifact.
 
     Raises:
         ArtifactError: it is missing, damaged, of another program or of a newer version.
-        ConfigError: its engine is not installed.
+        ConfigError: its engine is not installed, or does not compute in this precision.
     """
     form = format_of(file)
+    if precision not in form.precisions:
+        raise ConfigError(
+            f"precision {quoted(precision)}: {form.engine} runs {form.suffix} files in "
+            f"{' or '.join(form.precisions)}."
+        )
     try:
         importlib.import_module(form.engine)
     except ImportError as error:
@@ -170,7 +178,7 @@ def open_artifact(file: Path, threads: int = 0) -> tuple[Description, Run]:
             f"({plain(str(error))}): pip install {form.engine}"
         ) from error
     try:
-        text, run = form.open(file, threads)
+        text, run = form.open(file, threads, precision)
     except (ArtifactError, MemoryError):
         raise
     except OSError as error:

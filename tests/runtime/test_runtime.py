@@ -203,6 +203,17 @@ def test_refuses_damaged_and_foreign_files(file: Path, tmp_path: Path) -> None:
         load(tmp_path / "c.onnx")
 
 
+def test_precision_is_the_engines(file: Path, tmp_path: Path) -> None:
+    save_openvino(tmp_path / "a.xml")
+    picture = np.full((30, 20, 3), 51, np.uint8)
+    found = load(tmp_path / "a.xml", precision="bf16")(picture, order="BGR")
+    assert found.scores == pytest.approx([0.2], rel=2**-8)
+    with pytest.raises(ConfigError, match=r"'bf16': onnxruntime runs .onnx files in fp32\."):
+        load(file, precision="bf16")
+    with pytest.raises(ConfigError, match=r"'int4': openvino runs .xml files in fp32 or bf16\."):
+        load(tmp_path / "a.xml", precision="int4")
+
+
 def test_refuses_the_weights_of_another_export(tmp_path: Path) -> None:
     file = tmp_path / "a.xml"
     content = save_openvino(file)
