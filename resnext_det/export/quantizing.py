@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
-import itertools
 import logging
 import os
+import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,27 +17,23 @@ from unittest import mock
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
 from numpy.typing import NDArray
 
 from resnext_det.config import config_of
 from resnext_det.console import progress_bar
 from resnext_det.errors import ArtifactError, ResNeXtError, plain
 from resnext_det.evaluation.annotations import GroundTruth, read_ground_truth
-from resnext_det.evaluation.coco import compute
 from resnext_det.evaluation.compare import Difference, compare, difference_table
 from resnext_det.evaluation.detections import Detections, read_detections
 from resnext_det.evaluation.results_file import read_metrics
 from resnext_det.export.evaluating import evaluate_artifact, settings
 from resnext_det.export.formats import needed, save_model
 from resnext_det.runtime.description import Description
-from resnext_det.runtime.detector import Detector
-from resnext_det.runtime.engines import OUTPUTS, Arrays, openvino_core
+from resnext_det.runtime.engines import openvino_core
 
 logger = logging.getLogger(__name__)
 
 CALIBRATION_IMAGES = 64
-_RANKING_IMAGES = 32  # to order the layers by what they cost
 _LAYERS = ("Convolution", "GroupConvolution", "MatMul")
 
 
@@ -72,8 +69,8 @@ def quantize(
 ) -> None:
     """Replace an OpenVINO artifact by one whose hidden layers compute in int8.
 
-    The first data set of DATASETS.TEST judges it. If it loses too much, NNCF searches layers to
-    keep in float, on the same images.
+    The first data set of DATASETS.TEST judges it. If it loses too much, parts of the network return
+    to float: one alone, or the costliest together, as few as are needed.
 
     Args:
         cfg: of the detector.
@@ -89,68 +86,107 @@ def quantize(
     tested = cfg.DATASETS.TEST[0]
     with tempfile.TemporaryDirectory(dir=file.parent) as name:
         folder = Path(name)
-        trial = _Trial(cfg, description, folder, *_evaluated(cfg, description, file, folder / "0"))
-        int8 = quantized(model, pixels)
-        lost = trial.lost(int8, "1")
-        if lost.difference is None:
+        trials = _Trials(
+            *(cfg, description, model, pixels, folder),
+            *_evaluated(cfg, description, file, folder / "float"),
+        )
+        last = trials.run(())
+        if last.lost.difference is None:
             raise ArtifactError(f"{tested} has no objects that could judge int8: name other data.")
-        if not -lost.difference <= lose_at_most:
-            logger.info("AP %+.2f: searching layers to keep in float", lost.difference)
-            int8 = quantized(model, pixels, trial, lose_at_most)
-            lost = trial.lost(int8, "2")
-        layers, in_int8 = _layers(int8)
-        difference = lost.difference or 0.0
-        if not (in_int8 and -difference <= lose_at_most):
+        if last.loses > lose_at_most:
+            last = _searched(trials.run, _parts(model), lose_at_most)
+        layers, in_int8 = _layers(last.model)
+        if last.loses > lose_at_most:
             raise ArtifactError(
-                f"with {in_int8} of {layers} layers in int8 the detector loses {-difference:.2f} "
+                f"with {in_int8} of {layers} layers in int8 the detector loses {last.loses:.2f} "
                 f"AP on {tested}, and --lose-at-most is {lose_at_most:g}: allow more, or export "
                 "without --int8. Nothing was kept."
             )
         logger.info("%d of %d layers compute in int8", in_int8, layers)
+        lost = last.lost
         logger.info("%s", difference_table((lost,)))
         figures = {"AP": lost.now, "AP_in_float": lost.before, "AP_difference_lower": lost.lower}
         figures |= {"AP_difference_upper": lost.upper, "layers": layers, "layers_in_int8": in_int8}
         known = {name: value for name, value in figures.items() if value is not None}
         comparison = {**description.comparison, **known}
         kept = folder / file.name
-        save_model(int8, replace(description, precision="int8", comparison=comparison), kept)
+        save_model(last.model, replace(description, precision="int8", comparison=comparison), kept)
         for suffix in (".bin", ".xml"):
             kept.with_suffix(suffix).replace(file.with_suffix(suffix))
 
 
 @dataclass(frozen=True)
 class _Trial:
-    """Compares int8 with float on a data set."""
+    """A quantized model and its difference from float."""
+
+    model: Any
+    lost: Difference
+
+    @property
+    def loses(self) -> float:
+        return -(self.lost.difference or 0.0)
+
+
+@dataclass(frozen=True)
+class _Trials:
+    """Quantizes, and compares with float on a data set."""
 
     cfg: CfgNode
     description: Description
+    model: Any
+    pixels: list[NDArray[np.uint8]]
     folder: Path
     truth: GroundTruth
     before: Detections
 
-    def lost(self, model: Any, name: str) -> Difference:
-        """Evaluate a model as an artifact; return the difference of its AP."""
-        file = self.folder / f"{name}.xml"
-        save_model(model, self.description, file)
-        _, now = _evaluated(self.cfg, self.description, file, self.folder / name)
-        return compare(self.truth, self.before, now)[0]
+    def run(self, in_float: Sequence[str]) -> _Trial:
+        """Quantize all layers but these, and evaluate."""
+        int8 = quantized(self.model, self.pixels, in_float)
+        with tempfile.TemporaryDirectory(dir=self.folder) as name:
+            file = Path(name) / "int8.xml"
+            save_model(int8, self.description, file)
+            _, now = _evaluated(self.cfg, self.description, file, Path(name))
+        return _Trial(int8, compare(self.truth, self.before, now)[0])
 
-    def average_precision(
-        self, compiled: Any, records: Iterable[dict[str, Any]], bar: Any
-    ) -> tuple[float, list[float]]:
-        """Return the AP of a compiled model on images, and on each alone, as NNCF's search asks."""
 
-        def run(pixels: NDArray[np.uint8]) -> Arrays:
-            return dict(zip(OUTPUTS, compiled(pixels, share_outputs=False).values()))
+def _searched(
+    run: Callable[[Sequence[str]], _Trial], parts: Mapping[str, Sequence[str]], lose_at_most: float
+) -> _Trial:
+    """Return the first of some trials within the budget, or the last of all.
 
-        detector = Detector(self.description, run)
-        found: dict[Any, list[dict[str, Any]]] = {}
-        for record in records:
-            key = record["image_id"]
-            found[key] = detector(record["file_name"]).to_coco(key, list(self.truth.categories))
-            bar.update()
-        each = [_precision(self.truth, {key: rows}) for key, rows in found.items()]
-        return _precision(self.truth, found), each
+    First each part alone stays in float, small ones before large ones, then the costliest two,
+    three, and so on: at most twice as many trials as there are parts.
+    """
+    trials: dict[str, _Trial] = {}
+    for part, layers in sorted(parts.items(), key=lambda item: len(item[1])):
+        trials[part] = _logged(run(layers), [part])
+        if trials[part].loses <= lose_at_most:
+            return trials[part]
+    costliest = sorted(parts, key=lambda part: trials[part].loses)
+    last = trials[costliest[0]]
+    for count in range(2, len(parts)):  # with all parts in float, nothing would be in int8
+        names = costliest[:count]
+        last = _logged(run([layer for part in names for layer in parts[part]]), names)
+        if last.loses <= lose_at_most:
+            break
+    return last
+
+
+def _logged(trial: _Trial, parts: Sequence[str]) -> _Trial:
+    logger.info("%s in float: AP %+.2f", ", ".join(parts), -trial.loses)
+    return trial
+
+
+def _parts(model: Any) -> dict[str, list[str]]:
+    """Return the layers that can compute in int8, by part of the network."""
+    in_float = set(_in_float(model))
+    parts: dict[str, list[str]] = defaultdict(list)
+    for operation in model.get_ops():
+        name = operation.get_friendly_name()
+        if operation.get_type_name() in _LAYERS and name not in in_float:
+            stage = re.search(r"/(stem|res\d)[/.]", name)
+            parts[stage[1] if stage else name.split("/")[1]].append(name)
+    return parts
 
 
 def _evaluated(
@@ -164,33 +200,13 @@ def _evaluated(
     return truth, read_detections(found.detections, truth)
 
 
-def _precision(truth: GroundTruth, found: dict[Any, list[dict[str, Any]]]) -> float:
-    """Return the AP of the results of some images, by id, in percent; 0 without objects."""
-    numbers = {key: truth.numbers[key] for key in found}
-    ids = np.array(list(numbers.values()), np.int64)
-    some = replace(
-        truth,
-        numbers=numbers,
-        sizes=truth.sizes[truth.positions(ids)],
-        objects=truth.objects.where(np.isin(truth.objects.image_ids, ids)),
-    )
-    detections = Detections.of(list(itertools.chain(*found.values())), some)
-    return 100 * max(0.0, float(compute(some, detections)[0].summary[0]))
-
-
-def quantized(
-    model: Any,
-    pixels: list[NDArray[np.uint8]],
-    trial: _Trial | None = None,
-    lose_at_most: float = 0,
-) -> Any:
+def quantized(model: Any, pixels: list[NDArray[np.uint8]], in_float: Sequence[str] = ()) -> Any:
     """Quantize OpenVINO's model of a detector.
 
     Args:
-        model: of float layers.
+        model: in float; it stays as it is.
         pixels: of the images to calibrate on.
-        trial: searches layers to keep in float.
-        lose_at_most: what the search may lose, in points of AP.
+        in_float: names of further operations that stay in float.
 
     Raises:
         ArtifactError: NNCF failed.
@@ -201,25 +217,13 @@ def quantized(
         bar.update()
         return image
 
-    work = "searching" if trial else "calibrating"
-    with nncf() as module, progress_bar(desc=work, unit="image") as bar:
-        calibration = module.Dataset(pixels, counted)
-        shared = {
-            "subset_size": len(pixels),
-            "ignored_scope": module.IgnoredScope(names=_in_float(model), validate=False),
-        }
-        if trial is None:
-            return module.quantize(model, calibration, **shared)
-        return module.quantize_with_accuracy_control(
+    names = [*_in_float(model), *in_float]
+    with nncf() as module, progress_bar(desc="calibrating", unit="image") as bar:
+        return module.quantize(
             model,
-            calibration,
-            module.Dataset(DatasetCatalog.get(trial.cfg.DATASETS.TEST[0])),
-            lambda compiled, records: trial.average_precision(compiled, records, bar),
-            max_drop=lose_at_most,
-            advanced_accuracy_restorer_parameters=module.AdvancedAccuracyRestorerParameters(
-                ranking_subset_size=_RANKING_IMAGES, num_ranking_workers=1
-            ),
-            **shared,
+            module.Dataset(pixels, counted),
+            subset_size=len(pixels),
+            ignored_scope=module.IgnoredScope(names=names, validate=False),
         )
 
 

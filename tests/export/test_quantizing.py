@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -20,12 +19,10 @@ from resnext_det.benchmark.contenders import photograph
 from resnext_det.config import config_of
 from resnext_det.data.toy import CLASSES
 from resnext_det.errors import ArtifactError, ConfigError
-from resnext_det.evaluation.annotations import read_ground_truth
 from resnext_det.evaluation.compare import Difference
 from resnext_det.export import quantizing
 from resnext_det.export.exporting import export
 from resnext_det.runtime import load
-from resnext_det.runtime.engines import openvino_core
 from resnext_det_cli import main
 from tests.conftest import StockEvaluation
 from tests.export.test_exporting import config_of as config_of_run
@@ -94,40 +91,54 @@ def test_records_what_int8_costs(
         rows += detector(annotations.parent / f"{number}.png").to_coco(number)
     assert found["AP"] == pytest.approx(100 * stock_evaluation(annotations, rows).stats[0])
     assert found["AP_in_float"] == pytest.approx(100, abs=0.5)
-    trial = quantizing._Trial(cfg, described, tmp_path, read_ground_truth(annotations), mock.Mock())
-    compiled = openvino_core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    searched, each = trial.average_precision(compiled, DatasetCatalog.get(NAME), mock.Mock())
-    assert searched == pytest.approx(found["AP"]) and len(each) == IMAGES
     lost = found["AP"] - found["AP_in_float"]
     assert found["AP_difference_lower"] < lost < found["AP_difference_upper"] < 0
+
+
+def trial_of(loses: float) -> quantizing._Trial:
+    return quantizing._Trial("model", Difference("AP", 40.0, 40.0 - loses, -loses, None, None))
 
 
 def test_keeps_nothing_if_the_budget_cannot_be_met(
     cfg: CfgNode, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    searches = []
-
-    def quantized(model: Any, pixels: Any, trial: Any = None, lose_at_most: float = 0) -> Any:
-        searches.append(lose_at_most)
-        return model
-
-    lost = Difference("AP", 40.0, 39.25, -0.75, -1.0, -0.5)
-    monkeypatch.setattr(quantizing, "quantized", quantized)
-    monkeypatch.setattr(quantizing._Trial, "lost", lambda *_: lost)
+    monkeypatch.setattr(quantizing._Trials, "run", lambda *_: trial_of(0.75))
     monkeypatch.setattr(quantizing, "_layers", lambda _: (56, 3))
     with pytest.raises(ArtifactError, match=r"with 3 of 56 layers .* loses 0.75 AP on .* is 0.5:"):
         export(cfg, tmp_path / "a.xml", images=images, lose_at_most=0.5)
-    assert searches == [0, 0.5]
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
-def test_search_keeps_layers_in_float(
-    cfg: CfgNode, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("budget", "kept", "count"),
+    [
+        (2.5, "a", 3),  # c alone, then b, then a, which is enough
+        (1.5, "ac", 5),  # the costliest two
+        (0.5, "abc", 6),
+        (0.2, "abc", 6),  # never all four
+    ],
+)
+def test_search_returns_as_few_parts_to_float_as_needed(
+    budget: float, kept: str, count: int
 ) -> None:
-    monkeypatch.setattr(quantizing, "_RANKING_IMAGES", 2)
-    found = export(cfg, tmp_path / "a.xml", images=images, lose_at_most=60).comparison
-    assert found["AP"] >= found["AP_in_float"] - 60
+    costs = {"a": 2.0, "b": 0.5, "c": 1.5, "d": 0.3}
+    sizes = {"a": 3, "b": 2, "c": 1, "d": 4}
+    parts = {part: [part] * size for part, size in sizes.items()}
+    tried: list[str] = []
+
+    def run(layers: Any) -> quantizing._Trial:
+        tried.append("".join(sorted(set(layers))))
+        return trial_of(sum(cost for part, cost in costs.items() if part not in layers))
+
+    quantizing._searched(run, parts, budget)
+    assert (tried[-1], len(tried)) == (kept, count)
+
+
+@pytest.mark.slow
+def test_search_meets_the_budget(cfg: CfgNode, images: list[Path], tmp_path: Path) -> None:
+    """With random weights int8 changes nearly all detections (98 points), less in all but the RPN."""
+    found = export(cfg, tmp_path / "a.xml", images=images, lose_at_most=95).comparison
+    assert found["AP"] >= found["AP_in_float"] - 95
     assert 0 < found["layers_in_int8"] < 44
 
 
