@@ -104,7 +104,10 @@ def run(arguments: argparse.Namespace) -> None:
         if (job.is_elastic or job.is_restarted) and not arguments.eval_only:
             arguments.resume = True
         if arguments.data:
-            print(take_folder(arguments, job.world_size))
+            alone = job.machines == 1 and job.local_rank is None
+            plan = take_folder(arguments, job.world_size, alone=alone)
+            if not job.local_rank:
+                print(plan)
             if arguments.dry_run:
                 return
         if arguments.artifact:

@@ -41,6 +41,7 @@ _FEW_IMAGES = 1000
 _SHORTER = 320, 800  # sides of images
 _LONGER = 1333 / 800  # Detectron2's ratio of the longest side to the shorter
 _EVALUATIONS = 10
+_WARMUP = 1000  # updates, as Detectron2's; a shorter one may diverge
 _MARGIN = 0.85  # of a GPU's memory that a micro-batch may take
 
 
@@ -54,7 +55,7 @@ class Choice:
     change: str
 
 
-def take_folder(arguments: argparse.Namespace, world_size: int) -> str:
+def take_folder(arguments: argparse.Namespace, world_size: int, *, alone: bool = True) -> str:
     """Turn --data, --model, --epochs and --output into a config, overrides and annotation files.
 
     With --dry-run, nothing is written, and the arguments stay as they are.
@@ -62,6 +63,8 @@ def take_folder(arguments: argparse.Namespace, world_size: int) -> str:
     Args:
         arguments: of `train`; the rest of the command finds what follows from the folder in them.
         world_size: number of processes.
+        alone: whether all processes follow from this call; those of torchrun and of other machines
+            make their own plans, which must be the same.
 
     Returns:
         The plan as text.
@@ -89,7 +92,7 @@ def take_folder(arguments: argparse.Namespace, world_size: int) -> str:
         choices += _schedule(folder, cfg, given, overrides, arguments.epochs, world_size)
     cfg = load_config(config, _words(overrides | given))
     if not arguments.config_file:
-        choices.append(_micro_batch(cfg, given, overrides, world_size))
+        choices.append(_micro_batch(cfg, given, overrides, world_size, alone))
     choices.append(Choice("Run", quoted(Path(cfg.OUTPUT_DIR)), "", "--output"))
     rows = [(each.what, each.value, each.why, each.change) for each in choices]
     text: str = tabulate(
@@ -263,7 +266,8 @@ def _schedule(
     images = part.annotated if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS else len(part.files)
     images = max(images, 1)
     choices = []
-    if "SOLVER.REFERENCE_WORLD_SIZE" in overrides:
+    chosen = "SOLVER.REFERENCE_WORLD_SIZE" in overrides
+    if chosen:
         batch = 8 if images < _FEW_IMAGES else 16
         batch = world_size * math.ceil(batch / world_size)
         why = f"{'fewer than' if images < _FEW_IMAGES else 'at least'} {_FEW_IMAGES:,} images"
@@ -283,10 +287,11 @@ def _schedule(
     length = int(_take("SOLVER.MAX_ITER", length, given, overrides))
     epoch = math.ceil(images / batch)
     period = max(epoch, length // _EVALUATIONS)
+    if chosen:  # a config has its own
+        overrides["SOLVER.WARMUP_ITERS"] = str(min(_WARMUP, length // 4))
     steps = sorted({length * 2 // 3, length * 8 // 9} - {0})
     overrides |= {
         "SOLVER.STEPS": str(tuple(steps)),
-        "SOLVER.WARMUP_ITERS": str(min(1000, length // 10)),
         "SOLVER.CHECKPOINT_PERIOD": str(period),
         "TEST.EVAL_PERIOD": str(period),
     }
@@ -320,7 +325,11 @@ def _choice(
 
 
 def _micro_batch(
-    cfg: CfgNode, given: Mapping[str, str], overrides: dict[str, str], world_size: int
+    cfg: CfgNode,
+    given: Mapping[str, str],
+    overrides: dict[str, str],
+    world_size: int,
+    alone: bool,
 ) -> Choice:
     """Choose how many images a process handles at once: the most that a GPU has memory for."""
     key = "SOLVER.IMS_PER_MICRO_BATCH"
@@ -329,6 +338,11 @@ def _micro_batch(
         return Choice("Micro-batch", given[key], "given", key)
     if not str(cfg.MODEL.DEVICE).startswith("cuda"):
         size, why = 1, "on a CPU, more images at once need more memory and gain little"
+    elif not alone:
+        raise ConfigError(
+            f"processes that are started separately must agree on the micro-batch: set {key} N, "
+            "such as the one that --dry-run finds on one GPU."
+        )
     else:
         size, peak, total = _largest(cfg, share)
         why = (

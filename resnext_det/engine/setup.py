@@ -59,6 +59,7 @@ def set_up(cfg: CfgNode, arguments: argparse.Namespace) -> Path:
         The folder of config.yaml.
     """
     ignore_others_warnings()  # again, since this may be a child process of the command
+    close_logs()  # of an earlier run in this process, such as a notebook's
     folder = Path(cfg.OUTPUT_DIR)
     check_writable(folder, "OUTPUT_DIR")
     rank = comm.get_rank()

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from resnext_det import load_config
+from resnext_det.config import read_config
 from resnext_det.engine import own_data
 from resnext_det.engine.own_data import MODELS, best_weights, take_folder
 from resnext_det.errors import ConfigError
@@ -49,6 +50,7 @@ def test_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Path(arguments.config_file).stem == MODELS["x50"]
     assert pytest.approx(0.02 / 16 * 4) == cfg.SOLVER.BASE_LR  # the paper's rate, linearly
     assert cfg.SOLVER.MAX_ITER == -(-30 * 8 // 4)
+    assert cfg.SOLVER.WARMUP_ITERS == cfg.SOLVER.MAX_ITER // 4
     assert plan["INPUT.MIN_SIZE_TEST"] == "400"
     assert cfg.INPUT.MIN_SIZE_TRAIN[-1] == 320  # the images have 72 pixels
     assert plan["MODEL.WEIGHTS"] == "resnext://resnext50_32x4d.a1h_in1k"
@@ -112,6 +114,11 @@ def test_the_micro_batch_fits_the_gpu(
         with pytest.raises(ConfigError, match="one image of 192 x 256 pixels needs more"):
             own_data._largest(cfg, 16)
         return
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "cuda"
+    with pytest.raises(ConfigError, match="must agree on the micro-batch"):
+        own_data._micro_batch(cfg, {}, {}, 1, False)  # another machine may find another size
     size, peak, total = own_data._largest(cfg, 16)
     assert size == min(found, 8)  # 16 images take 960 bytes, over 85 % of those free
     assert (peak, total) == (60 * size, 1200)
@@ -123,6 +130,7 @@ def test_train_and_evaluate(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
     words += ["--config-file", "faster_rcnn_X_26_8x4d_FPN_toy", *TINY]
     assert main([str(word) for word in words]) == 0
     assert "--epochs" in capfd.readouterr().out
+    assert read_config(run / "config.yaml")["SOLVER"]["WARMUP_ITERS"] == 50  # the config's own
     assert main(["eval", "--run", str(run)]) == 0
     figures = json.loads((run / "inference" / "metrics.json").read_text())["datasets"]
     assert [each["image_count"] for each in figures.values()] == [2]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from resnext_det import load_config
-from resnext_det.engine.setup import check_folder, quieten_detectron2
+from resnext_det.engine.setup import check_folder, close_logs, quieten_detectron2, set_up
 from resnext_det.errors import ConfigError
 
 
@@ -55,3 +56,11 @@ def test_terminal_shows_tracebacks_of_unexplained_errors_only(
         log.close()
     assert ("Traceback" in capsys.readouterr().err) == on_terminal
     assert "Traceback" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_second_run_in_a_process_logs_once(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        cfg = load_config("faster_rcnn_X_26_8x4d_FPN_toy", ["OUTPUT_DIR", str(tmp_path / name)])
+        set_up(cfg, argparse.Namespace(eval_only=True, config_file=""))
+        assert len(logging.getLogger("resnext_det").handlers) == 2  # the terminal and log.txt
+    close_logs()
