@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--int8",
         action="store_true",
-        help="quantize the OpenVINO model, calibrated on DATASETS.TRAIN, judged on DATASETS.TEST",
+        help="quantize openvino or onnx, calibrated on DATASETS.TRAIN, judged on DATASETS.TEST",
     )
     parser.add_argument(
         "--lose-at-most", type=float, metavar="AP", help="points of AP that --int8 may cost (0.5)"

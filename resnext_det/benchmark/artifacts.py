@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -11,17 +12,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from detectron2.config import CfgNode
 from detectron2.structures import Boxes, Instances
 
 from resnext_det.benchmark.contenders import FP32, STOCK, Agreement, example
 from resnext_det.benchmark.measure import Row, Setup, Table, apart
-from resnext_det.export.formats import save_model, saver
+from resnext_det.errors import ConfigError
+from resnext_det.export.formats import saver
 from resnext_det.export.graph import Graph
-from resnext_det.export.quantizing import quantized
+from resnext_det.export.quantizers import QUANTIZERS
 from resnext_det.runtime.description import Description
-from resnext_det.runtime.engines import format_of, open_artifact, openvino_core
+from resnext_det.runtime.engines import format_of, open_artifact
 
-_FLOAT = {"onnxruntime fp32": ".onnx", "OpenVINO fp32": ".xml"}
+_SUFFIXES = {"onnxruntime": ".onnx", "OpenVINO": ".xml"}
 
 
 def artifacts(setup: Setup) -> list[Table]:
@@ -34,24 +37,10 @@ def artifacts(setup: Setup) -> list[Table]:
     }
     sizes: dict[str, float] = {}
     with TemporaryDirectory() as folder:
-        files = {name: Path(folder) / f"float{suffix}" for name, suffix in _FLOAT.items()}
-        for name, file in list(files.items()):
-            form = format_of(file)
-            if not all(map(importlib.util.find_spec, ("onnx", form.engine))):
-                del files[name]
-                continue
-            saver(form.name, Graph(STOCK.build(cfg)), pixels)(_UNDESCRIBED, file)
-            if form.name == "openvino" and importlib.util.find_spec("nncf"):
-                files["OpenVINO int8"] = Path(folder) / "int8.xml"
-                model = quantized(openvino_core().read_model(file), [pixels.numpy()])
-                save_model(model, _UNDESCRIBED, files["OpenVINO int8"])
-        for name, file in files.items():
+        for name, (file, precision) in _exported(cfg, Path(folder), pixels).items():
             parts = [file, file.with_suffix(".bin")] if file.suffix == ".xml" else [file]
             sizes[name] = sum(each.stat().st_size for each in parts) / 2**20
-            runs[name] = partial(_opened, file, pixels.numpy(), "fp32")
-            if name == "OpenVINO fp32":
-                runs["OpenVINO bf16"] = partial(_opened, file, pixels.numpy(), "bf16")
-                sizes["OpenVINO bf16"] = sizes[name]
+            runs[name] = partial(_opened, file, pixels.numpy(), precision)
         measured = apart(runs, setup.rounds, "artifacts")
     stock = measured[STOCK.name].result[0]["instances"]
     rows = []
@@ -74,6 +63,26 @@ def artifacts(setup: Setup) -> list[Table]:
         "export command itself compares on real images, and keeps no artifact that differs."
     )
     return [Table("Exported detectors", note, rows)]
+
+
+def _exported(cfg: CfgNode, folder: Path, pixels: torch.Tensor) -> dict[str, tuple[Path, str]]:
+    """Write artifacts for the engines that are installed; return files and precisions by name."""
+    found: dict[str, tuple[Path, str]] = {}
+    for engine, suffix in _SUFFIXES.items():
+        file, int8 = (folder / f"{name}{suffix}" for name in ("float", "int8"))
+        form = format_of(file)
+        if not all(map(importlib.util.find_spec, ("onnx", form.engine))):
+            continue
+        saver(form.name, Graph(STOCK.build(cfg)), pixels)(_UNDESCRIBED, file)
+        found |= {f"{engine} {each}": (file, each) for each in form.precisions}
+        quantizer = QUANTIZERS[form.name]
+        with contextlib.suppress(ConfigError):  # NNCF is not installed
+            quantizer.package()
+            model = quantizer.read(file)
+            quantized = quantizer.quantize(model, [pixels.numpy()], quantizer.layers(model))
+            quantizer.write(quantized, _UNDESCRIBED, int8)
+            found[f"{engine} int8"] = int8, "fp32"
+    return found
 
 
 def _opened(file: Path, pixels: Any, precision: str) -> Callable[[], Mapping[str, Any]]:

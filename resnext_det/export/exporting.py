@@ -21,7 +21,8 @@ from resnext_det.errors import ArtifactError, ConfigError, quoted
 from resnext_det.export.compare import LOWEST_SCORE, compare
 from resnext_det.export.formats import OPSET, needed, saver
 from resnext_det.export.graph import Graph
-from resnext_det.export.quantizing import CALIBRATION_IMAGES, nncf, quantize
+from resnext_det.export.quantizers import QUANTIZERS
+from resnext_det.export.quantizing import CALIBRATION_IMAGES, quantize
 from resnext_det.files import file_digest, written_together
 from resnext_det.images import read_picture
 from resnext_det.runtime.description import Description
@@ -51,7 +52,7 @@ def export(
         images: to compare on; by default some of DATASETS.TEST.
         run: the folder of the training, to record.
         opset: of ONNX, for the formats that need it.
-        lose_at_most: quantize to int8, if that costs at most so many points of AP.
+        lose_at_most: compute in int8, if that costs at most so many points of AP.
 
     Returns:
         What the artifact says about itself, including the comparison.
@@ -108,8 +109,10 @@ def export(
 
 
 def _check_int8(cfg: CfgNode, form: str) -> None:
-    if form != "openvino":
-        raise ConfigError(f"int8 is for OpenVINO only, not for {form}: --format openvino.")
+    if form not in QUANTIZERS:
+        raise ConfigError(
+            f"int8 is for {' and '.join(QUANTIZERS)}, not for {form}: --format openvino."
+        )
     for key in ("TRAIN", "TEST"):
         if not cfg.DATASETS[key]:
             raise ConfigError(
@@ -117,8 +120,7 @@ def _check_int8(cfg: CfgNode, form: str) -> None:
                 "judged on those of DATASETS.TEST: name a data set."
             )
         check_registered(cfg.DATASETS[key][0])
-    with nncf():
-        pass  # installed
+    QUANTIZERS[form].package()
 
 
 def tested(cfg: CfgNode, count: int = IMAGES) -> list[Path]:

@@ -54,7 +54,7 @@ def saver(name: str, graph: Graph, image: torch.Tensor, opset: int = OPSET) -> S
     if name == "torchscript":
         return partial(_save_torchscript, script)
     model = _as_onnx(script, image, opset)
-    return partial({"onnx": _save_onnx, "openvino": _save_openvino}[name], model)
+    return partial({"onnx": save_onnx, "openvino": _save_openvino}[name], model)
 
 
 def _as_onnx(script: torch.jit.ScriptModule, image: torch.Tensor, opset: int) -> Any:
@@ -88,7 +88,7 @@ def _as_onnx(script: torch.jit.ScriptModule, image: torch.Tensor, opset: int) ->
     return onnx.load_from_string(stream.getvalue())
 
 
-def _save_onnx(model: Any, description: Description, file: Path) -> None:
+def save_onnx(model: Any, description: Description, file: Path) -> None:
     """Write an ONNX model with its metadata."""
     onnx = needed("onnx", "ONNX and OpenVINO")
     del model.metadata_props[:]

@@ -1,63 +1,34 @@
-"""Quantizing an OpenVINO artifact to int8 by NNCF, within a budget of average precision."""
+"""Computing an artifact in int8, within a budget of average precision."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
-import os
 import re
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 from detectron2.config import CfgNode
 from numpy.typing import NDArray
 
 from resnext_det.config import config_of
-from resnext_det.console import progress_bar
-from resnext_det.errors import ArtifactError, ResNeXtError, plain
+from resnext_det.errors import ArtifactError
 from resnext_det.evaluation.annotations import GroundTruth, read_ground_truth
 from resnext_det.evaluation.compare import Difference, compare, difference_table
 from resnext_det.evaluation.detections import Detections, read_detections
 from resnext_det.evaluation.results_file import read_metrics
 from resnext_det.export.evaluating import evaluate_artifact, settings
-from resnext_det.export.formats import needed, save_model
+from resnext_det.export.quantizers import QUANTIZERS, Quantizer
 from resnext_det.runtime.description import Description
-from resnext_det.runtime.engines import openvino_core
+from resnext_det.runtime.engines import format_of
 
 logger = logging.getLogger(__name__)
 
 CALIBRATION_IMAGES = 64
-_LAYERS = ("Convolution", "GroupConvolution", "MatMul")
-
-
-@contextlib.contextmanager
-def nncf() -> Iterator[Any]:
-    """Import NNCF, and keep it from printing while it works.
-
-    Raises:
-        ConfigError: it is not installed.
-        ArtifactError: it failed.
-    """
-    with mock.patch.dict(os.environ, {"NNCF_CI": "1"}):  # else it reports its use to its authors
-        module = needed("nncf", "int8", "int8")
-    module.set_log_level(logging.ERROR)
-    openvino, core = needed("openvino", "OpenVINO"), openvino_core()
-    one_core = mock.patch.multiple(openvino, Core=openvino_core, compile_model=core.compile_model)
-    try:
-        with one_core, contextlib.redirect_stdout(io.StringIO()):
-            yield module
-    except ResNeXtError:
-        raise
-    except Exception as error:  # NNCF raises errors of many classes
-        reason = plain(str(error).strip().partition("\n")[0].rstrip("."), 200)
-        raise ArtifactError(f"NNCF cannot quantize this detector: {reason}.") from error
 
 
 def quantize(
@@ -67,7 +38,7 @@ def quantize(
     pixels: list[NDArray[np.uint8]],
     lose_at_most: float,
 ) -> None:
-    """Replace an OpenVINO artifact by one whose hidden layers compute in int8.
+    """Replace an artifact by one whose hidden layers compute in int8.
 
     The first data set of DATASETS.TEST judges it. If it loses too much, parts of the network return
     to float: one alone, or the costliest together, as few as are needed.
@@ -81,21 +52,23 @@ def quantize(
 
     Raises:
         ArtifactError: it loses more.
+        ConfigError: a package is missing.
     """
-    model = openvino_core().read_model(file)
+    quantizer = QUANTIZERS[format_of(file).name]
+    model = quantizer.read(file)
     tested = cfg.DATASETS.TEST[0]
     with tempfile.TemporaryDirectory(dir=file.parent) as name:
         folder = Path(name)
         trials = _Trials(
-            *(cfg, description, model, pixels, folder),
+            *(cfg, description, quantizer, model, pixels, folder / file.name),
             *_evaluated(cfg, description, file, folder / "float"),
         )
         last = trials.run(())
         if last.lost.difference is None:
             raise ArtifactError(f"{tested} has no objects that could judge int8: name other data.")
         if last.loses > lose_at_most:
-            last = _searched(trials.run, _parts(model), lose_at_most)
-        layers, in_int8 = _layers(last.model)
+            last = _searched(trials.run, _parts(quantizer.layers(model)), lose_at_most)
+        layers, in_int8 = quantizer.count(last.model)
         if last.loses > lose_at_most:
             raise ArtifactError(
                 f"with {in_int8} of {layers} layers in int8 the detector loses {last.loses:.2f} "
@@ -110,9 +83,10 @@ def quantize(
         known = {name: value for name, value in figures.items() if value is not None}
         comparison = {**description.comparison, **known}
         kept = folder / file.name
-        save_model(last.model, replace(description, precision="int8", comparison=comparison), kept)
-        for suffix in (".bin", ".xml"):
-            kept.with_suffix(suffix).replace(file.with_suffix(suffix))
+        described = replace(description, precision="int8", comparison=comparison)
+        quantizer.write(last.model, described, kept)
+        for each in folder.glob(f"{file.stem}.*"):
+            each.replace(file.with_name(each.name))
 
 
 @dataclass(frozen=True)
@@ -133,18 +107,20 @@ class _Trials:
 
     cfg: CfgNode
     description: Description
+    quantizer: Quantizer
     model: Any
     pixels: list[NDArray[np.uint8]]
-    folder: Path
+    file: Path
     truth: GroundTruth
     before: Detections
 
     def run(self, in_float: Sequence[str]) -> _Trial:
         """Quantize all layers but these, and evaluate."""
-        int8 = quantized(self.model, self.pixels, in_float)
-        with tempfile.TemporaryDirectory(dir=self.folder) as name:
-            file = Path(name) / "int8.xml"
-            save_model(int8, self.description, file)
+        layers = [each for each in self.quantizer.layers(self.model) if each not in set(in_float)]
+        int8 = self.quantizer.quantize(self.model, self.pixels, layers)
+        with tempfile.TemporaryDirectory(dir=self.file.parent) as name:
+            file = Path(name) / self.file.name
+            self.quantizer.write(int8, self.description, file)
             _, now = _evaluated(self.cfg, self.description, file, Path(name))
         return _Trial(int8, compare(self.truth, self.before, now)[0])
 
@@ -177,15 +153,12 @@ def _logged(trial: _Trial, parts: Sequence[str]) -> _Trial:
     return trial
 
 
-def _parts(model: Any) -> dict[str, list[str]]:
-    """Return the layers that can compute in int8, by part of the network."""
-    in_float = set(_in_float(model))
+def _parts(layers: Iterable[str]) -> dict[str, list[str]]:
+    """Return layers by part of the network."""
     parts: dict[str, list[str]] = defaultdict(list)
-    for operation in model.get_ops():
-        name = operation.get_friendly_name()
-        if operation.get_type_name() in _LAYERS and name not in in_float:
-            stage = re.search(r"/(stem|res\d)[/.]", name)
-            parts[stage[1] if stage else name.split("/")[1]].append(name)
+    for name in layers:
+        stage = re.search(r"/(stem|res\d)[/.]", name)
+        parts[stage[1] if stage else name.split("/")[1]].append(name)
     return parts
 
 
@@ -198,68 +171,3 @@ def _evaluated(
     (found,) = read_metrics(folder).evaluations
     truth = read_ground_truth(found.annotations)
     return truth, read_detections(found.detections, truth)
-
-
-def quantized(model: Any, pixels: list[NDArray[np.uint8]], in_float: Sequence[str] = ()) -> Any:
-    """Quantize OpenVINO's model of a detector.
-
-    Args:
-        model: in float; it stays as it is.
-        pixels: of the images to calibrate on.
-        in_float: names of further operations that stay in float.
-
-    Raises:
-        ArtifactError: NNCF failed.
-        ConfigError: it is not installed.
-    """
-
-    def counted(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        bar.update()
-        return image
-
-    names = [*_in_float(model), *in_float]
-    with nncf() as module, progress_bar(desc="calibrating", unit="image") as bar:
-        return module.quantize(
-            model,
-            module.Dataset(pixels, counted),
-            subset_size=len(pixels),
-            ignored_scope=module.IgnoredScope(names=names, validate=False),
-        )
-
-
-def _in_float(model: Any) -> list[str]:
-    """Return the operations that stay in float.
-
-    They are those outside the backbone, such as the arithmetic of boxes, except layers that a ReLU
-    follows: so the last layers, whose outputs are scores and boxes, stay as well.
-    """
-    return [
-        operation.get_friendly_name()
-        for operation in model.get_ops()
-        if operation.get_type_name() not in ("Constant", "Relu")
-        and not operation.get_friendly_name().startswith("/backbone/")
-        and not (operation.get_type_name() in _LAYERS and _before_relu(operation))
-    ]
-
-
-def _before_relu(operation: Any) -> bool:
-    for output in operation.outputs():
-        for target in output.get_target_inputs():
-            after = target.get_node()
-            kind = after.get_type_name()
-            if kind == "Relu" or (kind in ("Add", "Multiply") and _before_relu(after)):
-                return True
-    return False
-
-
-def _layers(model: Any) -> tuple[int, int]:
-    """Count the layers, and those whose weights are quantized."""
-    layers = [each for each in model.get_ops() if each.get_type_name() in _LAYERS]
-    return len(layers), sum(map(_is_int8, layers))
-
-
-def _is_int8(layer: Any) -> bool:
-    node = layer.input_value(1).get_node()
-    while node.get_input_size() and node.get_type_name() != "FakeQuantize":
-        node = node.input_value(0).get_node()
-    return bool(node.get_type_name() == "FakeQuantize" or node.get_element_type().size == 1)
