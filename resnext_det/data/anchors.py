@@ -96,7 +96,7 @@ def better(
     now = anchors.recalls(boxes, images)
     best, most = None, now[1] + _WORTH
     for base, factor, ratios in itertools.product(_BASES, _FACTORS, shapes):
-        sizes = tuple(float(round(base * factor**step)) for step in range(count))
+        sizes = tuple(round(float(base * factor**step)) for step in range(count))
         levels = tuple((size,) for size in sizes) if by_level else (sizes,)
         tried = replace(anchors, sizes=levels, ratios=(ratios,))
         overlaps = tried.overlaps(boxes, images)

@@ -185,14 +185,15 @@ def _check_file_names(document: Record, data: CustomData) -> None:
             f"folder, such as {quoted(outside[0])}. Make them relative to --{data.split}-images, "
             "without '..'."
         )
-    if names and not any(_is_file(data.images / name) for name in names):
+    if names and not any(is_file(data.images / name) for name in names):
         raise ConfigError(
             f"none of the images of {quoted(data.file)}, such as {quoted(names[0])}, is in "
             f"{quoted(data.images)}: name their folder with --{data.split}-images."
         )
 
 
-def _is_file(path: Path) -> bool:
+def is_file(path: Path) -> bool:
+    """Tell whether a path is a file; no path is too strange to ask."""
     try:
         return path.is_file()
     except (OSError, ValueError):  # too long for the file system, or with a null byte
@@ -206,7 +207,7 @@ def _locate(split: str, json: str | Path | None, images: str | Path | None) -> l
             raise ConfigError(f"--{split}-images needs --{split}-json, the annotations.")
         return []
     file = Path(json).expanduser()
-    if not _is_file(file):
+    if not is_file(file):
         raise ConfigError(f"--{split}-json: {quoted(Path(json))} does not exist or is not a file.")
     if images:
         folder = Path(images).expanduser()
@@ -295,7 +296,7 @@ def _check_recorded(arguments: argparse.Namespace, names: list[str]) -> None:
     recorded = _recorded(arguments)
     for data in (recorded[name] for name in names if name in recorded):
         fault = ""
-        if not _is_file(data.file) or not data.images.is_dir():
+        if not is_file(data.file) or not data.images.is_dir():
             fault = f"the annotations {quoted(data.file)} or images {quoted(data.images)} are gone"
         elif file_digest(data.file) != data.sha256:
             fault = f"the annotations {quoted(data.file)} have changed since the run"

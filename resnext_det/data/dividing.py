@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from resnext_det.data.folder import Folder
 from resnext_det.data.layouts import Part
-from resnext_det.data.records import is_object
+from resnext_det.data.records import is_object, is_whole
 from resnext_det.data.similar import fingerprints, similar
 from resnext_det.errors import DatasetError
 from resnext_det.files import write_json
@@ -105,7 +105,11 @@ def _groups(part: Part) -> tuple[NDArray[np.int64], str]:
 def _subset(part: Part, chosen: NDArray[np.bool_]) -> Part:
     images = [each for each, kept in zip(part.document["images"], chosen) if kept]
     ids = {each["id"] for each in images}
-    objects = [each for each in part.document["annotations"] if each.get("image_id") in ids]
+    objects = [
+        each
+        for each in part.document["annotations"]
+        if isinstance(each, dict) and is_whole(each.get("image_id")) and each["image_id"] in ids
+    ]
     return Part({**part.document, "images": images, "annotations": objects}, part.images)
 
 

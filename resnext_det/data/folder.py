@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from resnext_det.data.annotations import read_annotations, read_categories
+from resnext_det.data.custom import is_file
 from resnext_det.data.layouts import (
     SPLITS,
     FileTree,
@@ -22,6 +23,7 @@ from resnext_det.data.layouts import (
     split_of_path,
     text_of,
 )
+from resnext_det.data.records import is_image
 from resnext_det.errors import DatasetError, named, plain, quoted
 
 LAYOUTS = {
@@ -172,27 +174,34 @@ def _read_coco(tree: FileTree, files: list[Path]) -> tuple[dict[str, Part], list
             )
     parts = {}
     for split, (file,) in of_split.items():
-        first = next((str(each.get("file_name")) for each in read_annotations(file)["images"]), "")
+        images = filter(is_image, read_annotations(file)["images"])
+        first = next((str(each["file_name"]) for each in images), "")
         named_after = file.stem.rpartition("_")[2]
         beside, root = file.parent, tree.root
         places = (
             *(beside, beside.parent / named_after, root / "images" / named_after),
             *(root / "images" / split, root / split, root / "images", root),
         )
-        images = next((each for each in places if (each / first).is_file()), None)
-        if images is None:
+        found = next((each for each in places if is_file(each / first)), None)
+        if found is None:
             inside = [each for each in places if each.is_relative_to(root)]
             tried = named(dict.fromkeys(f"{path_text(root, each)}/" for each in inside), 9)
             raise DatasetError(
                 f"--data: {quoted(first)} of {path_text(root, file)} is in none of {tried}. "
                 "Name files and folders with --train-json, --train-images and so on."
             )
-        parts[split] = _coco_part(file, images)
+        parts[split] = _coco_part(file, found)
     return parts, []
 
 
 def _coco_part(file: Path, images: Path) -> Part:
     document = read_annotations(file)
     read_categories(document["categories"], file)
+    bad = [each for each in document["images"] if not is_image(each)]
+    if bad:
+        raise DatasetError(
+            f"{quoted(file)}: {len(bad)} images are malformed, such as {quoted(bad[0])}. Each "
+            "needs a whole number as id, a width, a height and a file_name."
+        )
     ordered = sorted(document["categories"], key=lambda each: float(each["id"]))
     return Part({**document, "categories": ordered}, images, file)

@@ -203,6 +203,22 @@ def test_bad_folders_are_explained(
         read_folder(root)
 
 
+@pytest.mark.parametrize("kind", ["images", "annotations", "categories"])
+@pytest.mark.parametrize("value", [7, {}, {"id": [], "image_id": [], "file_name": "a\0b"}])
+def test_malformed_coco_is_refused_or_read(kind: str, value: object, tmp_path: Path) -> None:
+    root = yolo(tmp_path, 4)
+    document = read_folder(root).parts["train"].document
+    shutil.rmtree(root / "labels")
+    document[kind].insert(0, value)
+    (root / "all.json").write_text(json.dumps(document))
+    if kind == "annotations":  # those are for the check of health
+        divided, _ = with_validation(read_folder(root))
+        assert sum(len(part.document[kind]) for part in divided.parts.values()) == 4
+    else:
+        with pytest.raises(DatasetError):
+            read_folder(root)
+
+
 def test_classes_that_differ_are_named(laid_out: Callable[[str], Path]) -> None:
     root = laid_out("voc")
     file = next(each for each in sorted(root.glob("val/**/*.xml")) if "<name>" in each.read_text())
