@@ -6,6 +6,7 @@ import argparse
 import ast
 import contextlib
 import math
+import os
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -83,7 +84,12 @@ def take_folder(arguments: argparse.Namespace, world_size: int, *, alone: bool =
     overrides = {"OUTPUT_DIR": given.get("OUTPUT_DIR", output)}
     config = arguments.config_file or MODELS[arguments.model]
     if not arguments.config_file:
-        overrides |= {"SOLVER.REFERENCE_WORLD_SIZE": "0", "SEED": str(seed)}
+        workers = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)
+        overrides |= {
+            "SOLVER.REFERENCE_WORLD_SIZE": "0",
+            "SEED": str(seed),
+            "DATALOADER.NUM_WORKERS": str(workers),  # PyTorch warns of more than there are cores
+        }
         choices += _network(arguments.model, given, overrides)
         choices += _images(folder, given, overrides)
     config = str(locate_config(config))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ def test_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert pytest.approx(0.02 / 16 * 4) == cfg.SOLVER.BASE_LR  # the paper's rate, linearly
     assert cfg.SOLVER.MAX_ITER == -(-30 * 8 // 4)
     assert cfg.SOLVER.WARMUP_ITERS == cfg.SOLVER.MAX_ITER // 4
+    assert min(4, len(os.sched_getaffinity(0))) == cfg.DATALOADER.NUM_WORKERS
     assert plan["INPUT.MIN_SIZE_TEST"] == "400"
     assert cfg.INPUT.MIN_SIZE_TRAIN[-1] == 320  # the images have 72 pixels
     assert plan["MODEL.WEIGHTS"] == "resnext://resnext50_32x4d.a1h_in1k"
