@@ -169,12 +169,11 @@ def _quantize_onnx(model: Any, pixels: Images, layers: Sequence[str]) -> Any:
             image = next(self.images, None)
             return None if image is None else {"image": image}
 
-    def is_advice(record: logging.LogRecord) -> bool:
-        # Its pre-processing infers shapes, which these graphs do not need.
-        return "pre-processing" not in record.getMessage()
+    def is_ours(record: logging.LogRecord) -> bool:
+        return record.name != "root"  # where onnxruntime logs advice on graphs of other kinds
 
     root = logging.getLogger()
-    root.addFilter(is_advice)
+    root.addFilter(is_ours)
     try:
         with _explained("onnxruntime"), tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "int8.onnx"
@@ -190,7 +189,7 @@ def _quantize_onnx(model: Any, pixels: Images, layers: Sequence[str]) -> Any:
             )
             return onnx.load(file)
     finally:
-        root.removeFilter(is_advice)
+        root.removeFilter(is_ours)
 
 
 def _count_onnx(model: Any) -> tuple[int, int]:
