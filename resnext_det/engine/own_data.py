@@ -371,7 +371,8 @@ def _largest(cfg: CfgNode, share: int) -> tuple[int, int, int]:
     peak = 0
     model = build_detector(cfg).train()
     try:
-        for size in (each for each in range(share, 0, -1) if share % each == 0):
+        batch = cfg.SOLVER.IMS_PER_BATCH
+        for size in (n for n in range(share, 0, -1) if share % n == batch % n == 0):
             torch.cuda.reset_peak_memory_stats()
             with contextlib.suppress(torch.OutOfMemoryError):
                 sum(model(_batch(cfg, size)).values()).backward()

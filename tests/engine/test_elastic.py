@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -21,14 +22,14 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = "SOLVER.IMS_PER_BATCH 4 SOLVER.IMS_PER_MICRO_BATCH 1 SOLVER.EXACT_SUM True"
-SETTINGS += " SOLVER.MAX_ITER 60 SOLVER.STEPS (50,) SOLVER.WARMUP_ITERS 2 SOLVER.BASE_LR 0.01"
+SETTINGS += " SOLVER.MAX_ITER 80 SOLVER.STEPS (60,) SOLVER.WARMUP_ITERS 2 SOLVER.BASE_LR 0.01"
 SETTINGS += " SOLVER.CHECKPOINT_PERIOD 5 DATASETS.TEST () MODEL.WEIGHTS  INPUT.MAX_SIZE_TRAIN 80"
 SETTINGS += " INPUT.MIN_SIZE_TRAIN (48,64)"
 PREFIX = f"rx{os.getpid() % 10_000}"  # of the namespaces
 PATIENCE = 20  # seconds until a machine that is cut off is given up
 # Events, each after some more updates. The first machine always stays.
 SCENARIOS = (
-    *("kill_worker", "kill", "terminate", "cut", "join", "slow kill join"),
+    *("kill_worker", "kill", "terminate", "cut", "join", "kill join"),
     *("kill_worker kill_worker", "terminate kill", "join cut", "kill join terminate"),
 )
 
@@ -113,18 +114,18 @@ class Machine:
         """Pull its cable."""
         ip("-n", self.name, "link", "set", "eth0", "down")
 
-    def slow(self) -> None:
-        """Delay and lose its packets."""
-        loss = "netem", "delay", "5ms", "loss", "1%"
-        subprocess.run(
-            ["tc", "-n", self.name, "qdisc", "add", "dev", "eth0", "root", *loss], check=False
-        )
-
 
 def iteration(folder: Path) -> int:
     """Return the iteration of the newest checkpoint."""
     files = [file.stem for file in folder.glob("model_0*.pth")]
     return max((int(name.removeprefix("model_")) for name in files), default=-1)
+
+
+def starts(folder: Path) -> list[int]:
+    """Return the number of processes at each start so far."""
+    return [
+        int(size) for size in re.findall(r"World size: (\d+)", (folder / "log.txt").read_text())
+    ]
 
 
 def wait_for(done: Callable[[], bool], job: list[Machine], seconds: float = 240) -> None:
@@ -161,11 +162,13 @@ def check(scenario: str, whole: Path, shared: Path, datasets: Path, seed: int) -
                 wait_for(lambda due=due: iteration(shared) >= due, job)  # type: ignore[misc]
                 time.sleep(choose.random())
                 if event == "join":
+                    before = len(starts(shared))
                     job.append(Machine(names[2], shared, datasets))
                     every.append(job[-1])
+                    wait_for(lambda before=before: len(starts(shared)) > before, job)  # type: ignore[misc]
+                    assert starts(shared)[-1] == len(job)
                 else:
-                    stays = event in ("kill_worker", "slow")
-                    getattr(job[-1] if stays else job.pop(), event)()
+                    getattr(job[-1] if event == "kill_worker" else job.pop(), event)()
             wait_for(lambda: job[0].process.poll() == 0, job)
         finally:
             for machine in every:
