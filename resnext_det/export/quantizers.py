@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import os
@@ -178,7 +179,7 @@ def _quantize_onnx(model: Any, pixels: Images, layers: Sequence[str]) -> Any:
         with _explained("onnxruntime"), tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "int8.onnx"
             quantization.quantize_static(
-                model,
+                copy.deepcopy(model),  # it moves the weights of its input into files
                 file,
                 Reader(),
                 per_channel=True,

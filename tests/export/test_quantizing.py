@@ -28,7 +28,7 @@ from resnext_det_cli import main
 from tests.conftest import StockEvaluation
 from tests.export.test_exporting import config_of as config_of_run
 
-pytest.importorskip("onnx")
+onnx = pytest.importorskip("onnx")
 pytest.importorskip("openvino")
 pytest.importorskip("nncf")
 
@@ -98,6 +98,40 @@ def test_records_what_int8_costs(
     assert found["AP_in_float"] == pytest.approx(100, abs=0.5)
     lost = found["AP"] - found["AP_in_float"]
     assert found["AP_difference_lower"] < lost < found["AP_difference_upper"] < 0
+
+
+def test_a_search_quantizes_an_onnx_model_again_and_again(tmp_path: Path) -> None:
+    helper, kinds = onnx.helper, onnx.TensorProto
+    weights = np.random.default_rng(0).normal(size=(2, 16, 3, 5, 5)).astype(np.float32)
+    constants = {"stem.weight": weights[0], "res2.weight": weights[1], "zero": np.array([0])}
+    nodes = [
+        helper.make_node("Cast", ["image"], ["float"], to=kinds.FLOAT),
+        helper.make_node("Transpose", ["float"], ["planes"], perm=[2, 0, 1]),
+        helper.make_node("Unsqueeze", ["planes", "zero"], ["batch"]),
+        *(
+            helper.make_node(
+                "Conv", ["batch", f"{part}.weight"], [part], name=f"/backbone/{part}/Conv"
+            )
+            for part in ("stem", "res2")
+        ),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "two convolutions",
+        [helper.make_tensor_value_info("image", kinds.UINT8, ["h", "w", 3])],
+        [helper.make_tensor_value_info(part, kinds.FLOAT, None) for part in ("stem", "res2")],
+        [onnx.numpy_helper.from_array(each, name) for name, each in constants.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]), tmp_path / "a")
+    quantizer = quantizing.QUANTIZERS["onnx"]
+    model = quantizer.read(tmp_path / "a")
+    before = model.SerializeToString()
+    pixels = [np.random.default_rng(1).integers(0, 256, (9, 9, 3), dtype=np.uint8)]
+    layers = quantizer.layers(model)
+    assert layers == ["/backbone/stem/Conv", "/backbone/res2/Conv"]
+    for count in (2, 1):
+        assert quantizer.count(quantizer.quantize(model, pixels, layers[:count])) == (2, count)
+        assert model.SerializeToString() == before
 
 
 def trial_of(loses: float) -> quantizing._Trial:
