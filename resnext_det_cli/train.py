@@ -81,8 +81,11 @@ def _check_folder_flags(parser: argparse.ArgumentParser, arguments: argparse.Nam
         parser.error("--model and --config-file both name a detector: give one")
     if arguments.epochs is not None and not 0 < arguments.epochs < 1e6:
         parser.error(f"--epochs is {arguments.epochs:g}; it must be more than 0")
-    if arguments.output and "OUTPUT_DIR" in arguments.opts[::2]:
+    overridden = arguments.opts[::2]
+    if arguments.output and "OUTPUT_DIR" in overridden:
         parser.error("--output and OUTPUT_DIR both name the run: give one")
+    if arguments.epochs and "SOLVER.MAX_ITER" in overridden:
+        parser.error("--epochs and SOLVER.MAX_ITER both set the length: give one")
     arguments.model = arguments.model or MODELS[0]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,8 +43,8 @@ def with_validation(folder: Folder, share: float = 0.2, seed: int = 0) -> tuple[
     count = int(groups.max(initial=-1)) + 1
     if count < 2:
         raise DatasetError(
-            f"--data: {len(groups):,} images in {count} group of similar ones cannot be divided "
-            "into training and validation: name other images to validate with val."
+            f"--data: {len(groups):,} images cannot be divided into training and validation, as "
+            "they are all alike: add a folder val with others."
         )
     sizes = np.bincount(groups)
     position = {each["id"]: number for number, each in enumerate(part.document["images"])}
@@ -66,7 +66,10 @@ def with_validation(folder: Folder, share: float = 0.2, seed: int = 0) -> tuple[
         if off.sum() < least:
             least, best = off.sum(), taken
     chosen = np.isin(groups, best)
-    parts = {"train": _subset(part, ~chosen), "val": _subset(part, chosen)}
+    parts = {
+        name: _subset(part, kept, folder.path)
+        for name, kept in (("train", ~chosen), ("val", chosen))
+    }
     text = f"{chosen.sum():,} of {len(chosen):,} images, seed {seed}{how}"
     return replace(folder, parts={**folder.parts, **parts}), text
 
@@ -102,15 +105,21 @@ def _groups(part: Part) -> tuple[NDArray[np.int64], str]:
     return numbers, "".join(f"; {each}" for each in how)
 
 
-def _subset(part: Part, chosen: NDArray[np.bool_]) -> Part:
-    images = [each for each, kept in zip(part.document["images"], chosen) if kept]
+def _subset(part: Part, chosen: NDArray[np.bool_], root: Path) -> Part:
+    """Return some of the images, with names relative to the folder of the data."""
+    inside = PurePosixPath(part.images.relative_to(root).as_posix())
+    images = [
+        {**each, "file_name": str(inside / str(each["file_name"]))}
+        for each, kept in zip(part.document["images"], chosen)
+        if kept
+    ]
     ids = {each["id"] for each in images}
     objects = [
         each
         for each in part.document["annotations"]
         if isinstance(each, dict) and is_whole(each.get("image_id")) and each["image_id"] in ids
     ]
-    return Part({**part.document, "images": images, "annotations": objects}, part.images)
+    return Part({**part.document, "images": images, "annotations": objects}, root)
 
 
 def write_parts(folder: Folder, target: Path) -> dict[str, Path]:

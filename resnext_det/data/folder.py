@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections import defaultdict
@@ -72,12 +73,13 @@ def read_folder(path: Path, layout: str | None = None) -> Folder:
     """
     if not path.is_dir():
         raise DatasetError(f"--data: {quoted(path)} is not a folder.")
-    path = path.absolute()
+    path = Path(os.path.normpath(path.absolute()))  # without "..": files are compared with it
     written = path / OURS
     if written.is_dir():
         kept = {name: written / f"{name}.json" for name in SPLITS}
         parts = {name: _coco_part(file, path) for name, file in kept.items() if file.is_file()}
-        return _checked(Folder(path, "coco", parts, (f"as --write left it in {OURS}/",)))
+        note = f"as --write left it in {OURS}/; remove that folder to read the rest again"
+        return _checked(Folder(path, "coco", parts, (note,)))
     tree = FileTree.of(path)
     evidence = _evidence(tree)
     found = [name for name in LAYOUTS if evidence[name]]
@@ -178,14 +180,14 @@ def _read_coco(tree: FileTree, files: list[Path]) -> tuple[dict[str, Part], list
         first = next((str(each["file_name"]) for each in images), "")
         named_after = file.stem.rpartition("_")[2]
         beside, root = file.parent, tree.root
-        places = (
+        places = [
             *(beside, beside.parent / named_after, root / "images" / named_after),
             *(root / "images" / split, root / split, root / "images", root),
-        )
+        ]
+        places = [each for each in places if each.is_relative_to(root)]
         found = next((each for each in places if is_file(each / first)), None)
         if found is None:
-            inside = [each for each in places if each.is_relative_to(root)]
-            tried = named(dict.fromkeys(f"{path_text(root, each)}/" for each in inside), 9)
+            tried = named(dict.fromkeys(f"{path_text(root, each)}/" for each in places), 9)
             raise DatasetError(
                 f"--data: {quoted(first)} of {path_text(root, file)} is in none of {tried}. "
                 "Name files and folders with --train-json, --train-images and so on."

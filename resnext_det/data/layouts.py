@@ -33,7 +33,7 @@ _WORDS = {"train": "train", "training": "train", "trainval": "train", "test": "t
 _WORDS |= dict.fromkeys(("val", "valid", "validation", "minival", "dev"), "val")
 _NAMES = ("classes.txt", "obj.names", "names.txt", "labels.txt")
 _MOST_FILES = 5_000_000
-_MOST_TEXT = 1 << 22
+_MOST_TEXT = 1 << 26
 _THREADS = 8
 
 
@@ -55,7 +55,8 @@ class Part:
     def annotated(self) -> int:
         """The number of images with an object that is not a crowd: those that are trained on."""
         objects = self.document["annotations"]
-        return len({each["image_id"] for each in objects if is_object(each) and not is_crowd(each)})
+        found = {each["image_id"] for each in objects if is_object(each) and not is_crowd(each)}
+        return sum(each["id"] in found for each in self.document["images"])
 
     @property
     def files(self) -> list[Path]:
@@ -74,7 +75,7 @@ class FileTree:
 
     @classmethod
     def of(cls, root: Path) -> FileTree:
-        """List the files below a folder, but hidden ones."""
+        """List the files below a folder, except hidden ones."""
         tree, seen, count = cls(root), set(), 0
         for folder, folders, files in os.walk(root, followlinks=True):
             real = os.path.realpath(folder)  # a link may lead back up
@@ -87,13 +88,15 @@ class FileTree:
             if count > _MOST_FILES:
                 raise DatasetError(f"--data: {quoted(root)} holds more than {_MOST_FILES:,} files.")
             for name in sorted(files):
+                if name.startswith("."):  # such as ._photo.jpg, which macOS puts into archives
+                    continue
                 path = Path(folder, name)
                 if path.suffix.lower() in SUFFIXES:
                     relative = path.relative_to(root).as_posix()
                     tree.images[relative] = path
                     tree.by_name[path.name].append(relative)
                     tree.by_name[path.stem].append(relative)
-                elif not name.startswith("."):
+                else:
                     tree.others[path.suffix.lower()].append(path)
         return tree
 
@@ -101,9 +104,11 @@ class FileTree:
         """Return the image that annotations call `name`: near them, or the only one so called."""
         name = name.replace("\\", "/")
         for folder in near:
-            relative = os.path.normpath((folder / name).relative_to(self.root).as_posix())
-            if relative in self.images:
-                return relative
+            path = Path(os.path.normpath(folder / name))  # the name may be absolute
+            if path.is_relative_to(self.root):
+                relative = path.relative_to(self.root).as_posix()
+                if relative in self.images:
+                    return relative
         found = self.by_name.get(name.rpartition("/")[2], [])
         return found[0] if len(found) == 1 else None
 
@@ -118,13 +123,16 @@ def label_of(image: str, texts: dict[str, Path]) -> Path | None:
     return None
 
 
-def text_of(file: Path, most: int = _MOST_TEXT) -> str:
-    """Read the first bytes of a text."""
+def text_of(file: Path, first: int | None = None) -> str:
+    """Read a text, or its `first` bytes."""
     try:
         with open_regular(file) as stream:
-            return stream.read(most).decode("utf-8-sig", "replace")
+            content = stream.read(first or _MOST_TEXT + 1)
     except OSError as error:
         raise DatasetError(f"{quoted(file)} cannot be read: {quoted(error)}.") from error
+    if first is None and len(content) > _MOST_TEXT:
+        raise DatasetError(f"{quoted(file)} has more than {_MOST_TEXT:,} bytes: shorten it.")
+    return content.decode("utf-8-sig", "replace")
 
 
 def path_text(root: Path, file: Path) -> str:
@@ -206,7 +214,7 @@ def _yolo_images(tree: FileTree, settings: Record, value: Any) -> list[str]:
         # Roboflow writes ../train/images for train/images.
         tried += [os.path.normpath(tree.root / re.sub(r"^(\.\./)+", "", text))]
         inside = [Path(each) for each in tried if Path(each).is_relative_to(tree.root)]
-        place = next((each for each in inside if each.exists()), None)
+        place = next(filter(_exists, inside), None)
         if place is None:
             raise DatasetError(
                 f"--data: data.yaml names {quoted(text)}, which is not in {quoted(tree.root)}. "
@@ -223,6 +231,13 @@ def _yolo_images(tree: FileTree, settings: Record, value: Any) -> list[str]:
             prefix = place.relative_to(tree.root).as_posix() + "/"
             found += [each for each in tree.images if each.startswith(prefix) or prefix == "./"]
     return found
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # too long a name
+        return False
 
 
 def _from_yolo(
@@ -247,11 +262,10 @@ def _from_yolo(
         try:
             document: Record = hotcoco.COCO.from_yolo(name, str(stage / "images")).dataset
         except (ValueError, OSError) as error:
+            staged = {f"{number:09d}": label for number, label in enumerate(labels) if label}
             text = re.sub(
                 r"\S*?(\d{9})\.txt",
-                lambda found: path_text(
-                    tree.root, labels[int(found[1])] or tree.root / "data.yaml"
-                ),
+                lambda it: path_text(tree.root, staged[it[1]]) if it[1] in staged else it[0],
                 str(error),
             )
             hint = ""
@@ -323,7 +337,9 @@ def read_voc(tree: FileTree, files: list[Path]) -> tuple[dict[str, Part], list[s
     sources, notes = [], []
     left_out = difficult = 0
     for folder in dict.fromkeys(file.parent for file in files):
-        home = folder.parent if folder.name == "Annotations" else folder
+        home = folder
+        if folder.name == "Annotations" and folder != tree.root:
+            home = folder.parent
         splits: dict[str, str] = {}
         for name in ("trainval", *SPLITS):
             file = home / "ImageSets" / "Main" / f"{name}.txt"

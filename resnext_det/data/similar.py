@@ -26,7 +26,7 @@ and of the toy data differ in 67 or more.
 _SIDE = 16
 _PLAINEST = 4.0  # grey levels of variation; below, a hash is of noise
 _THREADS = 8
-_AT_ONCE = 2048  # images compared with all others together
+_AT_ONCE = 256  # images compared with all others together: 1 kB of memory for each of these
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Fingerprints:
 
 def fingerprints(files: Sequence[Path]) -> Fingerprints:
     """Read images; about 3 ms for a JPEG."""
-    bar = {"total": len(files), "desc": "comparing images", "unit": "image", "delay": 2}
+    bar = {"total": len(files), "desc": "hashing images", "unit": "image", "delay": 2}
     with ThreadPoolExecutor(_THREADS) as pool:
         found = list(progress_bar(pool.map(_fingerprint, files), **bar))
     signs = np.stack([each[1] for each in found]) if found else np.zeros((0, _SIDE * _SIDE))
@@ -73,9 +73,10 @@ def similar(one: Fingerprints, other: Fingerprints) -> Iterator[tuple[int, int, 
     for position, digest in enumerate(other.digests):
         by_digest[digest].append(position)
     least = _SIDE * _SIDE - 2 * NEAR  # a product of signs counts equal bits less different ones
-    for start in range(0, len(one.digests), _AT_ONCE):
+    starts = range(0, len(one.digests), _AT_ONCE)
+    for start in progress_bar(starts, desc="comparing images", unit="block", delay=2):
         near = one.signs[start : start + _AT_ONCE] @ other.signs.T >= least
         for row, digest in enumerate(one.digests[start : start + _AT_ONCE]):
-            same = by_digest[digest] if digest else []
-            for position in {*same, *np.flatnonzero(near[row]).tolist()}:
+            same = set(by_digest[digest] if digest else [])
+            for position in same.union(np.flatnonzero(near[row]).tolist()):
                 yield start + row, position, position in same

@@ -20,12 +20,15 @@ from tabulate import tabulate
 
 from resnext_det.backbones import build_detector
 from resnext_det.config import load_config, locate_config
+from resnext_det.config_rules import MULTI_STEP
 from resnext_det.data.anchors import Anchors
+from resnext_det.data.annotations import read_annotations
 from resnext_det.data.dividing import with_validation, write_parts
 from resnext_det.data.folder import OURS, Folder, read_folder
+from resnext_det.data.records import is_image
 from resnext_det.data.survey import Survey, survey
 from resnext_det.engine.setup import check_folder
-from resnext_det.errors import ConfigError, named, plain, quoted
+from resnext_det.errors import ConfigError, DatasetError, named, plain, quoted
 from resnext_det.weights.catalog import ENTRIES, SCHEME, Entry
 from resnext_det.weights.fetching import cache_folder
 
@@ -71,9 +74,10 @@ def take_folder(arguments: argparse.Namespace, world_size: int, *, alone: bool =
         The plan as text.
 
     Raises:
-        DatasetError: see `read_folder` and `with_validation`.
-        ConfigError: an override is refused, or the output folder holds a training or is inside of
-            the data's.
+        DatasetError: see `read_folder` and `with_validation`, or a resume would validate with
+            images that were trained on.
+        ConfigError: an override is refused, or the output folder holds a training or is inside the
+            data's.
     """
     given = dict(zip(arguments.opts[::2], arguments.opts[1::2]))
     folder = read_folder(arguments.data, arguments.layout)
@@ -116,6 +120,8 @@ def take_folder(arguments: argparse.Namespace, world_size: int, *, alone: bool =
         return text
     check_folder(cfg, resume=arguments.resume, overwrite=arguments.overwrite)
     target = folder.path / OURS if arguments.write else Path(cfg.OUTPUT_DIR) / "data"
+    if arguments.resume and (Path(cfg.OUTPUT_DIR) / "last_checkpoint").is_file():
+        _check_split(folder, target)
     files = write_parts(folder, target)
     for split, flag in (("train", "train"), ("val", "test")):
         setattr(arguments, f"{flag}_json", str(files[split]))
@@ -123,6 +129,22 @@ def take_folder(arguments: argparse.Namespace, world_size: int, *, alone: bool =
     arguments.config_file = config
     arguments.opts = _words(overrides | given)
     return text
+
+
+def _check_split(folder: Folder, written: Path) -> None:
+    """Refuse a division by which images that a training has seen would now validate it."""
+    before, val = written / "train.json", folder.parts["val"]
+    if val.file is not None or not before.is_file():
+        return
+    trained = {each["file_name"] for each in read_annotations(before)["images"] if is_image(each)}
+    moved = [each for each in val.document["images"] if each["file_name"] in trained]
+    if moved:
+        raise DatasetError(
+            f"--data has changed since the training began: {len(moved):,} of the "
+            f"{len(val.files):,} images to validate with, such as {quoted(moved[0]['file_name'])}, "
+            "were trained on. Continue with --resume --config-file RUN/config.yaml, which keeps "
+            "the split, or begin another run with --output."
+        )
 
 
 def survey_folder(
@@ -308,10 +330,11 @@ def _schedule(
     )
     value = f"{length * batch / images:.3g} epochs of {images:,} images: {length:,} updates"
     choices.append(_choice("Length", value, why, "SOLVER.MAX_ITER", given, "--epochs or "))
-    value = f"a tenth at {given.get('SOLVER.STEPS', overrides['SOLVER.STEPS'])}"
-    choices.append(
-        _choice("Decay", value, "2/3 and 8/9, as in the 1x schedule", "SOLVER.STEPS", given)
-    )
+    if cfg.SOLVER.LR_SCHEDULER_NAME == MULTI_STEP:
+        at = given.get("SOLVER.STEPS", overrides["SOLVER.STEPS"])
+        why = "2/3 and 8/9, as in the 1x schedule"
+        value = f"times {cfg.SOLVER.GAMMA:g} at {at}"
+        choices.append(_choice("Decay", value, why, "SOLVER.STEPS", given))
     value = f"every {given.get('TEST.EVAL_PERIOD', period)} updates and at the end"
     why = "ten times, at most once an epoch; the best checkpoint is kept"
     choices.append(_choice("Evaluations", value, why, "TEST.EVAL_PERIOD", given))

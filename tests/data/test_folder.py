@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from resnext_det.data import layouts
 from resnext_det.data.dividing import with_validation, write_parts
 from resnext_det.data.folder import LAYOUTS, Folder, read_folder
 from resnext_det.data.layouts import Part
@@ -140,6 +141,8 @@ def test_lists_of_voc_decide_the_split(laid_out: Callable[[str], Path]) -> None:
     found = read_folder(root)
     assert {name: len(part.files) for name, part in found.parts.items()} == {"train": 5, "val": 3}
     assert f"{len(stems) - 8} images are in no list of ImageSets/Main: left out" in found.notes
+    with pytest.raises(DatasetError):  # the images are not in this folder
+        read_folder(root / "Annotations")
 
 
 def test_several_voc_folders_become_one(laid_out: Callable[[str], Path]) -> None:
@@ -178,6 +181,10 @@ def unreadable(root: Path) -> None:
     (root / "images" / "0.png").write_text("no image")
 
 
+def unbounded(root: Path) -> None:
+    (root / "data.yaml").write_text(f"names: [cat, dog]\ntrain: {'x' * 5000}\n")
+
+
 def unknown_class(root: Path) -> None:
     (root / "labels" / "0.txt").write_text("7 0.5 0.5 0.1 0.1\n")
 
@@ -190,6 +197,7 @@ def unknown_class(root: Path) -> None:
         (polygon, r"labels/0.txt: line 1: expected 5 fields.* Only boxes"),
         (unnamed, "nothing names their classes"),
         (elsewhere, "names '/etc', which is not in"),
+        (unbounded, "names 'xxx.*, which is not in"),
         (unreadable, "1 of 1 images cannot be read"),
         (unknown_class, "labels/0.txt: line 1: class_idx 7 out of range"),
     ],
@@ -281,6 +289,33 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     assert {name: part.document for name, part in again.parts.items()} == {
         name: part.document for name, part in folder.parts.items()
     }
+
+
+def test_divided_coco_images_are_found_again(tmp_path: Path) -> None:
+    root = yolo(tmp_path, 10)
+    document = read_folder(root).parts["train"].document
+    shutil.rmtree(root / "labels")
+    for each in document["images"]:
+        each["file_name"] = Path(each["file_name"]).name  # relative to images/, not to the root
+    (root / "instances_all.json").write_text(json.dumps(document))
+    folder, _ = with_validation(read_folder(root))
+    write_parts(folder, root / "resnext_det")
+    for parts in (folder.parts, read_folder(root).parts):
+        assert [len(part.files) for part in parts.values()] == [8, 2]
+        assert all(file.is_file() for part in parts.values() for file in part.files)
+
+
+def test_paths_of_any_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = yolo(tmp_path / "data", 3, "names: [cat, dog]\ntrain: train.txt\n")
+    (root / "images" / "._0.png").write_text("what macOS puts into archives")
+    (root / "train.txt").write_text(f"{root}/images/0.png\n/gone/1.png\n./images/2.png\n")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    part = read_folder(Path("../data")).parts["train"]
+    assert part.files == [root / "images" / f"{number}.png" for number in range(3)]
+    monkeypatch.setattr(layouts, "_MOST_TEXT", 40)
+    with pytest.raises(DatasetError, match="has more than 40 bytes"):
+        read_folder(root)
 
 
 def test_similar_photographs(real_photographs: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from resnext_det import load_config
 from resnext_det.config import read_config
 from resnext_det.engine import own_data
 from resnext_det.engine.own_data import MODELS, best_weights, take_folder
-from resnext_det.errors import ConfigError
+from resnext_det.errors import ConfigError, DatasetError
 from resnext_det_cli import main, train
 
 from ..data.test_folder import yolo
@@ -73,6 +73,20 @@ def test_more_images_get_larger_updates_and_fewer_epochs(tmp_path: Path) -> None
         take_folder(parsed("--data", data, "--output", tmp_path / "run"), 1)
     with pytest.raises(ConfigError, match="inside --data"):
         take_folder(parsed("--data", data, "--output", data / "run"), 1)
+
+
+def test_a_resume_does_not_validate_with_images_that_were_trained_on(tmp_path: Path) -> None:
+    data, run = yolo(tmp_path / "data", 10), tmp_path / "run"
+    words = ["--data", data, "--output", run, "--resume"]
+    take_folder(parsed(*words), 1)
+    (run / "last_checkpoint").write_text("model_0000000.pth")
+    take_folder(parsed(*words), 1)  # the same division
+    before = (run / "data" / "train.json").read_bytes()
+    with pytest.raises(DatasetError, match=r"of the 2 images to validate with.*were trained on"):
+        take_folder(parsed(*words, "SEED", 7), 1)
+    assert (run / "data" / "train.json").read_bytes() == before
+    with pytest.raises(SystemExit):
+        parsed(*words, "--epochs", 3, "SOLVER.MAX_ITER", 9)
 
 
 def test_weights_in_the_cache_come_first(tmp_path: Path) -> None:
