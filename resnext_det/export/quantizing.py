@@ -85,7 +85,7 @@ def quantize(
         kept = folder / file.name
         described = replace(description, precision="int8", comparison=comparison)
         quantizer.write(last.model, described, kept)
-        for each in folder.glob(f"{file.stem}.*"):
+        for each in (each for each in folder.iterdir() if each.is_file()):
             each.replace(file.with_name(each.name))
 
 

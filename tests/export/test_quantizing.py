@@ -79,9 +79,9 @@ def test_records_what_int8_costs(
     tmp_path: Path,
     stock_evaluation: StockEvaluation,
 ) -> None:
-    file = tmp_path / f"a{suffix}"
+    file = tmp_path / f"a[1]{suffix}"
     described = export(cfg, file, images=images, lose_at_most=100)
-    expected = {".xml": ["a.bin", "a.xml"], ".onnx": ["a.onnx"]}[suffix]
+    expected = {".xml": ["a[1].bin", "a[1].xml"], ".onnx": ["a[1].onnx"]}[suffix]
     assert sorted(each.name for each in tmp_path.iterdir()) == expected
     detector = load(file)
     assert detector.description == described and described.precision == "int8"
