@@ -318,7 +318,7 @@ def _route(endpoint: str) -> tuple[str, bool]:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect(address)  # sends nothing
             own: str = probe.getsockname()[0]
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # a name that no host can have
         raise ConfigError(f"--dist-url names {host}, which cannot be reached: {error}.") from error
     if own != address[0]:
         return own, False

@@ -78,7 +78,7 @@ def training_objects(run: Path, config: Tree) -> dict[str, int] | None:
                 for each in document["annotations"]
                 if is_object(each) and not each.get("iscrowd") and each["category_id"] in classes
             )
-    except (OSError, ResNeXtError, *INVALID):
+    except (OSError, SyntaxError, ResNeXtError, *INVALID):
         return None
     return dict(counts) or None
 

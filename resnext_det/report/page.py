@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from resnext_det.errors import DatasetError, ResNeXtError
+from resnext_det.errors import ConfigError, DatasetError, ResNeXtError, quoted
 from resnext_det.evaluation.annotations import read_ground_truth
 from resnext_det.evaluation.classified import results_file
 from resnext_det.evaluation.coco import ClassFigures, Figures
@@ -125,9 +125,13 @@ def write_report(run: Path, output: Path | None = None, baseline: Path | None = 
     Raises:
         DatasetError: metrics.json, annotations or detections are missing or malformed, or the
             baseline was evaluated with other annotations.
+        ConfigError: there is a baseline, but the run is of a classifier.
         ResNeXtError: the page cannot be written.
     """
-    page = render_classifier(run) if results_file(run).is_file() else _render(run, baseline)
+    is_classifier = results_file(run).is_file()
+    if is_classifier and baseline is not None:
+        raise ConfigError(f"--baseline is for detectors, and {quoted(run)} is of a classifier.")
+    page = render_classifier(run) if is_classifier else _render(run, baseline)
     target = run / "report.html" if output is None else output
     try:
         with written_beside(target) as beside:

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from resnext_det.engine import launch
 from resnext_det.engine.explanations import explain, says_lost_contact
 from resnext_det.engine.launch import Job, forwarded_signals, run_everywhere
 from resnext_det.errors import ConfigError
@@ -356,6 +357,11 @@ def test_refuses_flags(words: str, message: str, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ConfigError) as refused:
         parse(words)
     assert message in str(refused.value)
+
+
+def test_refuses_a_name_that_no_host_can_have() -> None:
+    with pytest.raises(ConfigError, match="which cannot be reached"):
+        launch._route(f"{'x' * 64}.example:29500")
 
 
 def test_torchrun_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 
 from resnext_det.data.custom import CustomData
-from resnext_det.errors import DatasetError, ResNeXtError
+from resnext_det.errors import ConfigError, DatasetError, ResNeXtError
 from resnext_det.evaluation.annotations import read_ground_truth
+from resnext_det.evaluation.classified import results_file
 from resnext_det.evaluation.detections import read_detections
 from resnext_det.evaluation.evaluator import evaluate_detections
 from resnext_det.evaluation.results_file import read_metrics
@@ -286,6 +287,13 @@ def test_report_against_another_run(run: Path, tmp_path: Path) -> None:
     edit(other, annotations_sha256="0" * 64)
     with pytest.raises(DatasetError, match="with other annotations"):
         write_report(run, baseline=other)
+
+
+def test_no_baseline_for_classifiers(tmp_path: Path) -> None:
+    results_file(tmp_path).parent.mkdir()
+    results_file(tmp_path).touch()
+    with pytest.raises(ConfigError, match="--baseline is for detectors"):
+        write_report(tmp_path, baseline=tmp_path)
 
 
 def test_classes_to_act_on_know_the_training_data(run: Path, annotation_file: Path) -> None:
