@@ -56,7 +56,8 @@ def analyse_errors(
             0.01, ..., 1, "best": score, precision, recall and f1 where F1 is highest, or None, and
             the number of "objects";
         "calibration": "error" (ECE), and "bins" of ten scores with detections, as their mean
-            "score", the share that is "right" at an IoU of 0.5, and their "count";
+            "score", the share that is "right" at an IoU of 0.5, and their "count"; None if a score
+            is not from 0 to 1;
         "confusion": "classes" and "counts" (K + 1, K + 1), true class by detected class, the last
             of both being background; at this "iou", from this "score";
         "errors": TIDE's, as "kind", "count", and "cost" in points of AP50.
@@ -92,12 +93,14 @@ def analyse_errors(
             for kind in ERROR_KINDS
         ],
         "by_score": _by_score(status, truth, detections),
-        "calibration": _calibration(evaluation),
+        "calibration": _calibration(evaluation, detections),
     }
 
 
-def _calibration(evaluation: hotcoco.COCOeval) -> dict[str, Any]:
+def _calibration(evaluation: hotcoco.COCOeval, detections: Detections) -> dict[str, Any] | None:
     """Return how far scores are from the share of detections that are right (1706.04599)."""
+    if ((detections.scores < 0) | (detections.scores > 1)).any():  # those of another program
+        return None
     found = evaluation.calibration(n_bins=10, iou_threshold=OVERLAP)
     bins = [
         {
@@ -114,9 +117,10 @@ def _calibration(evaluation: hotcoco.COCOeval) -> dict[str, Any]:
 def thresholds(details: Details) -> dict[str, Any]:
     """Return what metrics.json says about scores: where F1 is highest, and how right they are."""
     best = {name: each["best"] for name, each in details["by_score"].items()}
+    calibration = details["calibration"]
     return {
         "thresholds": {"iou": OVERLAP, "all": best.pop("", None), "per_class": best},
-        "calibration_error": details["calibration"]["error"],
+        "calibration_error": None if calibration is None else calibration["error"],
     }
 
 
@@ -125,10 +129,15 @@ def threshold_line(details: Details) -> str:
     best = details["by_score"].get("", {}).get("best")
     if best is None:
         return "no detection is right at an IoU of 0.5: no score threshold can be recommended"
-    return (
+    line = (
         f"F1 is highest at a score of {best['score']:.2f}: precision {best['precision']:.1f} %, "
-        f"recall {best['recall']:.1f} %. On average, a score differs from the share of right "
-        f"detections by {details['calibration']['error']:.1f} points (ECE)"
+        f"recall {best['recall']:.1f} %"
+    )
+    if details["calibration"] is None:
+        return line
+    return (
+        f"{line}. On average, a score differs from the share of right detections by "
+        f"{details['calibration']['error']:.1f} points (ECE)"
     )
 
 

@@ -192,6 +192,15 @@ def test_curves_over_the_score_agree_with_pycocotools(tmp_path: Path) -> None:
     assert f"at a score of {written['all']['score']:.2f}" in threshold_line(evaluated.details)
 
 
+@pytest.mark.parametrize("score", [95.0, -0.5])
+def test_scores_of_other_programs_are_not_calibrated(tmp_path: Path, score: float) -> None:
+    right, box, _ = DETECTIONS["right"]
+    found = evaluated(tmp_path, [(right, box, score)])
+    assert found.details["calibration"] is None
+    assert found.document()["calibration_error"] is None
+    assert f"at a score of {score:.2f}" in threshold_line(found.details)
+
+
 def check_calibration(found: Document, scored: list[tuple[float, bool]]) -> None:
     """Compare with Guo et al.'s definition (1706.04599, section 2): ten bins of equal width."""
     bins: dict[int, list[tuple[float, bool]]] = {}
