@@ -55,7 +55,8 @@ class Anchors:
         ratios = self.ratios * (levels if len(self.ratios) == 1 else 1)
         for stride, of_level, shapes in zip(self.strides, sizes, ratios):
             # On each axis, the anchor nearest to the box overlaps most.
-            last = np.ceil(images / _DIVISIBILITY) * _DIVISIBILITY / stride - 1
+            padded = np.ceil(images / _DIVISIBILITY) * _DIVISIBILITY
+            last = np.ceil(padded / stride) - 1  # p6 and p7 round up
             cells = np.clip(np.round(centres / stride - self.offset), 0, last)
             away = np.abs(centres - (cells + self.offset) * stride)
             for size, ratio in itertools.product(of_level, shapes):
