@@ -113,7 +113,7 @@ def read_folder(path: Path, layout: str | None = None) -> Folder:
 
 def _checked(folder: Folder) -> Folder:
     """Refuse a folder without anything to train on, or whose splits have different classes."""
-    if "train" not in folder.parts:
+    if "train" not in folder.parts or not folder.parts["train"].files:
         raise DatasetError(
             f"--data: {quoted(folder.path)} ({folder.layout}) has only "
             f"{named(folder.parts) or 'empty splits'}, and no images to train on: call a folder or "

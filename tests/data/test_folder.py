@@ -289,6 +289,10 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     assert {name: part.document for name, part in again.parts.items()} == {
         name: part.document for name, part in folder.parts.items()
     }
+    train = {**folder.parts["train"].document, "images": [], "annotations": []}
+    (root / "resnext_det" / "train.json").write_text(json.dumps(train))
+    with pytest.raises(DatasetError, match="no images to train on"):
+        read_folder(root)
 
 
 def test_divided_coco_images_are_found_again(tmp_path: Path) -> None:
