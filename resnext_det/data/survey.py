@@ -162,7 +162,7 @@ def _rare(counts: dict[str, Counter[str]], names: list[str]) -> list[Finding]:
             absent
         )
     if "val" not in counts:
-        what = "no images to validate with: `train --data` takes a fifth of those of train"
+        what = "no images to validate with: `train --data` sets aside a fifth of those of train"
         findings.append(Finding("warning", what))
     return findings
 
