@@ -104,6 +104,7 @@ class ExactSum:
             torch.zeros_like(each).flatten() if each.grad is None else each.grad.flatten()
             for each in self._parameters
         ]
+        vectors += [vectors[0].new_tensor([each.grad is not None for each in self._parameters])]
         for parameter in self._parameters:
             parameter.grad = None
         vectors += [each.flatten() for each in self._statistics if each.is_floating_point()]
@@ -130,6 +131,10 @@ class ExactSum:
             found, rest = rest.tensor_split([parameter.numel()])
             parameter.grad = torch.empty_like(parameter)  # in the parameter's memory format
             parameter.grad.copy_(found.view_as(parameter))
+        used, rest = rest.tensor_split([len(self._parameters)])
+        for parameter, count in zip(self._parameters, used.tolist()):
+            if not count:  # no loss depends on it: the optimizer must not decay it
+                parameter.grad = None
         for buffer, before in zip(self._statistics, self._before):
             if buffer.is_floating_point():
                 found, rest = rest.tensor_split([buffer.numel()])

@@ -193,7 +193,8 @@ def _words(overrides: Mapping[str, str]) -> list[str]:
 def _number(text: str | None, default: float) -> float:
     """Return a number of the command line; the config refuses others."""
     with contextlib.suppress(ValueError, SyntaxError, TypeError):
-        return float(ast.literal_eval(text or ""))
+        number = float(ast.literal_eval(text or ""))
+        return number if math.isfinite(number) else default
     return default
 
 

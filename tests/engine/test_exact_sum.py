@@ -215,6 +215,14 @@ def test_an_exact_sum_is_the_same_update() -> None:
     torch.testing.assert_close(weights(exact), weights(usual), rtol=0, atol=1e-14)
 
 
+def test_a_weight_that_no_loss_needs_does_not_decay() -> None:
+    trained = loop(Share(0, 1, 4, 2), model=Normalized(), exact=True)
+    trained.optimizer.param_groups[0]["weight_decay"] = 0.1
+    run(trained, range(1))
+    assert torch.equal(trained.model.idle, torch.ones(2))
+    assert not torch.equal(trained.model.norm.weight, torch.ones(2))
+
+
 def test_a_skipped_update_changes_nothing(tmp_path: Path) -> None:
     trained = loop(
         Share(0, 1, 2, 2), model=Normalized(), folder=tmp_path, broken=(6,), skip=1, exact=True
