@@ -253,7 +253,7 @@ def _from_yolo(
         (stage / "data.yaml").write_text(f"names: [{numbered}]\n", encoding="utf-8")
         for number, (image, label) in enumerate(zip(images, labels)):
             target = stage / f"{number:09d}.txt"
-            shutil.copyfile(label, target) if label else target.touch()
+            target.write_text(text_of(label) if label else "", encoding="utf-8")
             picture = stage / "images" / f"{number:09d}{Path(image).suffix.lower()}"
             try:
                 picture.symlink_to(tree.images[image])
