@@ -211,7 +211,7 @@ def _advice(
     if recall < _GOOD and recall <= precision:
         return "Missed: add images like those missed, and look for unlabelled objects."
     if precision < _GOOD:
-        return "False alarms: add such images without objects, and look for missing labels."
+        return "False alarms: add images of what is taken for it, and look for missing labels."
     if objects < FEWEST:
         return f"Uncertain: only {objects} to evaluate on."
     return "Good. More images help most."
