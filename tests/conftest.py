@@ -32,13 +32,20 @@ Tool = Callable[..., "subprocess.CompletedProcess[str]"]
 StockEvaluation = Callable[[Path, list[dict[str, Any]]], COCOeval]
 
 
+_LOGS = [logging.getLogger(name) for name in ("resnext_det", "detectron2", "fvcore")]
+_UNCHANGED = [(list(log.handlers), log.propagate, log.level) for log in _LOGS]
+
+
 @pytest.fixture(autouse=True)
-def _logging_as_before() -> Iterator[None]:
-    """Commands add handlers, whose streams end with the test."""
-    logs = [logging.getLogger(name) for name in ("resnext_det", "detectron2", "fvcore")]
-    before = [(list(log.handlers), log.propagate, log.level) for log in logs]
+def _logging_unchanged() -> Iterator[None]:
+    """Undo what commands change, in the test and in fixtures that ran before it."""
+    _undo()
     yield
-    for log, (handlers, propagate, level) in zip(logs, before):
+    _undo()
+
+
+def _undo() -> None:
+    for log, (handlers, propagate, level) in zip(_LOGS, _UNCHANGED):
         log.handlers[:], log.propagate = handlers, propagate
         log.setLevel(level)
 
