@@ -73,7 +73,8 @@ _OPENVINO_LAYERS = ("Convolution", "GroupConvolution", "MatMul")
 def _nncf() -> Any:
     with mock.patch.dict(os.environ, {"NNCF_CI": "1"}):  # else it reports its use to its authors
         module = needed("nncf", "int8", "int8")
-    module.set_log_level(logging.ERROR)
+    # Its own `set_log_level` would silence handlers that other loggers share, such as pytest's.
+    logging.getLogger("nncf").setLevel(logging.ERROR)
     return module
 
 
