@@ -382,8 +382,8 @@ def _converted(convert: Callable[[str], hotcoco.COCO], source: Path, root: Path)
 def _assembled(tree: FileTree, sources: Sequence[_Source]) -> dict[str, Part]:
     """Put converted annotations together by split, with the images' paths, and ids of their own.
 
-    Classes are told apart by name. A split has all classes of train, as a class may lack objects in
-    it, and those that only its own files have.
+    Classes are matched by name. Each split lists every class of train, even those it has no objects
+    of, followed by any that appear in its own files alone.
     """
     rows: dict[str, tuple[list[Record], list[Record]]] = defaultdict(lambda: ([], []))
     names: dict[str, dict[str, None]] = defaultdict(dict)
