@@ -5,6 +5,7 @@ Each machine is a network namespace with a cable to a switch, so this needs root
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import re
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,10 +24,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = "SOLVER.IMS_PER_BATCH 4 SOLVER.IMS_PER_MICRO_BATCH 1 SOLVER.EXACT_SUM True"
-SETTINGS += " SOLVER.MAX_ITER 80 SOLVER.STEPS (60,) SOLVER.WARMUP_ITERS 2 SOLVER.BASE_LR 0.01"
+SETTINGS += " SOLVER.STEPS (20,) SOLVER.WARMUP_ITERS 2 SOLVER.BASE_LR 0.01"
 SETTINGS += " SOLVER.CHECKPOINT_PERIOD 5 DATASETS.TEST () MODEL.WEIGHTS  INPUT.MAX_SIZE_TRAIN 80"
 SETTINGS += " INPUT.MIN_SIZE_TRAIN (48,64)"
-PREFIX = f"rx{os.getpid() % 10_000}"  # of the namespaces
+NUMBERS = itertools.count(os.getpid() % 10_000 * 100)  # for names of namespaces
 PATIENCE = 20  # seconds until a machine that is cut off is given up
 # Events, each after some more updates. The first machine always stays.
 SCENARIOS = (
@@ -41,13 +43,14 @@ def ip(*words: object) -> None:
 @contextmanager
 def machines(count: int) -> Iterator[list[str]]:
     """Create namespaces with addresses 10.77.0.1 and so on, on a bridge in one more."""
-    names = [f"{PREFIX}h{number}" for number in range(count)]
-    switch = f"{PREFIX}sw"
+    prefix = f"rx{next(NUMBERS)}"
+    names = [f"{prefix}h{number}" for number in range(count)]
+    switch = f"{prefix}sw"
     try:
-        try:
-            ip("netns", "add", switch)
-        except (OSError, subprocess.CalledProcessError) as error:
-            pytest.skip(f"no network namespaces here: {getattr(error, 'stderr', error)}")
+        ip("netns", "add", switch)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no network namespaces here: {getattr(error, 'stderr', error)}")
+    try:
         ip("-n", switch, "link", "add", "bridge", "type", "bridge")
         ip("-n", switch, "link", "set", "bridge", "up")
         for number, name in enumerate(names):
@@ -64,18 +67,16 @@ def machines(count: int) -> Iterator[list[str]]:
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
-class Machine:
-    """One machine of a job, of which the first serves the rendezvous."""
-
-    def __init__(self, name: str, folder: Path, datasets: Path, nodes: str = "1:3") -> None:
-        self.name = name
-        self._log = (folder.parent / f"{name}.log").open("a")
-        words = ["--config-file", "faster_rcnn_X_26_8x4d_FPN_toy", "--nnodes", nodes]
-        words += ["--dist-url", "tcp://10.77.0.1:29500", "--dist-timeout", str(PATIENCE)]
-        words += ["OUTPUT_DIR", str(folder), *SETTINGS.split(" ")]
-        inside = ["ip", "netns", "exec", name] if name else []
-        self.process = subprocess.Popen(
-            [*inside, sys.executable, "-W", "ignore", "-m", "resnext_det_cli", "train", *words],
+def train(
+    folder: Path, datasets: Path, updates: int, *words: str, inside: str = ""
+) -> subprocess.Popen[bytes]:
+    """Start a training, inside a namespace or none."""
+    command = ["ip", "netns", "exec", inside] if inside else []
+    command += [sys.executable, "-W", "ignore", "-m", "resnext_det_cli", "train", *words]
+    command += ["--config-file", "faster_rcnn_X_26_8x4d_FPN_toy", "OUTPUT_DIR", str(folder)]
+    with (folder.parent / f"{folder.name}.log").open("a") as log:
+        return subprocess.Popen(
+            [*command, *SETTINGS.split(" "), "SOLVER.MAX_ITER", str(updates)],
             env={
                 **os.environ,
                 "OMP_NUM_THREADS": "1",
@@ -83,10 +84,20 @@ class Machine:
                 "GLOO_SOCKET_IFNAME": "eth0",  # names of these machines do not resolve
                 "PYTHONPATH": str(ROOT),
             },
-            stdout=self._log,
-            stderr=self._log,
+            stdout=log,
+            stderr=log,
             start_new_session=True,
         )
+
+
+class Machine:
+    """One machine of a job, of which the first serves the rendezvous."""
+
+    def __init__(self, name: str, folder: Path, datasets: Path, updates: int, most: int) -> None:
+        self.name = name
+        words = ["--nnodes", f"1:{most}", "--dist-url", "tcp://10.77.0.1:29500"]
+        words += ["--dist-timeout", str(PATIENCE)]
+        self.process = train(folder, datasets, updates, *words, inside=name)
 
     def kill(self) -> None:
         """Kill the agent and its workers, as if the power failed."""
@@ -113,6 +124,11 @@ class Machine:
     def cut(self) -> None:
         """Pull its cable."""
         ip("-n", self.name, "link", "set", "eth0", "down")
+
+
+def plug(name: str, state: str) -> None:
+    """Put the last machine's cable into the switch, or pull it out there."""
+    ip("-n", f"{name[:-2]}sw", "link", "set", f"port{name[-1]}", state)
 
 
 def iteration(folder: Path) -> int:
@@ -142,29 +158,29 @@ def weights(folder: Path) -> dict[str, Any]:
     return {**content["model"], **{str(n): each["momentum_buffer"] for n, each in momentum.items()}}
 
 
-def train_alone(folder: Path, datasets: Path) -> Path:
-    with machines(1) as (name,):
-        alone = [Machine(name, folder / "whole", datasets, "1")]
-        wait_for(lambda: alone[0].process.poll() == 0, alone)
-    return folder / "whole"
-
-
-def check(scenario: str, whole: Path, shared: Path, datasets: Path, seed: int) -> None:
-    """Run a scenario, and compare the weights with those of a training that nobody disturbed."""
+def check(
+    scenario: str, whole: Path, shared: Path, datasets: Path, updates: int, most: int, seed: int
+) -> None:
+    """Run a scenario; compare the weights with those in `whole`, which nobody disturbed."""
     choose = random.Random(seed)
-    with machines(3) as names:
-        late = "join" in scenario
-        job = [Machine(name, shared, datasets) for name in names[: 2 if late else 3]]
-        every = list(job)
+    with machines(most) as names:
+        if "plug" in scenario:
+            plug(names[-1], "down")
+        first = names[:-1] if "join" in scenario else names
+        every = [Machine(name, shared, datasets, updates, most) for name in first]
+        job = every[: most - ("plug" in scenario)]
         try:
             for event in scenario.split():
                 due = iteration(shared) + choose.choice((5, 10))
                 wait_for(lambda due=due: iteration(shared) >= due, job)  # type: ignore[misc]
                 time.sleep(choose.random())
-                if event == "join":
+                if event in ("join", "plug"):
                     before = len(starts(shared))
-                    job.append(Machine(names[2], shared, datasets))
-                    every.append(job[-1])
+                    if event == "join":
+                        every.append(Machine(names[-1], shared, datasets, updates, most))
+                    else:
+                        plug(names[-1], "up")
+                    job.append(every[-1])
                     wait_for(lambda before=before: len(starts(shared)) > before, job)  # type: ignore[misc]
                     assert starts(shared)[-1] == len(job)
                 else:
@@ -173,16 +189,36 @@ def check(scenario: str, whole: Path, shared: Path, datasets: Path, seed: int) -
         finally:
             for machine in every:
                 machine.kill()
-        one, other = weights(whole), weights(shared)
-        assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    one, other = weights(whole), weights(shared)
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def test_two_machines(datasets: Path, tmp_path: Path) -> None:
+    """Lose one, or start without one; at the same time, as much of it is waiting."""
+    with (
+        machines(0),
+        ThreadPoolExecutor() as pool,
+        train(tmp_path / "whole", datasets, 30) as whole,
+    ):
+
+        def run(scenario: str) -> None:
+            check(scenario, tmp_path / "whole", tmp_path / scenario, datasets, 30, 2, seed=0)
+
+        jobs = [pool.submit(run, scenario) for scenario in ("kill", "plug")]
+        for job in jobs:
+            job.result()
+        assert whole.wait() == 0
 
 
 @pytest.fixture(scope="module")
 def whole(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_alone(tmp_path_factory.mktemp("whole"), datasets)
+    folder = tmp_path_factory.mktemp("whole") / "whole"
+    with machines(0):
+        assert train(folder, datasets, 80).wait() == 0
+    return folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
-def test_ends_with_the_same_bits(seed: int, whole: Path, datasets: Path, tmp_path: Path) -> None:
-    check(SCENARIOS[seed % len(SCENARIOS)], whole, tmp_path / "shared", datasets, seed)
+def test_three_machines(seed: int, whole: Path, datasets: Path, tmp_path: Path) -> None:
+    check(SCENARIOS[seed % len(SCENARIOS)], whole, tmp_path / "shared", datasets, 80, 3, seed)
