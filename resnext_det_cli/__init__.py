@@ -29,6 +29,7 @@ COMMANDS = {
     "weights": "weights",
     "eval-imagenet": "eval_imagenet",
     "check-data": "check_data",
+    "apply-patch": "apply_patch",
     "show-data": "show_data",
     "prepare-minival": "prepare_minival",
     "complexity": "complexity",

@@ -48,6 +48,7 @@ class GroundTruth:
         objects: N annotations of these images and categories, all with an area.
         segmentations: of the N annotations, unchecked; see `masks`.
         keypoints: of the N annotations, unchecked; see `poses`.
+        ids: of the N annotations, unchecked.
     """
 
     file: Path
@@ -59,6 +60,7 @@ class GroundTruth:
     objects: Columns
     segmentations: tuple[object, ...] = ()
     keypoints: tuple[object, ...] = ()
+    ids: tuple[object, ...] = ()
 
     @functools.cached_property
     def image_ids(self) -> NDArray[np.int64]:
@@ -189,6 +191,7 @@ def read_ground_truth(file: Path, *, checked: bool = False) -> GroundTruth:
         objects=columns,
         segmentations=tuple(each.get("segmentation") for each in kept),
         keypoints=tuple(each.get("keypoints") for each in kept),
+        ids=tuple(each.get("id") for each in kept),
     )
 
 

@@ -1,12 +1,13 @@
-"""Images for the report: the best, the worst, and those with the most confused classes."""
+"""Images for the report: the best, the worst, the most confused, and labels that may be wrong."""
 
 from __future__ import annotations
 
 import base64
 import io
+import json
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from resnext_det.data.patch import FORMAT
 from resnext_det.data.records import leads_out
 from resnext_det.errors import DatasetError, quoted
 from resnext_det.evaluation.annotations import GroundTruth, read_ground_truth
 from resnext_det.evaluation.coco import hotcoco_evaluation
 from resnext_det.evaluation.detections import Detections, read_detections
+from resnext_det.evaluation.label_errors import LabelError, can_be_named, likely_label_errors
 from resnext_det.evaluation.results_file import DatasetMetrics
 from resnext_det.files import file_digest
 from resnext_det.images import read_picture
@@ -34,6 +37,14 @@ MATCHED_FROM = 0.5
 # Okabe and Ito's colours: they stay distinct for most kinds of colour blindness.
 FOUND, CORRECT, WRONG, IGNORED = (0, 158, 115), (0, 114, 178), (213, 94, 0), (130, 130, 130)
 _COLOURS: Mapping[str, Colour] = {"matched": FOUND, "fn": WRONG, "tp": CORRECT, "fp": WRONG}
+MOST_QUESTIONS = 24
+_QUESTIONS = {
+    "missing": "is a label missing here, {now}?",
+    "class": "labelled {was}, is it {now}?",
+    "box": "is the blue box of {now} better than the label's?",
+    "extra": "labelled {was}, is this label wrong?",
+}
+_MARGIN = 0.75, 32.0  # around a label: a share of its longer side, and pixels
 _SIDE, _LABEL = 480, 18  # pixels; a page shows an image at about half its size
 
 
@@ -63,16 +74,42 @@ class GalleryImage:
 
 
 @dataclass(frozen=True)
+class Question:
+    """A label that may be wrong.
+
+    Attributes:
+        file_name: of its image.
+        picture: a data URI of the part around the label.
+        text: the question, to answer with yes or no.
+        suspicion: 0 to 1.
+        edit: for a yes, as JSON.
+    """
+
+    file_name: str
+    picture: str
+    text: str
+    suspicion: float
+    edit: str
+
+
+@dataclass(frozen=True)
 class Gallery:
-    """The images in groups, each in one only.
+    """The images in groups, each in one only, and questions about their labels.
 
     Attributes:
         groups: "Best" (highest F1), "Worst" (lowest), and "Most confused of the others".
+        questions: the most suspicious first.
+        suspected: how many labels may be wrong, with those that are not asked about.
+        patch: what a patch of these annotations says besides its edits, as JSON; "" if the ids of
+            labels repeat or are missing, so that no edit can name them.
         missing: number of images that are missing or unreadable.
         outdated: whether annotations or detections have changed since the evaluation.
     """
 
     groups: dict[str, list[GalleryImage]]
+    questions: list[Question]
+    suspected: int
+    patch: str
     missing: int
     outdated: bool
 
@@ -135,11 +172,76 @@ def make_gallery(evaluation: DatasetMetrics, limit: int) -> Gallery:
         evaluation.annotations_sha256: truth.sha256,
         evaluation.detections_sha256: file_digest(evaluation.detections),
     }
+    suspects = likely_label_errors(truth, detections) if can_be_named(truth) else []
+    about = {
+        "format": FORMAT,
+        "annotations": truth.file.name,
+        "annotations_sha256": truth.sha256,
+    }
     return Gallery(
         {heading: entries for heading, entries in groups.items() if entries},
+        questions=_questions(evaluation.images, truth, suspects, files, present),
+        suspected=len(suspects),
+        patch=json.dumps(about) if can_be_named(truth) else "",
         missing=sum(name not in present for name in files.values()) + unreadable,
         outdated=any(recorded and recorded != now for recorded, now in digests.items()),
     )
+
+
+def _questions(
+    folder: Path,
+    truth: GroundTruth,
+    suspects: Sequence[LabelError],
+    files: Mapping[int, str],
+    present: Collection[str],
+) -> list[Question]:
+    """Draw the most suspicious labels beside what was detected instead."""
+    questions: list[Question] = []
+    for each in suspects:
+        if len(questions) == MOST_QUESTIONS:
+            break
+        name = files[each.image_id]
+        if name not in present:
+            continue
+        try:
+            picture = read_picture(folder / name)
+        except DatasetError:
+            continue  # the gallery has warned
+        drawn: list[tuple[list[float], str, Colour]] = []
+        names = {"was": "", "now": ""}
+        if each.found is not None:
+            category, score, box = each.found
+            names["now"] = truth.categories[category]
+            drawn.append((box, f"{names['now']} {score:.2f}", CORRECT))
+        if each.label is not None:
+            names["was"] = truth.categories[int(truth.objects.category_ids[each.label])]
+            place = truth.objects.boxes[each.label].tolist()
+            drawn.append((place, f"label: {names['was']}", WRONG))
+        corners = np.array([box for box, _, _ in drawn])
+        low = corners[:, :2].min(axis=0)
+        high = (corners[:, :2] + corners[:, 2:]).max(axis=0)
+        margin = max(_MARGIN[0] * float((high - low).max()), _MARGIN[1])
+        left, top = np.clip(low - margin, 0, np.array(picture.size) - 1).astype(int).tolist()
+        right, bottom = (
+            np.clip(high + margin, (left + 1, top + 1), picture.size).astype(int).tolist()
+        )
+        others = np.flatnonzero(truth.objects.image_ids == each.image_id).tolist()
+        drawn += [
+            (truth.objects.boxes[row].tolist(), "", FOUND) for row in others if row != each.label
+        ]
+        boxes, labels, colours = zip(*drawn)
+        corners = np.array(boxes)
+        corners[:, :2] -= (left, top)
+        part = picture.crop((left, top, right, bottom))
+        question = Question(
+            file_name=name,
+            picture=_data_uri(part, corners.tolist(), labels, colours),
+            text=_QUESTIONS[each.kind].format(**names),
+            suspicion=each.suspicion,
+            edit=json.dumps(each.edit(truth)),
+        )
+        questions.append(question)
+    return questions
 
 
 def _read(evaluation: DatasetMetrics) -> tuple[GroundTruth, Detections]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import hashlib
+from importlib import resources
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -26,4 +28,7 @@ def rendered_page(template: str, **values: Any) -> str:
         "svg": lambda content: f"data:image/svg+xml;base64,{base64.b64encode(content).decode()}",
         "css": lambda colour: f"rgb{colour}",
     }
+    script = resources.files("resnext_det.report").joinpath("patch.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    environment.globals |= {"script": script, "script_digest": f"'sha256-{digest}'"}
     return environment.get_template(template).render(**values)

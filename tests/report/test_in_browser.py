@@ -1,12 +1,15 @@
-"""The report in a real browser: it loads nothing, runs nothing, and can be read everywhere."""
+"""The report in a real browser: it loads nothing, can be read everywhere, and saves a patch."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
+from resnext_det.data.patch import apply_patch
+from resnext_det.evaluation.results_file import read_metrics
 from resnext_det.report.page import write_report
 
 BROWSER = next(
@@ -65,3 +68,30 @@ def test_report_in_a_browser(evaluated_run: Path, tmp_path: Path) -> None:
                 assert [url for url in requests if not url.startswith("data:")] == [address]
                 context.close()
         browser.close()
+
+
+@pytest.mark.skipif(BROWSER is None, reason="Chromium is not installed")
+def test_answers_become_a_patch(evaluated_run: Path, tmp_path: Path) -> None:
+    address = write_report(evaluated_run, tmp_path / "report.html").as_uri()
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.goto(address)
+        button = page.get_by_role("button", name="Download the patch")
+        assert button.is_disabled()
+        answers = page.get_by_role("radio", name="yes").all()
+        for each in answers[1:4]:
+            each.check()
+        page.get_by_role("radio", name="no").nth(2).check()
+        status = page.get_by_role("status").text_content()
+        assert status == f"3 of {len(answers)} answered, 2 labels to change"
+        expected = [json.loads(str(answers[at].get_attribute("data-edit"))) for at in (1, 3)]
+        with page.expect_download() as download:
+            button.click()
+        assert download.value.suggested_filename == "patch_instances_val2017.json"
+        download.value.save_as(tmp_path / "patch.json")
+        browser.close()
+    assert json.loads((tmp_path / "patch.json").read_text())["edits"] == expected
+    annotations = read_metrics(evaluated_run).evaluations[0].annotations
+    _, counts = apply_patch(tmp_path / "patch.json", annotations)
+    assert counts.total() >= 2

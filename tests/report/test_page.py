@@ -1,10 +1,12 @@
 """The page: complete, self-contained, inert whatever names it shows, written whole or not at all.
 
-`Page` refuses every tag and attribute that could load or run anything, in each test.
+`Page` refuses every tag and attribute that could load or run anything but our script, in each test.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 import shutil
@@ -24,6 +26,7 @@ from resnext_det.evaluation.detections import read_detections
 from resnext_det.evaluation.evaluator import evaluate_detections
 from resnext_det.evaluation.results_file import read_metrics
 from resnext_det.files import file_digest
+from resnext_det.report import page as page_module
 from resnext_det.report.facts import run_config, training_objects
 from resnext_det.report.page import write_report
 from resnext_det_cli import main
@@ -34,8 +37,11 @@ TAGS = {
     *("html", "head", "meta", "link", "title", "style", "body", "main", "header", "section"),
     *("h1", "h2", "h3", "p", "div", "span", "br", "i", "img", "figure", "figcaption"),
     *("dl", "dt", "dd", "table", "thead", "tbody", "tr", "th", "td"),
+    *("form", "label", "input", "button", "output", "script"),
 }
-VOID = {"meta", "link", "img", "br"}
+VOID = {"meta", "link", "img", "br", "input"}
+SCRIPT = (Path(page_module.__file__).parent / "patch.js").read_text()
+DIGEST = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
 
 
 class Page(HTMLParser):
@@ -50,7 +56,10 @@ class Page(HTMLParser):
         self.feed(self.source)
         self.close()
         assert self.open == []
-        assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'" in self.source
+        policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; form-action 'none'"
+        if "<script>" in self.source:
+            policy += f"; script-src 'sha256-{DIGEST}'"
+        assert f'content="{policy}"' in self.source
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         assert tag in TAGS
@@ -68,6 +77,8 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self.open and self.open[-1] == "style":
             assert not re.search(r"url\(|@import|expression", data)
+        elif self.open and self.open[-1] == "script":
+            assert data == SCRIPT
         else:
             self.words.append(data)
 
@@ -111,8 +122,9 @@ def test_figures_and_facts(evaluated_run: Path, tmp_path: Path) -> None:
         "Loss", "Precision in %", "Learning rate", "Best", "Worst", "Most confused",
     ):  # fmt: skip
         assert words in page.text, words
-    assert len(page.pictures) == 6 + 2 * page.source.count("<figcaption>")
-    assert page.source.count("<figcaption>") > 10
+    questions = page.source.count('value="yes"')
+    assert questions > 10 and page.source.count("<figcaption>") > 10 + questions
+    assert len(page.pictures) == 6 + 2 * page.source.count("<figcaption>") - questions
     again = write_report(evaluated_run, tmp_path / "new" / "page.html")
     assert again.read_text(encoding="utf-8") == page.source
     assert [each.name for each in (tmp_path / "new").iterdir()] == ["page.html"]
