@@ -22,7 +22,7 @@ from resnext_det.runtime import load
 from resnext_det_cli import main
 from tests.helpers.detectors import write_run
 
-pytest.importorskip("onnx")
+onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("openvino")
 
@@ -78,6 +78,13 @@ def test_describes_itself(suffix: str, artifacts: Path, run: Path) -> None:
     assert found.versions["numpy"] == np.__version__
     assert found.comparison["images"] == 7 and found.comparison["detections"] > 50
     assert found.comparison["pixels"] < 0.01
+
+
+def test_groups_are_wide_enough_for_onnxruntime(artifacts: Path) -> None:
+    graph = onnx.load(artifacts / "detector.onnx").graph
+    shapes = {each.name: each.dims for each in graph.initializer}
+    widths = [shapes[node.input[1]][1] for node in graph.node if node.op_type == "Conv"]
+    assert sorted(widths)[:2] == [3, 16]  # the stem has no groups
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

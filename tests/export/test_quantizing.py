@@ -24,11 +24,13 @@ from resnext_det.evaluation.compare import Difference
 from resnext_det.export import quantizing
 from resnext_det.export.exporting import export
 from resnext_det.runtime import load
+from resnext_det.runtime.engines import openvino_core
 from resnext_det_cli import main
 from tests.conftest import StockEvaluation
 from tests.export.test_exporting import config_of as config_of_run
 
 onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("openvino")
 pytest.importorskip("nncf")
 
@@ -88,6 +90,8 @@ def test_records_what_int8_costs(
     found = described.comparison
     # In float stay 5 levels of the RPN's 2 last layers, and the head's 2.
     assert (found["layers"], found["layers_in_int8"]) == (56, 44)
+    count = {".xml": _run_in_int8_by_openvino, ".onnx": _run_in_int8_by_onnxruntime}[suffix]
+    assert count(file) == 44
     weights = sum(each.numel() for each in Predictor(cfg).model.parameters())
     largest = max(each.stat().st_size for each in tmp_path.iterdir())
     assert largest < 2 * weights  # bytes
@@ -98,6 +102,25 @@ def test_records_what_int8_costs(
     assert found["AP_in_float"] == pytest.approx(100, abs=0.5)
     lost = found["AP"] - found["AP_in_float"]
     assert found["AP_difference_lower"] < lost < found["AP_difference_upper"] < 0
+
+
+def _run_in_int8_by_openvino(file: Path) -> int:
+    request = (
+        openvino_core().compile_model(file, "CPU", {"PERF_COUNT": True}).create_infer_request()
+    )
+    request.infer({0: np.zeros((96, 128, 3), np.uint8)})
+    kinds = ("Convolution", "GroupConvolution", "FullyConnected")
+    layers = [each for each in request.profiling_info if each.node_type in kinds]
+    return sum(each.exec_type.lower().endswith("i8") for each in layers)
+
+
+def _run_in_int8_by_onnxruntime(file: Path) -> int:
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(file.with_suffix(".optimized"))
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(file, options, ["CPUExecutionProvider"])
+    executed = onnx.load(options.optimized_model_filepath).graph.node
+    return sum(each.op_type in ("QLinearConv", "QGemm") for each in executed)
 
 
 def test_a_search_quantizes_an_onnx_model_again_and_again(tmp_path: Path) -> None:
