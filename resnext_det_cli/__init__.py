@@ -30,6 +30,7 @@ COMMANDS = {
     "eval-imagenet": "eval_imagenet",
     "check-data": "check_data",
     "apply-patch": "apply_patch",
+    "how-much-data": "how_much_data",
     "show-data": "show_data",
     "prepare-minival": "prepare_minival",
     "complexity": "complexity",

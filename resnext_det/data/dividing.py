@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
@@ -72,6 +73,23 @@ def with_validation(folder: Folder, share: float = 0.2, seed: int = 0) -> tuple[
     }
     text = f"{chosen.sum():,} of {len(chosen):,} images, seed {seed}{how}"
     return replace(folder, parts={**folder.parts, **parts}), text
+
+
+def nested(part: Part, shares: Sequence[float], seed: int) -> list[Part]:
+    """Return ever larger parts of a data set, each with the images of the one before.
+
+    Images that belong together are taken together, as by `with_validation`.
+
+    Args:
+        part: the images and their annotations.
+        shares: of the images, ascending.
+        seed: of the order.
+    """
+    groups, _ = _groups(part)
+    order = np.random.default_rng(seed).permutation(int(groups.max()) + 1)
+    filled = np.cumsum(np.bincount(groups)[order])
+    ends = [int(np.searchsorted(filled, share * len(groups) - 1e-9)) + 1 for share in shares]
+    return [_subset(part, np.isin(groups, order[:end]), part.images) for end in ends]
 
 
 def _groups(part: Part) -> tuple[NDArray[np.int64], str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from resnext_det.evaluation.results_file import read_metrics
 from resnext_det.files import file_digest
 
 RESAMPLES = 1000
-_TAILS = 2.5, 97.5  # percent
+TAILS = 2.5, 97.5  # percent
 _AREAS = {"s": (0.0, 32.0**2), "m": (32.0**2, 96.0**2), "l": (96.0**2, math.inf)}
 # With fewer images, a percentile interval is too narrow: for a mean of 20 it covers about 93 %.
 _FEWEST_IMAGES = 20
@@ -120,21 +120,34 @@ def _intervals(
     truth: GroundTruth, before: Detections, now: Detections, resamples: int, seed: int
 ) -> NDArray[np.float64]:
     """Return the bounds (2, 12) of the intervals in points; NaN for figures without objects."""
+    one, other = resampled_figures(truth, (before, now), resamples, seed)
+    differences = other - one
+    ends = np.full((2, len(FIGURES)), np.nan)
+    present = ~np.isnan(differences).all(axis=0)
+    ends[:, present] = np.nanpercentile(differences[:, present], TAILS, axis=0)
+    return ends
+
+
+def resampled_figures(
+    truth: GroundTruth, detectors: Sequence[Detections], resamples: int, seed: int
+) -> NDArray[np.float64]:
+    """Evaluate detectors on the same random draws of images, with replacement.
+
+    Returns:
+        (detectors, resamples, 12): the figures in percent; NaN for those without objects.
+    """
     images = len(truth.image_ids)
     generator = np.random.default_rng(seed)
-    differences = np.full((resamples, len(FIGURES)), np.nan)
+    figures = np.full((len(detectors), resamples, len(FIGURES)), np.nan)
     with progress_bar(total=resamples, desc="bootstrap", unit="draw", delay=2) as bar:
         for start in range(0, resamples, _AT_ONCE):
             drawn = generator.integers(0, images, (min(_AT_ONCE, resamples - start), images))
             counts = np.stack([np.bincount(each, minlength=images) for each in drawn])
-            pairs = zip(_resampled(truth, before, counts), _resampled(truth, now, counts))
-            for row, (one, other) in enumerate(pairs, start):
-                differences[row] = np.where((one < 0) | (other < 0), np.nan, 100 * (other - one))
+            each_detector = (_resampled(truth, each, counts) for each in detectors)
+            for row, found in enumerate(zip(*each_detector), start):
+                figures[:, row] = np.where(np.array(found) < 0, np.nan, 100 * np.array(found))
                 bar.update()
-    ends = np.full((2, len(FIGURES)), np.nan)
-    present = ~np.isnan(differences).all(axis=0)
-    ends[:, present] = np.nanpercentile(differences[:, present], _TAILS, axis=0)
-    return ends
+    return figures
 
 
 def _resampled(

@@ -16,6 +16,7 @@ from resnext_det.data.annotations import read_json
 from resnext_det.data.survey import FEWEST
 from resnext_det.errors import DatasetError, quoted
 from resnext_det.evaluation.error_analysis import ERROR_KINDS
+from resnext_det.evaluation.learning_curve import FILE, FOLDER
 from resnext_det.evaluation.results_file import INVALID
 from resnext_det.visualize.curves import Line, draw_lines, rendered
 
@@ -223,6 +224,26 @@ def _reliability(bins: Sequence[Mapping[str, Any]]) -> bytes:
     ideal = np.array([0.0, 100.0])
     lines = [Line("right detections", score, right), Line("ideal", ideal, ideal)]
     return _chart(lines, "mean score in % (IoU 0.50)")
+
+
+def growth_chart(run: Path) -> dict[str, bytes]:
+    """Draw what `how-much-data` found, if it was run: AP over the training images."""
+    file = run / FOLDER / FILE
+    if not file.is_file():
+        return {}
+    try:
+        found = read_json(file)
+        images, measured = _finite(found["images"]), _finite(found["AP"])
+        lines = [Line("measured", images, measured)]
+        if found["supported"]:
+            ends = [found["expected"], *found["interval"]]
+            for name, end in zip(("forecast", "lowest (95 %)", "highest (95 %)"), ends):
+                places = _finite([images[-1], found["asked"]])
+                lines.append(Line(name, places, _finite([measured[-1], end])))
+        return {"AP over training images": _chart(lines, "training images")}
+    except (DatasetError, *INVALID) as error:
+        logger.warning("the report leaves out malformed %s: %r", quoted(file), error)
+        return {}
 
 
 def _charts(

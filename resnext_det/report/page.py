@@ -30,7 +30,7 @@ from resnext_det.evaluation.results_file import (
 )
 from resnext_det.files import written_beside
 from resnext_det.report.classifier import render_classifier
-from resnext_det.report.details import Details, read_details
+from resnext_det.report.details import Details, growth_chart, read_details
 from resnext_det.report.facts import (
     config_facts,
     dataset_title,
@@ -169,7 +169,7 @@ def _render(run: Path, baseline: Path | None) -> str:
             )
             for each in evaluations
         ],
-        curves=run_curves(training),
+        curves=run_curves(training) | growth_chart(run),
         weights=weights_facts(run, metrics.weights, config, trained=bool(training)),
         schedule=schedule_facts(config, training),
         config=config_facts(config),

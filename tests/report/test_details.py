@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from resnext_det.evaluation.error_analysis import ERROR_KINDS
-from resnext_det.report.details import Confusion, read_details
+from resnext_det.report.details import Confusion, growth_chart, read_details
 
 BEST = {"score": 0.6, "precision": 80.0, "recall": 50.0, "f1": 61.54}
 SCORES = {"precision": [50, 80, 0], "recall": [100, 50, 0], "best": BEST}
@@ -141,3 +141,21 @@ def test_leaves_out_malformed_details(
     assert read_details(tmp_path / "details.json") is None
     assert "details.json" in caplog.text
     assert read_details(None) is None
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_growth_with_the_data(tmp_path: Path, supported: bool) -> None:
+    assert growth_chart(tmp_path) == {}
+    file = tmp_path / "how_much_data" / "how_much_data.json"
+    file.parent.mkdir()
+    found = {"images": [5, 10, 20], "AP": [10, 20, 28], "asked": 40, "supported": supported}
+    forecast = {"expected": 33.0, "interval": [30, 38]} if supported else {"expected": None}
+    file.write_text(json.dumps(found | forecast))
+    (chart,) = growth_chart(tmp_path).values()
+    ElementTree.fromstring(chart)
+    assert b"measured" in chart and (b"lowest (95 %)" in chart) == supported
+    for broken in ({"AP": [1, "\x1b"]}, {"AP": None}, {"images": [1e400, 2, 3]}, {"supported": []}):
+        file.write_text(json.dumps(found | forecast | broken))
+        assert len(growth_chart(tmp_path)) == int("supported" in broken)
+    file.write_text("[")
+    assert growth_chart(tmp_path) == {}
