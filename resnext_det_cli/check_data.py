@@ -2,6 +2,7 @@
 
     %(prog)s --data photos                                   a folder, as `train --data` takes it
     %(prog)s --data photos --json INPUT.MIN_SIZE_TRAIN 800   for a program, at another size
+    %(prog)s --data photos --html data.html                  a page with pictures
     %(prog)s --annotations instances_train.json
     %(prog)s --annotations instances_train.json --images train
     %(prog)s --annotations instances_train.json --json       the findings, for a program
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--annotations", type=Path, metavar="J", help="the annotations")
     parser.add_argument("--images", type=Path, metavar="D", help="the folder of the images")
     flags.add_json(parser)
+    parser.add_argument("--html", type=Path, metavar="FILE", help="a page, for --data")
     flags.add_overrides(parser)
 
 
@@ -36,8 +38,9 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
         parser.error("name what to check: --data FOLDER, or --annotations FILE")
     if arguments.images and arguments.data:
         parser.error("--images is for --annotations")
-    if arguments.annotations and (arguments.layout or arguments.config_file or arguments.opts):
-        parser.error("--layout, --config-file and KEY VALUE are for --data")
+    of_folder = (arguments.layout, arguments.config_file, arguments.html, arguments.opts)
+    if arguments.annotations and any(of_folder):
+        parser.error("--layout, --config-file, --html and KEY VALUE are for --data")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -68,9 +71,15 @@ def _run_folder(arguments: argparse.Namespace) -> int:
 
     from resnext_det.engine.own_data import survey_folder
     from resnext_det.errors import quoted
+    from resnext_det.files import check_writable
+    from resnext_det.report.data_page import write_data_page
 
+    if arguments.html:
+        check_writable(arguments.html.parent, "--html")
     given = dict(zip(arguments.opts[::2], arguments.opts[1::2]))
     folder, found = survey_folder(arguments.data, arguments.layout, arguments.config_file, given)
+    if arguments.html:
+        write_data_page(arguments.html, folder, found)
     if arguments.json:
         about = {"folder": str(folder.path), "layout": folder.layout, "notes": folder.notes}
         print(json.dumps(about | found.document(), indent=2))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,15 @@ _MOST_TINY = 0.05  # of the objects
 
 
 @dataclass(frozen=True)
+class Shared:
+    """An image of train, and one of another split: the same file, or nearly the same picture."""
+
+    split: str
+    files: tuple[Path, Path]
+    identical: bool
+
+
+@dataclass(frozen=True)
 class Survey:
     """The result of `survey`.
 
@@ -39,6 +50,9 @@ class Survey:
         recalls: of the objects to train on, by the anchors, at each of `anchors.OVERLAPS`; empty
             if the anchors are unknown.
         better: anchors that reach more, and their recalls; None if these are good.
+        shared: images of train and of another split that are the same, or nearly so.
+        boxes: (N, 4) to train on: x, y, width, height in pixels at the training size.
+        anchors: of the RPN; None if unknown.
     """
 
     health: dict[str, Health]
@@ -48,6 +62,9 @@ class Survey:
     size: tuple[int, int]
     recalls: tuple[float, ...]
     better: tuple[Anchors, tuple[float, ...]] | None
+    shared: tuple[Shared, ...]
+    boxes: NDArray[np.float64]
+    anchors: Anchors | None
 
     @property
     def failed(self) -> bool:
@@ -91,8 +108,10 @@ class Survey:
 
     def document(self) -> dict[str, Any]:
         """Return the survey as JSON."""
-        fields = {name: value for name, value in vars(self).items() if name != "better"}
+        others = ("better", "boxes", "anchors")
+        fields = {name: value for name, value in vars(self).items() if name not in others}
         plainly = {
+            "shared": [vars(each) | {"files": list(map(str, each.files))} for each in self.shared],
             "health": {name: asdict(each) for name, each in self.health.items()},
             "findings": [asdict(each) for each in self.findings],
             "recalls": dict(zip(map(str, OVERLAPS), self.recalls)),
@@ -119,7 +138,8 @@ def survey(folder: Folder, anchors: Anchors | None, size: tuple[int, int]) -> Su
     counts = {name: _counts(part) for name, part in folder.parts.items()}
     names = [str(each["name"]) for each in folder.parts["train"].document["categories"]]
     classes = {name: {split: found[name] for split, found in counts.items()} for name in names}
-    findings = [*_shared_images(folder), *_rare(counts, names)]
+    shared = _shared_images(folder)
+    findings = [*_leaks(folder, shared), *_rare(counts, names)]
     boxes, images = _resized(folder.parts["train"], size)
     tiny = boxes[:, 2:].min(axis=1) < TINY if len(boxes) else np.zeros(0, bool)
     if tiny.size and tiny.mean() > _MOST_TINY:
@@ -136,7 +156,9 @@ def survey(folder: Folder, anchors: Anchors | None, size: tuple[int, int]) -> Su
         improved = None if found is None else (found, found.recalls(boxes, images))
     empty = {name: len(part.files) - part.annotated for name, part in folder.parts.items()}
     findings.sort(key=lambda each: each.severity)
-    return Survey(health, tuple(findings), classes, empty, size, recalls, improved)
+    return Survey(
+        health, tuple(findings), classes, empty, size, recalls, improved, shared, boxes, anchors
+    )
 
 
 def _counts(part: Part) -> Counter[str]:
@@ -167,24 +189,36 @@ def _rare(counts: dict[str, Counter[str]], names: list[str]) -> list[Finding]:
     return findings
 
 
-def _shared_images(folder: Folder) -> list[Finding]:
-    """Return the images that train shares with other splits."""
-    findings = []
+def _shared_images(folder: Folder) -> tuple[Shared, ...]:
+    """Return the images that train shares with other splits, identical files first."""
     prints = {name: fingerprints(part.files) for name, part in folder.parts.items()}
-    names = {
-        name: [quoted(str(each["file_name"])) for each in part.document["images"]]
-        for name, part in folder.parts.items()
-    }
-    for split in (each for each in folder.parts if each != "train"):
-        same: list[str] = []
-        near: list[str] = []
-        for one, other, identical in similar(prints["train"], prints[split]):
-            pair = f"{names['train'][one]} and {names[split][other]}"
-            (same if identical else near).append(pair)
+    files = {name: part.files for name, part in folder.parts.items()}
+    shared = [
+        Shared(split, (files["train"][one], files[split][other]), identical)
+        for split in folder.parts
+        if split != "train"
+        for one, other, identical in similar(prints["train"], prints[split])
+    ]
+    return tuple(sorted(shared, key=lambda each: not each.identical))
+
+
+def _leaks(folder: Folder, shared: Sequence[Shared]) -> list[Finding]:
+    findings = []
+    for split, part in folder.parts.items():
+        roots = folder.parts["train"].images, part.images
+        names: dict[bool, list[str]] = {True: [], False: []}
+        for each in shared:
+            if each.split == split:
+                pair = [
+                    quoted(file.relative_to(root).as_posix())
+                    for file, root in zip(each.files, roots)
+                ]
+                names[each.identical].append(" and ".join(pair))
         hint = f"figures on {split} are too good"
-        findings += Finding("error", f"identical images in train and {split}: {hint}").of(same)
+        what = f"identical images in train and {split}: {hint}"
+        findings += Finding("error", what).of(names[True])
         what = f"nearly identical images in train and {split}: {hint}"
-        findings += Finding("warning", what).of(near)
+        findings += Finding("warning", what).of(names[False])
     return findings
 
 

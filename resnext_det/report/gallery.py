@@ -235,7 +235,7 @@ def _questions(
         part = picture.crop((left, top, right, bottom))
         question = Question(
             file_name=name,
-            picture=_data_uri(part, corners.tolist(), labels, colours),
+            picture=data_uri(part, corners.tolist(), labels, colours),
             text=_QUESTIONS[each.kind].format(**names),
             suspicion=each.suspicion,
             edit=json.dumps(each.edit(truth)),
@@ -288,7 +288,7 @@ def _with_truth(
 ) -> str:
     rows = np.flatnonzero(truth.objects.image_ids == image_id).tolist()
     classes = truth.objects.category_ids
-    return _data_uri(
+    return data_uri(
         picture,
         truth.objects.boxes[rows].tolist(),
         [truth.categories[int(classes[row])] for row in rows],
@@ -311,7 +311,7 @@ def _with_predictions(
         for each in diagnostics["label_errors"]
         if each["type"] == "wrong_label"
     }
-    return _data_uri(
+    return data_uri(
         picture,
         shown.boxes[rows].tolist(),
         [
@@ -323,7 +323,7 @@ def _with_predictions(
     )
 
 
-def _data_uri(
+def data_uri(
     picture: Image.Image,
     boxes: Sequence[Sequence[float]],
     labels: Sequence[str],
