@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -138,15 +139,29 @@ def _has_optimizer(content: Mapping[str, Any], depth: int = 2) -> bool:
     return depth > 0 and any(_has_optimizer(part, depth - 1) for part in inner)
 
 
-def write_checkpoint(content: Mapping[str, Any], file: Path) -> None:
+def archived(content: Mapping[str, Any]) -> io.BytesIO:
+    """Return what `write_checkpoint` would write of this content, whatever changes later."""
+    archive = io.BytesIO()
+    torch.save(plain(content), archive)
+    return archive
+
+
+def write_checkpoint(content: Mapping[str, Any] | io.BytesIO, file: Path) -> None:
     """Write tensors in plain containers; an old file stays until the new one is on the disk.
+
+    Args:
+        content: the tensors, or what `archived` made of them.
+        file: to write.
 
     Raises:
         TrainingError: the disk is full or read-only, or the content could not be read again.
     """
     try:
         with written_beside(file, None, durable=True) as beside:
-            save_file(plain(content), beside)
+            if isinstance(content, io.BytesIO):
+                beside.write_bytes(content.getbuffer())
+            else:
+                save_file(plain(content), beside)
             read_outline(beside)
     except OSError as error:
         raise not_written(file, error) from error

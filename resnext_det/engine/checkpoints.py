@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import re
 import socket
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from torch import nn
 
 from resnext_det.checkpoint_file import (
     RUN,
+    archived,
     iteration_of,
     not_written,
     read_run,
@@ -79,15 +82,23 @@ class Checkpointer(fvcore.Checkpointer):
         super().__init__(model, str(save_dir), save_to_disk=main, **checkpointables)
         self._config = config
         self._class_names = tuple(class_names)
+        self.keep = 0
+        """How many periodic checkpoints to keep; 0 for all."""
+        self._thread = ThreadPoolExecutor(1, "checkpoints")
+        self._writing: Future[None] | None = None
 
-    def save(self, name: str, **kwargs: Any) -> None:
+    def save(self, name: str, *, background: bool = False, **kwargs: Any) -> None:
         """Write NAME.pth atomically, with `kwargs` as further content, and tag it as the last.
 
+        In the background, training goes on once its content is copied to the host's memory.
+
         Raises:
-            TrainingError: it cannot be written; earlier checkpoints are intact.
+            TrainingError: it, or the one before it in the background, cannot be written; earlier
+                checkpoints are intact.
         """
         if not self.save_dir or not self.save_to_disk:
             return
+        self.wait()
         file = Path(self.save_dir) / f"{name}.pth"
         content = {
             "model": self.model.state_dict(),
@@ -95,9 +106,31 @@ class Checkpointer(fvcore.Checkpointer):
             **kwargs,
             RUN: self.run_record(),
         }
+        if background:
+            self._writing = self._thread.submit(self._write, archived(content), file)
+        else:
+            self._write(content, file)
+
+    def _write(self, content: Mapping[str, Any] | io.BytesIO, file: Path) -> None:
         write_checkpoint(content, file)
         self.tag_last_checkpoint(file.name)
         logger.info("saved %s", file)
+        if self.keep:
+            last = _number(file, -1)  # higher ones are from an earlier training in the same folder
+            found = [each for each in _files(file.parent) if -1 < _number(each, -1) <= last]
+            for surplus in sorted(found, key=_number)[: -self.keep]:
+                surplus.unlink(missing_ok=True)
+
+    def wait(self, *, block: bool = True) -> None:
+        """Wait for the checkpoint that is written in the background; only look if not `block`.
+
+        Raises:
+            TrainingError: it cannot be written.
+        """
+        writing = self._writing
+        if writing is not None and (block or writing.done()):
+            self._writing = None
+            writing.result()
 
     def run_record(self) -> dict[str, Any]:
         """Return what a checkpoint records about the run."""
@@ -173,25 +206,34 @@ class Checkpointer(fvcore.Checkpointer):
 
 
 class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
-    """Detectron2's hook; its `max_to_keep` includes checkpoints from before a resume."""
+    """Detectron2's hook, which writes in the background.
+
+    `max_to_keep` includes checkpoints from before a resume. An older one is removed once the newer
+    one is on the disk.
+    """
+
+    checkpointer: Checkpointer
 
     def before_train(self) -> None:
-        """Find these checkpoints; remove surplus ones and files that a kill left half written."""
+        """Remove files that a kill left half written."""
         super().before_train()  # type: ignore[no-untyped-call]
+        if self.max_to_keep is not None:  # fvcore would not wait for the newer one
+            self.checkpointer.keep, self.max_to_keep = self.max_to_keep, None
         folder = Path(self.checkpointer.save_dir)
-        # Higher numbers are from an earlier training in the same folder.
-        start = self.trainer.start_iter
-        found = [file for file in _files(folder) if _number(file, start) < start]
-        found.sort(key=_number)
         try:
             for pattern in ("*.pth", _POINTER):
                 remove_leftovers(folder, pattern)
-            # One more after every signal; fvcore removes only one whenever it saves one.
-            while self.max_to_keep is not None and len(found) > self.max_to_keep:
-                found.pop(0).unlink()
         except OSError as error:
             raise not_written(folder / _POINTER, error) from error
-        self.recent_checkpoints = [str(file) for file in found]
+
+    def after_step(self) -> None:
+        """Begin to write a checkpoint if one is due, or raise the error of the one before."""
+        self.checkpointer.wait(block=False)
+        self.step(self.trainer.iter, background=True)
+
+    def after_train(self) -> None:
+        """Wait for the last one, after errors as well."""
+        self.checkpointer.wait()
 
 
 def _fingerprint(file: Path) -> tuple[int, int]:

@@ -4,7 +4,9 @@ import multiprocessing
 import os
 import pickle
 import socket
+from collections.abc import Callable
 from pathlib import Path
+from threading import Event, Timer
 from typing import Any
 
 import pytest
@@ -176,6 +178,54 @@ def test_keeps_the_newest_even_after_a_resume(tmp_path: Path) -> None:
     assert second.checkpointer.resume() is not None
     second.run(7, 9, PeriodicCheckpointer(second.checkpointer, 2, max_to_keep=2))
     assert names(tmp_path) == others | {"model_0000006.pth", "model_0000007.pth"}
+
+
+# In the background.
+
+
+class Failing(HookBase):
+    """Calls a function in the iteration after `iteration`, and fails."""
+
+    def __init__(self, iteration: int, function: Callable[[], None]) -> None:
+        self._iteration = iteration
+        self._function = function
+
+    def after_step(self) -> None:
+        if self.trainer.iter == self._iteration:
+            self._function()
+            raise KeyError
+
+
+def test_background_write_has_the_content_of_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Training(tmp_path / "whole")
+    whole.run(0, 4, stock_hooks.PeriodicCheckpointer(whole.checkpointer, 3))
+    expected = (tmp_path / "whole" / "model_0000002.pth").read_bytes()
+    go = Event()
+
+    def late(content: Any, file: Path) -> None:
+        assert go.wait(60)
+        write_checkpoint(content, file)
+
+    monkeypatch.setattr("resnext_det.engine.checkpoints.write_checkpoint", late)
+    training = Training(tmp_path / "run")
+    # Two updates later the training fails, while the checkpoint is still being written.
+    fail = Failing(4, Timer(0.3, go.set).start)
+    with pytest.raises(KeyError):
+        training.run(0, 9, PeriodicCheckpointer(training.checkpointer, 3), fail)
+    assert (tmp_path / "run" / "model_0000002.pth").read_bytes() == expected
+    assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_0000002.pth"
+
+
+@pytest.mark.parametrize(("name", "before"), [("0000003", "0000001"), ("final", "0000005")])
+def test_failed_background_write_ends_training(tmp_path: Path, name: str, before: str) -> None:
+    (tmp_path / f"model_{name}.pth").mkdir()
+    training = Training(tmp_path)
+    with pytest.raises(TrainingError, match=rf"model_{name}\.pth cannot be written"):
+        training.run(0, 7, PeriodicCheckpointer(training.checkpointer, 2, max_to_keep=1))
+    assert last_good(tmp_path) == tmp_path / f"model_{before}.pth"
+    assert len(list(tmp_path.glob("*.pth"))) == 2
 
 
 # Which checkpoint to resume from.
