@@ -95,7 +95,7 @@ def _shapes(found: Survey) -> bytes:
                 )
             ]
         )
-        axes.scatter(*shapes.T, s=28, color=colour, marker=marker, label=name)
+        axes.scatter(shapes[:, 0], shapes[:, 1], s=28, color=colour, marker=marker, label=name)
     axes.set(xscale="log", yscale="log", xlabel="width in pixels", ylabel="height in pixels")
     axes.spines[["top", "right"]].set_visible(False)
     return rendered(figure, "svg")
