@@ -52,6 +52,8 @@ class Artifact(nn.Module):
         instances.pred_boxes = Boxes(torch.tensor(found["boxes"]))
         instances.scores = torch.tensor(found["scores"])
         instances.pred_classes = torch.tensor(found["labels"])
+        if "masks" in found:
+            instances.pred_masks = torch.tensor(found["masks"])[:, None]
         scaled: Instances = detector_postprocess(instances, record["height"], record["width"])
         return scaled
 

@@ -98,7 +98,8 @@ def export(
             [description.score_threshold],
         )
         logger.info("%s", comparison)
-        description = replace(description, comparison=asdict(comparison))
+        known = {name: off for name, off in asdict(comparison).items() if off is not None}
+        description = replace(description, comparison=known)
         save(description, inside)
         if lose_at_most is not None:
             trained = _spread(cfg.DATASETS.TRAIN[0], CALIBRATION_IMAGES)
@@ -112,6 +113,11 @@ def _check_int8(cfg: CfgNode, form: str) -> None:
     if form not in QUANTIZERS:
         raise ConfigError(
             f"int8 is for {' and '.join(QUANTIZERS)}, not for {form}: --format openvino."
+        )
+    if cfg.MODEL.MASK_ON:
+        raise ConfigError(
+            "int8 is judged by the AP of boxes, which says nothing about masks: export without "
+            "--int8, or boxes alone, with MODEL.MASK_ON False."
         )
     for key in ("TRAIN", "TEST"):
         if not cfg.DATASETS[key]:

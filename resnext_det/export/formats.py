@@ -8,7 +8,7 @@ import io
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -55,14 +55,16 @@ def saver(name: str, graph: Graph, image: torch.Tensor, opset: int = OPSET) -> S
     script = traced(graph, image)
     if name == "torchscript":
         return partial(_save_torchscript, script)
-    model = _as_onnx(script, image, opset)
+    model = _as_onnx(script, image, opset, OUTPUTS if graph.has_masks else OUTPUTS[:3])
     if name == "openvino":
         return partial(_save_openvino, model)
     _widen_groups(model)
     return partial(save_onnx, model)
 
 
-def _as_onnx(script: torch.jit.ScriptModule, image: torch.Tensor, opset: int) -> Any:
+def _as_onnx(
+    script: torch.jit.ScriptModule, image: torch.Tensor, opset: int, outputs: Sequence[str]
+) -> Any:
     """Return a graph as an ONNX model.
 
     Raises:
@@ -71,8 +73,7 @@ def _as_onnx(script: torch.jit.ScriptModule, image: torch.Tensor, opset: int) ->
     """
     onnx = needed("onnx", "ONNX and OpenVINO")
     stream = io.BytesIO()
-    names = list(OUTPUTS[:3])
-    axes = {"image": {0: "height", 1: "width"}, **{name: {0: "detections"} for name in names}}
+    axes = {"image": {0: "height", 1: "width"}, **{name: {0: "detections"} for name in outputs}}
     try:
         with _quiet():
             torch.onnx.export(
@@ -80,7 +81,7 @@ def _as_onnx(script: torch.jit.ScriptModule, image: torch.Tensor, opset: int) ->
                 (image,),
                 stream,  # type: ignore[arg-type]  # TorchScript's exporter takes streams
                 input_names=["image"],
-                output_names=names,
+                output_names=list(outputs),
                 dynamic_axes=axes,
                 opset_version=opset,
                 dynamo=False,

@@ -1,4 +1,4 @@
-"""A detector as a graph: from pixels to boxes, scores and labels."""
+"""A detector as a graph: from pixels to boxes, scores, labels and masks."""
 
 from __future__ import annotations
 
@@ -42,27 +42,29 @@ class Graph(nn.Module):
                 f"{detector_of} cannot be exported: only GeneralizedRCNN and RetinaNet can."
             )
         heads: Any = getattr(detector, "roi_heads", None)
-        for part in ("mask", "keypoint"):
-            if getattr(heads, f"{part}_on", False):
-                raise ConfigError(
-                    f"{part}s are not exported. To export the boxes alone, set "
-                    f"MODEL.{part.upper()}_ON False."
-                )
+        if getattr(heads, "keypoint_on", False):
+            raise ConfigError(
+                "keypoints are not exported. To export the boxes alone, set MODEL.KEYPOINT_ON "
+                "False."
+            )
         if isinstance(detector, GeneralizedRCNN) and detector.proposal_generator is None:
             raise ConfigError(
                 "MODEL.LOAD_PROPOSALS is True: this detector classifies regions of a file, which "
                 "an artifact does not have."
             )
         self.detector = detector.eval()
+        self.has_masks = bool(getattr(heads, "mask_on", False))
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """Detect the objects of an image.
 
         Args:
             image: (height, width, 3) in uint8, in the order of INPUT.FORMAT.
 
         Returns:
-            Boxes, (N, 4): x0, y0, x1, y1 in pixels; scores, (N,), best first; labels, (N,).
+            Boxes, (N, 4): x0, y0, x1, y1 in pixels; scores, (N,), best first; labels, (N,); and of
+            a detector with a mask head, the probabilities of each object's mask in its box,
+            (N, M, M).
         """
         detector: Any = self.detector
         record = {"image": image.permute(2, 0, 1)}
@@ -70,7 +72,8 @@ class Graph(nn.Module):
             found: Any = detector.inference([record], do_postprocess=False)[0]
         else:
             found = detector([record])[0]["instances"]
-        return found.pred_boxes.tensor, found.scores, found.pred_classes
+        outputs = found.pred_boxes.tensor, found.scores, found.pred_classes
+        return (*outputs, found.pred_masks[:, 0]) if self.has_masks else outputs
 
 
 @torch.no_grad()

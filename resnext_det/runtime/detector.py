@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,7 @@ class Detector:
         scale = np.array([width / size[1], height / size[0]] * 2, np.float32)
         boxes = np.clip(found["boxes"] * scale, 0, limit)
         kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        masks = found.get("masks")
         return Prediction(
             boxes=boxes[kept],
             scores=found["scores"][kept],
@@ -82,6 +84,7 @@ class Detector:
             class_names=known.class_names,
             width=width,
             height=height,
+            masks=None if masks is None else _pasted(masks[kept], boxes[kept], height, width),
             source=image if isinstance(image, str | Path) else picture,
             category_ids=known.category_ids,
         )
@@ -90,7 +93,8 @@ class Detector:
         """Run the graph on resized pixels, (height, width, 3), in the order of `pixel_format`.
 
         Returns:
-            "boxes", (N, 4) in pixels of this size, "scores", (N,), and "labels", (N,).
+            "boxes", (N, 4) in pixels of this size, "scores", (N,), "labels", (N,), and of a
+            detector with a mask head "masks", (N, M, M): probabilities within each box.
 
         Raises:
             ArtifactError: the graph failed, or returned something else than detections.
@@ -106,5 +110,34 @@ class Detector:
 def _check(found: Arrays) -> None:
     shapes = {name: each.shape for name, each in found.items()}
     count = shapes.get("scores", (0,))[:1]
-    if {**shapes, "boxes": (*count, 4), "scores": count, "labels": count} != shapes:
+    expected = {"boxes": (*count, 4), "scores": count, "labels": count}
+    if "masks" in shapes:
+        expected["masks"] = (*count, *shapes["masks"][-1:] * 2)
+    if {**shapes, **expected} != shapes:
         raise ArtifactError(f"the graph returns {quoted(shapes)}, which are no detections.")
+
+
+def _pasted(
+    masks: NDArray[np.float32], boxes: NDArray[np.float32], height: int, width: int
+) -> NDArray[np.bool_]:
+    """Interpolate the masks of boxes, (N, M, M), as Detectron2's `paste_masks_in_image`.
+
+    Returns:
+        (N, height, width): where a probability reaches 0.5.
+    """
+    pixels = np.zeros((len(masks), height, width), dtype=bool)
+    for mask, (x0, y0, x1, y1), image in zip(masks, boxes.tolist(), pixels):
+        rows, row_weights = _interpolation(y0, y1, height, len(mask))
+        columns, column_weights = _interpolation(x0, x1, width, len(mask))
+        image[rows, columns] = row_weights @ mask @ column_weights.T >= 0.5
+    return pixels
+
+
+def _interpolation(
+    first: float, last: float, size: int, cells: int
+) -> tuple[slice, NDArray[np.float32]]:
+    """Return the pixels along one side of a box, and their weights, (pixels, cells of the mask)."""
+    pixels = slice(max(math.floor(first), 0), min(math.ceil(last), size))
+    centers = np.arange(pixels.start, pixels.stop, dtype=np.float32) + 0.5
+    at = (centers - first) / (last - first) * cells - 0.5
+    return pixels, np.maximum(0, 1 - np.abs(at[:, None] - np.arange(cells))).astype(np.float32)

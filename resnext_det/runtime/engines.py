@@ -20,7 +20,7 @@ from resnext_det.runtime.description import KEY, Description
 
 Arrays = Mapping[str, NDArray[Any]]
 Run = Callable[[NDArray[np.uint8]], Arrays]
-"""From pixels, (height, width, 3), to "boxes" (N, 4), "scores" (N,), "labels" (N,)."""
+"""From pixels, (height, width, 3), to `OUTPUTS`: boxes (N, 4), scores (N,), labels (N,)."""
 
 OUTPUTS = ("boxes", "scores", "labels", "masks")
 """Of every graph, in order; masks, (N, M, M), only with a mask head."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pycocotools.mask
 import pytest
 
 from resnext_det import Predictor, load_config
@@ -114,6 +115,35 @@ def test_other_detectors(
         assert found.comparison["detections"] > 20
 
 
+@pytest.fixture(scope="module")
+def masked(images: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of Mask R-CNN, with detector.onnx and detector.xml."""
+    folder = tmp_path_factory.mktemp("masked")
+    cfg = write_run(folder, FPN, "MODEL.MASK_ON", True)
+    for suffix in (".onnx", ".xml"):
+        found = export(cfg, folder / f"detector{suffix}", images=images, run=str(folder))
+        assert 0 < found.comparison["mask"] < 1e-4
+    return folder
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".xml"])
+def test_masks_are_those_of_the_predictor(suffix: str, masked: Path, images: list[Path]) -> None:
+    predictor, detector = Predictor(masked, precision="stock"), load(masked / f"detector{suffix}")
+    pixels = 0
+    for image in images:
+        expected, found = predictor(image).masks, detector(image).masks
+        assert expected is not None and found is not None and found.shape == expected.shape
+        # A probability of 0.5 may be rounded to either side.
+        assert (found != expected).sum() <= 1e-4 * expected.sum() + 1
+        pixels += int(expected.sum())
+    assert pixels > 10_000
+
+
+def test_int8_is_not_judged_by_boxes_alone(masked: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="says nothing about masks"):
+        export(config_of(masked), tmp_path / "a.onnx", lose_at_most=1)
+
+
 def test_keeps_no_artifact_that_differs(
     run: Path, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,22 +193,29 @@ def test_names_a_missing_package(
 
 
 def test_evaluation_of_an_artifact_has_the_detectors_figures(
-    datasets: Path, run: Path, artifacts: Path, tmp_path: Path
+    datasets: Path, masked: Path, tmp_path: Path
 ) -> None:
     data = ["--test-json", datasets / "toy_coco" / "annotations" / "instances_val2017.json"]
-    given = ["--run", run, "--precision", "stock", "OUTPUT_DIR", tmp_path]
-    for words in (given, ["--artifact", artifacts / "detector.onnx"]):
+    given = ["--run", masked, "--precision", "stock", "OUTPUT_DIR", tmp_path]
+    for words in (given, ["--artifact", masked / "detector.onnx"]):
         assert main([str(word) for word in ["eval", *words, *data]]) == 0
     detections = []
-    for folder in (tmp_path, artifacts / "detector_evaluation"):
+    for folder in (tmp_path, masked / "detector_evaluation"):
         (found,) = read_metrics(folder).evaluations
         listed = json.loads(found.detections.read_text())
         keys = ("image_id", "category_id", "score")
-        detections.append([[*each["bbox"], *(each[key] for key in keys)] for each in listed])
+        pixels = [pycocotools.mask.decode(each["segmentation"]).sum() for each in listed]
+        detections.append(
+            [
+                [*each["bbox"], *(each[key] for key in keys), count / 1000]
+                for each, count in zip(listed, pixels)
+            ]
+        )
         document = json.loads((folder / "inference" / "metrics.json").read_text())
     ours, theirs = map(np.array, detections)
     assert len(ours) > 100
+    assert sum(row[-1] for row in detections[0]) > 10
     # Compared regardless of order: rounding can swap detections with nearly equal scores.
     differences = np.abs(ours[:, None] - theirs).max(2)
     assert max(differences.min(0).max(), differences.min(1).max()) < 0.01
-    assert document["weights"] == str(artifacts / "detector.onnx")
+    assert document["weights"] == str(masked / "detector.onnx")
