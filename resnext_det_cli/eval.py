@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.set_defaults(eval_only=True, resume=False, overwrite=False, data=None)
     flags.add_own_data(parser, training=False)
-    flags.add_processes(parser)
+    flags.add_processes(parser, elastic=True)
     flags.add_overrides(parser)
 
 

@@ -133,8 +133,8 @@ def add_processes(parser: argparse.ArgumentParser, *, elastic: bool = False) -> 
         add(
             "--nnodes",
             metavar="MIN:MAX",
-            help="as torchrun's: machines may join and leave; the same command starts, joins and, "
-            "implying --resume, continues",
+            help="as torchrun's: machines may join and leave; the same command starts, joins and "
+            "continues (a training implies --resume)",
         )
         add(
             "--max-restarts",

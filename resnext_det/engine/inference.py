@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MapDataset
+from detectron2.data.samplers import InferenceSampler
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
 from detectron2.evaluation.testing import print_csv_format
 from detectron2.utils import comm
@@ -106,6 +107,8 @@ def _evaluate(
         if parameters := sum(each.numel() for each in model.parameters()):
             evaluator.measured["parameters"] = parameters
     loader = loader_of(name)
+    if done:
+        share_rest(loader, done)
     sizes: list[int] = []
     times: list[float] = []  # before and after each batch
 
@@ -130,6 +133,18 @@ def _evaluate(
     callbacks = {"before_inference": mark, "after_inference": mark, "on_end": measure}
     found: Results | None = inference_on_dataset(model, batches, evaluator, callbacks)
     return found or {}
+
+
+def share_rest(loader: Loader, done: frozenset[ImageKey]) -> None:
+    """Let the processes share evenly what is left, and not read the other images.
+
+    Otherwise one would wait for another that has all the images of a machine that died.
+    """
+    if isinstance(getattr(loader, "dataset", None), MapDataset):  # Detectron2's
+        records = loader.dataset._dataset
+        left = [n for n in range(len(records)) if records[n].get("image_id") not in done]
+        if left:
+            loader.batch_sampler.sampler = [left[n] for n in InferenceSampler(len(left))]
 
 
 def _remaining(

@@ -6,6 +6,8 @@ Each machine is a network namespace with a cable to a switch, so this needs root
 from __future__ import annotations
 
 import itertools
+import json
+import math
 import os
 import random
 import re
@@ -67,16 +69,13 @@ def machines(count: int) -> Iterator[list[str]]:
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
-def train(
-    folder: Path, datasets: Path, updates: int, *words: str, inside: str = ""
-) -> subprocess.Popen[bytes]:
-    """Start a training, inside a namespace or none."""
+def start(folder: Path, datasets: Path, *words: str, inside: str = "") -> subprocess.Popen[bytes]:
+    """Start a command that writes to a folder, inside a namespace or none."""
     command = ["ip", "netns", "exec", inside] if inside else []
-    command += [sys.executable, "-W", "ignore", "-m", "resnext_det_cli", "train", *words]
-    command += ["--config-file", "faster_rcnn_X_26_8x4d_FPN_toy", "OUTPUT_DIR", str(folder)]
+    command += [sys.executable, "-W", "ignore", "-m", "resnext_det_cli", *words]
     with (folder.parent / f"{folder.name}.log").open("a") as log:
         return subprocess.Popen(
-            [*command, *SETTINGS.split(" "), "SOLVER.MAX_ITER", str(updates)],
+            [*command, "OUTPUT_DIR", str(folder)],
             env={
                 **os.environ,
                 "OMP_NUM_THREADS": "1",
@@ -90,14 +89,19 @@ def train(
         )
 
 
+def training(updates: int) -> list[str]:
+    words = ["train", "--config-file", "faster_rcnn_X_26_8x4d_FPN_toy", *SETTINGS.split(" ")]
+    return [*words, "SOLVER.MAX_ITER", str(updates)]
+
+
 class Machine:
     """One machine of a job, of which the first serves the rendezvous."""
 
-    def __init__(self, name: str, folder: Path, datasets: Path, updates: int, most: int) -> None:
+    def __init__(self, name: str, folder: Path, datasets: Path, most: int, *words: str) -> None:
         self.name = name
-        words = ["--nnodes", f"1:{most}", "--dist-url", "tcp://10.77.0.1:29500"]
-        words += ["--dist-timeout", str(PATIENCE)]
-        self.process = train(folder, datasets, updates, *words, inside=name)
+        more = ["--nnodes", f"1:{most}", "--dist-url", "tcp://10.77.0.1:29500"]
+        more += ["--dist-timeout", str(PATIENCE)]
+        self.process = start(folder, datasets, *words, *more, inside=name)
 
     def kill(self) -> None:
         """Kill the agent and its workers, as if the power failed."""
@@ -167,7 +171,7 @@ def check(
         if "plug" in scenario:
             plug(names[-1], "down")
         first = names[:-1] if "join" in scenario else names
-        every = [Machine(name, shared, datasets, updates, most) for name in first]
+        every = [Machine(name, shared, datasets, most, *training(updates)) for name in first]
         job = every[: most - ("plug" in scenario)]
         try:
             for event in scenario.split():
@@ -177,7 +181,7 @@ def check(
                 if event in ("join", "plug"):
                     before = len(starts(shared))
                     if event == "join":
-                        every.append(Machine(names[-1], shared, datasets, updates, most))
+                        every.append(Machine(names[-1], shared, datasets, most, *training(updates)))
                     else:
                         plug(names[-1], "up")
                     job.append(every[-1])
@@ -198,7 +202,7 @@ def test_two_machines(datasets: Path, tmp_path: Path) -> None:
     with (
         machines(0),
         ThreadPoolExecutor() as pool,
-        train(tmp_path / "whole", datasets, 30) as whole,
+        start(tmp_path / "whole", datasets, *training(30)) as whole,
     ):
 
         def run(scenario: str) -> None:
@@ -214,7 +218,7 @@ def test_two_machines(datasets: Path, tmp_path: Path) -> None:
 def whole(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "whole"
     with machines(0):
-        assert train(folder, datasets, 80).wait() == 0
+        assert start(folder, datasets, *training(80)).wait() == 0
     return folder
 
 
@@ -222,3 +226,41 @@ def whole(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("seed", range(20))
 def test_three_machines(seed: int, whole: Path, datasets: Path, tmp_path: Path) -> None:
     check(SCENARIOS[seed % len(SCENARIOS)], whole, tmp_path / "shared", datasets, 80, 3, seed)
+
+
+def figures(folder: Path) -> tuple[dict[str, Any], bytes]:
+    """Return the figures and the file of detections."""
+    text = (folder / "inference" / "metrics.json").read_text()
+    entry = json.loads(text)["datasets"]["toy_coco_train"]
+    for key in ("command", "date", "seconds_per_image"):
+        entry.pop(key, None)
+    return entry, (folder / "inference" / "detections_toy_coco_train.json").read_bytes()
+
+
+@pytest.mark.slow
+def test_evaluation_loses_and_gains_a_machine(whole: Path, datasets: Path, tmp_path: Path) -> None:
+    words = ["eval", "--run", str(whole), "DATASETS.TEST", "('toy_coco_train',)"]
+    words += ["INPUT.MIN_SIZE_TEST", "1600", "INPUT.MAX_SIZE_TEST", "2200"]
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    assert start(alone, datasets, *words).wait() == 0
+
+    def predicted() -> int:
+        return sum(file.read_bytes().count(b"\n") for file in shared.rglob("*.jsonl"))
+
+    with machines(3) as names:
+        every = [Machine(name, shared, datasets, 3, *words) for name in names[:2]]
+        try:
+            wait_for(lambda: predicted() >= 3, every)
+            every[1].kill()
+            every.append(Machine(names[2], shared, datasets, 3, *words))
+            wait_for(lambda: every[0].process.poll() == 0, every)
+        finally:
+            for machine in every:
+                machine.kill()
+    log = (shared / "log.txt").read_text()
+    done = int(re.findall(r"evaluation that has predicted (\d+) images", log)[-1])
+    batches = int(re.findall(r"Start inference on (\d+) batches", log)[-1])
+    processes = int(re.findall(r"on (\d+) devices", log)[-1])
+    assert done >= 3 and batches == math.ceil((12 - done) / processes)
+    assert figures(shared) == figures(alone)
+    assert not list(shared.rglob("*.partial"))

@@ -21,6 +21,7 @@ from torch import nn
 from resnext_det import load_config
 from resnext_det.data.mapper import NamingDatasetMapper
 from resnext_det.data.proposals import read_proposals
+from resnext_det.engine import inference
 from resnext_det.engine.evaluate import check_expectations, evaluate, propose
 from resnext_det.engine.trainer import Trainer
 from resnext_det.errors import ConfigError
@@ -101,6 +102,19 @@ def test_resumes_after_kill(cfg: CfgNode, model: nn.Module, tmp_path: Path) -> N
         assert rest.images == 2
         assert (tmp_path / "inference" / f"detections_{NAMES[0]}.json").read_bytes() == detections
         assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_processes_share_the_rest(cfg: CfgNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = [record["image_id"] for record in DatasetCatalog.get(NAMES[1])]
+    monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
+    shares = []
+    for rank in range(2):
+        monkeypatch.setattr("detectron2.utils.comm.get_rank", lambda rank=rank: rank)
+        loader = Trainer.build_test_loader(cfg, NAMES[1])
+        inference.share_rest(loader, frozenset(everything[:5]))
+        shares.append([record["image_id"] for batch in loader for record in batch])
+    assert [len(share) for share in shares] == [4, 3]
+    assert shares[0] + shares[1] == everything[5:]
 
 
 def test_resumes_at_last_data_set(cfg: CfgNode, model: nn.Module, tmp_path: Path) -> None:
