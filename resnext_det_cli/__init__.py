@@ -17,6 +17,7 @@ from typing import Any
 
 COMMANDS = {
     "train": "train",
+    "submit": "submit",
     "two-step": "two_step",
     "eval": "eval",
     "predict": "predict",
@@ -67,16 +68,7 @@ def run_tool(command: str) -> None:
 
 def run(command: str, program: str, words: Sequence[str]) -> int:
     """Parse `words` and run the command; return the exit code. The help text names `program`."""
-    module = _module(command)
-    parser = argparse.ArgumentParser(
-        prog=program,
-        description=module.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    module.add_arguments(parser)
-    arguments = parser.parse_intermixed_args(words)  # flags and overrides in any order
-    if hasattr(module, "check"):
-        module.check(parser, arguments)
+    arguments = parse(command, program, words)
     try:
         from resnext_det import require_detectron2
         from resnext_det.errors import reported
@@ -85,7 +77,25 @@ def run(command: str, program: str, words: Sequence[str]) -> int:
     except KeyboardInterrupt:  # the import takes seconds
         return 130
     with reported():
-        return int(module.run(arguments) or 0)
+        return int(_module(command).run(arguments) or 0)
+
+
+def parse(command: str, program: str, words: Sequence[str]) -> argparse.Namespace:
+    """Parse and check the words of a command; exit with 2 and a message if they are wrong."""
+    module = _module(command)
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    if command == "submit":  # another command follows its flags
+        arguments = parser.parse_args(words)
+    else:
+        arguments = parser.parse_intermixed_args(words)  # flags and overrides in any order
+    if hasattr(module, "check"):
+        module.check(parser, arguments)
+    return arguments
 
 
 def _module(command: str) -> Any:
