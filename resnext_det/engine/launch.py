@@ -39,6 +39,8 @@ from resnext_det.engine.explanations import OUT_OF_MEMORY_KILLER, explain, says_
 from resnext_det.engine.hooks import SAME_SIGNAL, SIGNALS, STOPPED
 from resnext_det.errors import ConfigError, TrainingError, reported
 
+logger = logging.getLogger(__name__)
+
 # Set for every process by torchrun and by the elastic launcher.
 _RESTART_COUNT = "TORCHELASTIC_RESTART_COUNT"
 _TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
@@ -280,7 +282,7 @@ def _launch_elastic(function: Callable[..., None], arguments: tuple[Any, ...], j
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     endpoint = "localhost:0" if job.dist_url == "auto" else job.dist_url.removeprefix("tcp://")
     with reported(), _explained():
-        own, is_host = _route(endpoint)
+        own, is_host = _route(endpoint, job.timeout)
         config = LaunchConfig(
             min_nodes=job.fewest,
             max_nodes=job.machines,
@@ -302,24 +304,36 @@ def _launch_elastic(function: Callable[..., None], arguments: tuple[Any, ...], j
     return max(code or 0 for code in codes.values())
 
 
-def _route(endpoint: str) -> tuple[str, bool]:
+def _route(endpoint: str, timeout: float = 0.0) -> tuple[str, bool]:
     """Return this machine's address on the way to an endpoint, and whether to serve it here.
 
-    Names of machines need not resolve, as in containers.
+    Names of machines need not resolve, as in containers. That of the endpoint may not resolve at
+    first: Kubernetes names a pod once it has been started.
 
     Raises:
-        ConfigError: there is no such host.
+        ConfigError: there is no such host, or not within `timeout` seconds.
     """
     host, _, port = endpoint.rpartition(":")
-    try:
-        family, _, _, _, address = socket.getaddrinfo(
-            host.strip("[]"), int(port) or 1, type=socket.SOCK_DGRAM
-        )[0]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(address)  # sends nothing
-            own: str = probe.getsockname()[0]
-    except (OSError, UnicodeError) as error:  # a name that no host can have
-        raise ConfigError(f"--dist-url names {host}, which cannot be reached: {error}.") from error
+    deadline = time.monotonic() + timeout
+    is_waiting = False
+    while True:
+        try:
+            family, _, _, _, address = socket.getaddrinfo(
+                host.strip("[]"), int(port) or 1, type=socket.SOCK_DGRAM
+            )[0]
+            with socket.socket(family, socket.SOCK_DGRAM) as probe:
+                probe.connect(address)  # sends nothing
+                own: str = probe.getsockname()[0]
+            break
+        except (OSError, UnicodeError) as error:  # a name that no host can have
+            if isinstance(error, UnicodeError) or time.monotonic() >= deadline:
+                raise ConfigError(
+                    f"--dist-url names {host}, which cannot be reached: {error}."
+                ) from error
+            if not is_waiting:
+                logger.warning("waiting for %s, which cannot be reached yet: %s", host, error)
+            is_waiting = True
+            time.sleep(5)
     if own != address[0]:
         return own, False
     with socket.socket(family) as client:  # another job on this machine may serve it already

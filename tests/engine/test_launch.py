@@ -361,7 +361,23 @@ def test_refuses_flags(words: str, message: str, monkeypatch: pytest.MonkeyPatch
 
 def test_refuses_a_name_that_no_host_can_have() -> None:
     with pytest.raises(ConfigError, match="which cannot be reached"):
-        launch._route(f"{'x' * 64}.example:29500")
+        launch._route(f"{'x' * 64}.example:29500", timeout=600)
+
+
+def test_waits_for_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, waits = socket.getaddrinfo, []
+
+    def resolve(host: str, *words: object, **more: object) -> object:
+        if len(waits) < 3:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return real("127.0.0.1", *words, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(time, "sleep", waits.append)
+    with pytest.raises(ConfigError, match="x50-node-0, which cannot be reached"):
+        launch._route("x50-node-0:29500")
+    assert launch._route("x50-node-0:29500", timeout=600) == ("127.0.0.1", True)
+    assert len(waits) == 3
 
 
 def test_torchrun_environment(monkeypatch: pytest.MonkeyPatch) -> None:
