@@ -190,6 +190,7 @@ def check(
                 else:
                     getattr(job[-1] if event == "kill_worker" else job.pop(), event)()
             wait_for(lambda: job[0].process.poll() == 0, job)
+            wait_for((whole / "model_final.pth").exists, job)
         finally:
             for machine in every:
                 machine.kill()
@@ -202,11 +203,11 @@ def test_two_machines(datasets: Path, tmp_path: Path) -> None:
     with (
         machines(0),
         ThreadPoolExecutor() as pool,
-        start(tmp_path / "whole", datasets, *training(30)) as whole,
+        start(tmp_path / "whole", datasets, *training(60)) as whole,
     ):
 
         def run(scenario: str) -> None:
-            check(scenario, tmp_path / "whole", tmp_path / scenario, datasets, 30, 2, seed=0)
+            check(scenario, tmp_path / "whole", tmp_path / scenario, datasets, 60, 2, seed=1)
 
         jobs = [pool.submit(run, scenario) for scenario in ("kill", "plug")]
         for job in jobs:
