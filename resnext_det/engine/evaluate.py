@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 from detectron2.modeling import ProposalNetwork
 from detectron2.utils import comm
 from torch import nn
@@ -24,7 +25,7 @@ from resnext_det.engine.checkpoints import last_good
 from resnext_det.engine.inference import evaluate_datasets, renamed
 from resnext_det.engine.recorded_config import check_classes, check_same_function
 from resnext_det.engine.trainer import Trainer
-from resnext_det.errors import ConfigError, TrainingError, quoted
+from resnext_det.errors import ConfigError, TrainingError, plain, quoted
 from resnext_det.evaluation.coco import COCO_KEYPOINTS, Engine
 from resnext_det.evaluation.proposals import ProposalEvaluator
 from resnext_det.evaluation.results_file import INFERENCE
@@ -212,11 +213,14 @@ def check_expectations(cfg: CfgNode) -> None:
             "proposals can be evaluated: set DATASETS.TEST () and use Detectron2's "
             "SemSegEvaluator."
         )
-    if cfg.MODEL.META_ARCHITECTURE == "PanopticFPN":
-        logger.warning(
-            "MODEL.META_ARCHITECTURE is PanopticFPN: its boxes and masks are evaluated, its stuff "
-            "is not; Detectron2's SemSegEvaluator and COCOPanopticEvaluator do that"
-        )
+    panoptic = cfg.MODEL.META_ARCHITECTURE == "PanopticFPN"
+    for name in cfg.DATASETS.TEST if panoptic else ():
+        if not MetadataCatalog.get(name).get("panoptic_json"):
+            logger.warning(
+                "%s has no panoptic annotations, so of this PanopticFPN only boxes and masks are "
+                "evaluated: register it with Detectron2's register_coco_panoptic_separated",
+                plain(name),
+            )
     keypoints, sigmas = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, cfg.TEST.KEYPOINT_OKS_SIGMAS
     if cfg.MODEL.KEYPOINT_ON and keypoints != (len(sigmas) or COCO_KEYPOINTS):
         raise ConfigError(

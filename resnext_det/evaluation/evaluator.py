@@ -14,7 +14,7 @@ from detectron2.data.datasets.coco import convert_to_coco_json
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
-from resnext_det.errors import DatasetError
+from resnext_det.errors import DatasetError, EvaluationError
 from resnext_det.evaluation.annotations import GroundTruth, ImageKey, read_ground_truth
 from resnext_det.evaluation.coco import (
     Engine,
@@ -33,6 +33,7 @@ from resnext_det.evaluation.error_analysis import (
     threshold_line,
     thresholds,
 )
+from resnext_det.evaluation.panoptic import Segments, panoptic_figures, panoptic_table
 from resnext_det.evaluation.predictions import Predictions, found_in
 from resnext_det.evaluation.results_file import (
     check_no_training_log,
@@ -217,8 +218,8 @@ class DetectionEvaluator(DatasetEvaluator):
 
         Returns:
             As Detectron2's evaluator, {"bbox": {"AP": ..., "AP-person": ...}, "segm": ...,
-            "keypoints": ...} in percent, NaN without objects; {"box_proposals": {"AR@1000": ...}}
-            for proposals; empty except on the main process.
+            "keypoints": ..., "panoptic_seg": {"PQ": ...}} in percent, NaN without objects;
+            {"box_proposals": {"AR@1000": ...}} for proposals; empty except on the main process.
 
         Raises:
             DatasetError: the annotations cannot be evaluated.
@@ -231,14 +232,20 @@ class DetectionEvaluator(DatasetEvaluator):
         table = self.metadata.get("thing_dataset_id_to_contiguous_id")
         if table is not None:
             categories = {position: category for category, position in table.items()}
+        segments = self._predictions.gather_segments()
         detections = self._predictions.gather(truth.numbers, categories)
         if detections is None:
             return OrderedDict()
         if of_proposals:
             return OrderedDict(box_proposals=self._proposals(truth, detections))
-        return OrderedDict(self._instances(truth, detections))
+        return OrderedDict(self._instances(truth, detections, segments))
 
-    def _instances(self, truth: GroundTruth, detections: Detections) -> dict[str, dict[str, float]]:
+    def _instances(
+        self,
+        truth: GroundTruth,
+        detections: Detections,
+        segments: Mapping[ImageKey, Segments | None],
+    ) -> dict[str, dict[str, float]]:
         evaluated: dict[str, Evaluated] = {}
         for kind in detections.kinds:
             protocol = Protocol.of(kind, self.sigmas)
@@ -249,13 +256,27 @@ class DetectionEvaluator(DatasetEvaluator):
                     raise
                 # Keep the boxes' figures: a training may have taken days.
                 logger.error("%s is not evaluated: %s", kind, error)
-        entry = {"images": self.images, **self.measured, "engine": vars(self.engine)}
+        panoptic = self._panoptic(segments)
+        entry = {"images": self.images, **self.measured, "engine": vars(self.engine), **panoptic}
         write_evaluated(
             self.output, self.dataset, self.description, truth, detections, evaluated, entry
         )
         for kind, each in evaluated.items():
             self._log(truth, kind, f"{each.figures.table()}\n\n{threshold_line(each.details)}")
-        return {kind: each.figures.flat() for kind, each in evaluated.items()}
+        for kind, figures in panoptic.items():
+            self._log(truth, kind, panoptic_table(figures))
+        return {kind: each.figures.flat() for kind, each in evaluated.items()} | panoptic
+
+    def _panoptic(
+        self, segments: Mapping[ImageKey, Segments | None]
+    ) -> dict[str, dict[str, float]]:
+        if not any(segments.values()) or not self.metadata.get("panoptic_json"):
+            return {}
+        try:
+            return {"panoptic_seg": panoptic_figures(self.metadata, segments)}
+        except (DatasetError, EvaluationError) as error:  # as above
+            logger.error("panoptic_seg is not evaluated: %s", error)
+            return {}
 
     def _proposals(self, truth: GroundTruth, proposals: Detections) -> dict[str, float]:
         figures = proposal_figures(truth, proposals, self.engine)

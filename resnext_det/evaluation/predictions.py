@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from resnext_det.errors import EvaluationError, quoted
 from resnext_det.evaluation.annotations import ImageKey
 from resnext_det.evaluation.detections import Detections
+from resnext_det.evaluation.panoptic import Segments, segments_in
 
 _DIGITS = 16  # of the identity, in the folder's name
 
@@ -35,12 +36,14 @@ class Found:
         segmentations: N masks as COCO's compressed RLE; None from a model without masks.
         keypoints: (N, K, 3): x, y and score; None from a model without keypoints.
         of_proposals: True for an RPN's proposals, which have no class.
+        segments: of a Panoptic FPN; None from other models.
     """
 
     rows: NDArray[np.float64]
     segmentations: list[dict[str, Any]] | None = None
     keypoints: NDArray[np.float64] | None = None
     of_proposals: bool = False
+    segments: Segments | None = None
 
 
 def found_in(output: Mapping[str, Any]) -> Found:
@@ -67,7 +70,7 @@ def found_in(output: Mapping[str, Any]) -> Found:
     rows: NDArray[np.float64] = torch.cat(columns, dim=1).numpy()
     masks, poses = instances.has("pred_masks"), instances.has("pred_keypoints")
     if of_proposals or not (masks or poses):
-        return Found(rows, of_proposals=of_proposals)
+        return Found(rows, of_proposals=of_proposals, segments=segments_in(output))
     copied = Instances(instances.image_size, **instances.get_fields())
     if poses:  # Detectron2's conversion modifies them in place
         copied.pred_keypoints = instances.pred_keypoints.clone()
@@ -78,6 +81,7 @@ def found_in(output: Mapping[str, Any]) -> Found:
         rows,
         [each["segmentation"] for each in results] if masks else None,
         np.array(found, np.float64).reshape(shape) if poses else None,
+        segments=segments_in(output),
     )
 
 
@@ -136,6 +140,7 @@ class Predictions:
         if self._file is not None:
             poses = None if found.keypoints is None else found.keypoints.tolist()
             line = [image, found.rows.tolist(), found.of_proposals, found.segmentations, poses]
+            line.append(found.segments)
             self._file.write(json.dumps(line) + "\n")
 
     def forget(self) -> None:
@@ -146,6 +151,12 @@ class Predictions:
         if self._folder is not None and comm.get_local_rank() == 0:
             shutil.rmtree(self._folder, ignore_errors=True)
         self._found, self._folder, self._file = {}, None, None
+
+    def gather_segments(self) -> dict[ImageKey, Segments | None]:
+        """Return the segments of all processes' images; empty except on the main process."""
+        own = {image: each.segments for image, each in self._found.items()}
+        shares = comm.gather(own, dst=0)
+        return {image: each for share in shares for image, each in share.items()}
 
     def gather(
         self, numbers: Mapping[ImageKey, int], category_ids: Mapping[int, int]
@@ -213,7 +224,7 @@ def _read(folder: Path) -> dict[ImageKey, Found]:
     for file in sorted(folder.glob("*.jsonl")):
         for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                image, rows, of_proposals, masks, poses = json.loads(line)
+                image, rows, of_proposals, masks, poses, segments = json.loads(line)
                 table = np.array(rows, np.float64).reshape(len(rows), 6)
                 if poses is not None:
                     poses = np.array(poses, np.float64)
@@ -222,5 +233,5 @@ def _read(folder: Path) -> dict[ImageKey, Found]:
             except (ValueError, TypeError, RecursionError):
                 continue
             if isinstance(image, ImageKey) and isinstance(of_proposals, bool) and whole:
-                found[image] = Found(table, masks, poses, of_proposals)
+                found[image] = Found(table, masks, poses, of_proposals, segments)
     return found

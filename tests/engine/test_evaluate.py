@@ -217,7 +217,7 @@ def test_refuses_what_cannot_be_evaluated(words: str, message: str) -> None:
     check_expectations(load_config(TOY, [*words.split(), "DATASETS.TEST", "()"]))
 
 
-def test_says_that_stuff_is_not_evaluated(caplog: pytest.LogCaptureFixture) -> None:
+def test_says_if_panoptic_annotations_are_missing(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("WARNING"):
         check_expectations(load_config(TOY, ["MODEL.META_ARCHITECTURE", "PanopticFPN"]))
-    assert "its boxes and masks are evaluated, its stuff is not" in caplog.text
+    assert "toy_coco_minival has no panoptic annotations" in caplog.text
