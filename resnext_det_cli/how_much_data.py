@@ -1,4 +1,4 @@
-"""Would more data help? Trains on 25, 50 and 100 % of a run's images, and forecasts.
+"""Would more data help? Trains on a quarter, half and all of a run's images, and forecasts.
 
     %(prog)s --run output/photos
     %(prog)s --run output/photos --iterations 2000 --num-gpus 4
