@@ -19,6 +19,18 @@ from PIL import Image
 from resnext_det.errors import ConfigError, plain
 
 
+def logit(scores: NDArray[Any]) -> NDArray[np.float64]:
+    """Return the logarithm of the odds of scores from 0 to 1, finite for both ends."""
+    inside = np.clip(np.asarray(scores, np.float64), 1e-9, 1 - 1e-9)
+    odds: NDArray[np.float64] = np.log(inside / (1 - inside))
+    return odds
+
+
+def scaled(scores: NDArray[Any], temperature: float) -> NDArray[np.float64]:
+    """Return scores calibrated by a temperature (Guo et al. 2017, 1706.04599); 1 changes none."""
+    return 1 / (1 + np.exp(-logit(scores) / temperature))
+
+
 @dataclass(frozen=True, eq=False)
 class Prediction:
     """The N objects found in an image, best first.

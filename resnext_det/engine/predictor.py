@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -28,9 +29,10 @@ from resnext_det.data.resizing import FastResizeTransform, channels_first
 from resnext_det.engine.evaluate import of_run
 from resnext_det.engine.recorded_config import check_same_function
 from resnext_det.errors import ConfigError, DatasetError, quoted
+from resnext_det.evaluation.results_file import read_metrics
 from resnext_det.image_files import SUFFIXES, ImageSource, picture_of
 from resnext_det.images import as_array, check_pixel_format, read_picture
-from resnext_det.prediction import Prediction
+from resnext_det.prediction import Prediction, scaled
 from resnext_det.weights.catalog import SCHEME
 from resnext_det.weights.loading import load_weights, weights_file
 
@@ -64,6 +66,7 @@ class Predictor:
         device: str | None = None,
         precision: str | None = None,
         threshold: float | None = None,
+        calibrated: bool = False,
         overrides: Sequence[str] = (),
     ) -> None:
         """Build the detector and load its weights.
@@ -77,16 +80,25 @@ class Predictor:
             precision: of the model, "stock", "fp32", "bf16" or "fp16"; see MODEL.RESNEXT.PRECISION.
             threshold: lowest score to return, even below SCORE_THRESH_TEST, which is the default
                 and what evaluations use.
+            calibrated: whether to scale scores by the temperature that the run's evaluation found,
+                so that of those at 0.7, for example, about 70 % are right; `threshold` is of these
+                scores then.
             overrides: of the config: KEY, VALUE, KEY, VALUE, ... With TEST.AUG.ENABLED True, every
                 image is detected as by Detectron2's `GeneralizedRCNNWithTTA`.
 
         Raises:
+            DatasetError: `calibrated` without figures of an evaluation.
             ConfigError: no config is known, the network does not detect objects or does not take
                 INPUT.FORMAT, it was trained with other settings, or there is no such device.
             WeightsError: the weights do not fill the whole detector.
         """
         cfg = _config(detector, config, _overrides(device, precision, overrides))
-        cfg = cfg if threshold is None else with_threshold(cfg, threshold)
+        self._temperature = _temperature(detector) if calibrated else None
+        if threshold is not None:
+            lowest = threshold
+            if self._temperature is not None:
+                lowest = float(scaled(np.array(threshold), 1 / self._temperature))
+            cfg = with_threshold(cfg, lowest)
         self._threshold = threshold or 0.0
         check_pixel_format(cfg.INPUT.FORMAT, len(cfg.MODEL.PIXEL_MEAN))
         self._architecture = cfg.MODEL.META_ARCHITECTURE
@@ -215,9 +227,12 @@ class Predictor:
     def _prediction(
         self, record: Record, found: Instances, stuff: dict[str, NDArray[np.bool_]]
     ) -> Prediction:
+        scores = found.scores.numpy()
+        if self._temperature is not None:
+            scores = scaled(scores, self._temperature).astype(np.float32)
         result = Prediction(
             boxes=found.pred_boxes.tensor.numpy(),
-            scores=found.scores.numpy(),
+            scores=scores,
             labels=found.pred_classes.numpy(),
             class_names=self.class_names,
             width=record["width"],
@@ -269,6 +284,20 @@ def _config(
         )
     values = parse_config(run.config, f"the config recorded in {name}")
     return config_of(values, [*weights, *overrides])
+
+
+def _temperature(run: object) -> float:
+    """Return the temperature that the evaluation of a run found."""
+    if not isinstance(run, str | Path) or not Path(run).is_dir():
+        raise ConfigError("calibrated=True is for the folder of an evaluated run.")
+    found = {each.temperature for each in read_metrics(Path(run)).evaluations}
+    temperature = found.pop() if len(found) == 1 else None
+    if temperature is None or not 0 < temperature < math.inf:
+        raise ConfigError(
+            f"calibrated=True needs one temperature, and the evaluations of {quoted(Path(run))} "
+            "found none or several: evaluate it on one data set (resnext-det eval --run FOLDER)."
+        )
+    return temperature
 
 
 def _overrides(device: str | None, precision: str | None, more: Sequence[str]) -> list[str]:

@@ -25,7 +25,7 @@ RESAMPLES = 1000
 TAILS = 2.5, 97.5  # percent
 _AREAS = {"s": (0.0, 32.0**2), "m": (32.0**2, 96.0**2), "l": (96.0**2, math.inf)}
 # With fewer images, a percentile interval is too narrow: for a mean of 20 it covers about 93 %.
-_FEWEST_IMAGES = 20
+FEWEST_IMAGES = 20
 # Five images in favour of one detector prove nothing: five tosses of a coin agree 2 times in 32.
 _FEWEST_DIFFERING = 6
 _AT_ONCE = 50  # draws evaluated together, which takes about 5 copies of the detections
@@ -102,7 +102,7 @@ def compare(
     for name, one, other, low, high in zip(FIGURES, *summaries, lower, upper):
         difference = None if one is None or other is None else other - one
         ends: tuple[float | None, float | None] = None, None
-        if enough and difference is not None and _images_with(truth, name) >= _FEWEST_IMAGES:
+        if enough and difference is not None and _images_with(truth, name) >= FEWEST_IMAGES:
             ends = float(low), float(high)
         differences.append(Difference(name, one, other, difference, *ends))
     return tuple(differences)

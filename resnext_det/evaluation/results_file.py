@@ -49,6 +49,7 @@ class DatasetMetrics:
         engine: what computed the figures, in words.
         baseline: `compare.comparison_document`.
         seconds_per_image: of the model alone.
+        temperature: that calibrates the scores; see `prediction.scaled`.
     """
 
     name: str
@@ -63,6 +64,7 @@ class DatasetMetrics:
     engine: str = ""
     baseline: Any = None
     seconds_per_image: float | None = None
+    temperature: float | None = None
     parameters: int | None = None
     date: str = ""
     command: str = ""
@@ -175,6 +177,7 @@ def _evaluation(folder: Path, name: str, entry: Mapping[str, Any]) -> DatasetMet
         engine=engine or "",
         baseline=entry.get("baseline"),
         seconds_per_image=_optional(float, entry.get("seconds_per_image")),
+        temperature=_optional(float, entry.get("temperature")),
         parameters=_optional(int, entry.get("parameters")),
         date=str(entry.get("date", "")),
         command=str(entry.get("command", "")),

@@ -124,6 +124,7 @@ class Details:
         best_scores: score threshold with the highest F1, by class.
         actions: for the classes with most mistakes, these first.
         calibration: mean difference of scores from the share of right detections, in points.
+        interval: 95 % of the best score of all classes, on other images; None if unknown.
     """
 
     charts: dict[str, bytes]
@@ -132,6 +133,7 @@ class Details:
     best_scores: dict[str, float]
     actions: list[Action]
     calibration: float | None
+    interval: tuple[float, float] | None
 
 
 def read_details(file: Path | None, trained: Mapping[str, int] | None = None) -> Details | None:
@@ -162,10 +164,18 @@ def read_details(file: Path | None, trained: Mapping[str, int] | None = None) ->
             },
             actions=_actions(scores, confusion, trained),
             calibration=None if calibration is None else float(calibration["error"]),
+            interval=_interval(scores.get("", {}).get("intervals")),
         )
     except (DatasetError, *INVALID) as error:
         logger.warning("the report leaves out malformed details, %s: %r", quoted(file), error)
         return None
+
+
+def _interval(entry: Any) -> tuple[float, float] | None:
+    if entry is None:  # too few images, or an earlier version
+        return None
+    low, high = _finite(entry["score"]).tolist()
+    return low, high
 
 
 def _actions(

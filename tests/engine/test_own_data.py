@@ -8,14 +8,16 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from resnext_det import load_config
+from resnext_det import Predictor, load_config
 from resnext_det.config import read_config
 from resnext_det.engine import own_data
 from resnext_det.engine.own_data import MODELS, best_weights, take_folder
 from resnext_det.errors import ConfigError, DatasetError
+from resnext_det.prediction import scaled
 from resnext_det_cli import main, train
 
 from ..data.test_folder import yolo
@@ -152,3 +154,22 @@ def test_train_and_evaluate(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
     assert [each["image_count"] for each in figures.values()] == [2]
     names = [row["name"] for each in figures.values() for row in each["per_class"]]
     assert names == ["cat", "a: dog"]
+    check_calibrated(run, min((data / "images").iterdir()))
+
+
+def check_calibrated(run: Path, image: Path) -> None:
+    file = run / "inference" / "metrics.json"
+    document = json.loads(file.read_text())
+    (entry,) = document["datasets"].values()
+    assert 0.1 <= entry["temperature"] <= 10
+    entry["temperature"] = 2.0
+    file.write_text(json.dumps(document))
+    plain = Predictor(run, threshold=0.01)(image)
+    lowest = float(scaled(np.array(0.01), 2.0))
+    found = Predictor(run, threshold=lowest, calibrated=True)(image)
+    assert len(plain) > 0 and found.scores.dtype == np.float32
+    assert found.scores == pytest.approx(scaled(plain.scores, 2.0), rel=1e-4)
+    entry["temperature"] = None
+    file.write_text(json.dumps(document))
+    with pytest.raises(ConfigError, match="evaluate it on one data set"):
+        Predictor(run, calibrated=True)

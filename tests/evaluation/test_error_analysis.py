@@ -15,8 +15,14 @@ from pycocotools.cocoeval import COCOeval
 
 from resnext_det.evaluation.annotations import read_ground_truth
 from resnext_det.evaluation.detections import Detections
-from resnext_det.evaluation.error_analysis import Details, error_table, threshold_line
+from resnext_det.evaluation.error_analysis import (
+    Details,
+    _temperature,
+    error_table,
+    threshold_line,
+)
 from resnext_det.evaluation.evaluator import Evaluated, evaluate_detections
+from resnext_det.prediction import scaled
 
 Document = dict[str, Any]
 CAT, DOG = 1, 2
@@ -188,6 +194,7 @@ def test_curves_over_the_score_agree_with_pycocotools(tmp_path: Path) -> None:
     written = evaluated.document()["thresholds"]
     assert written["all"] == found[""]["best"]
     assert written["per_class"] == {name: found[name]["best"] for name in ("cat", "dog")}
+    assert written["intervals"]["all"] is None  # only twelve images
     assert evaluated.document()["calibration_error"] == evaluated.details["calibration"]["error"]
     assert f"at a score of {written['all']['score']:.2f}" in threshold_line(evaluated.details)
 
@@ -199,6 +206,58 @@ def test_scores_of_other_programs_are_not_calibrated(tmp_path: Path, score: floa
     assert found.details["calibration"] is None
     assert found.document()["calibration_error"] is None
     assert f"at a score of {score:.2f}" in threshold_line(found.details)
+
+
+@pytest.mark.parametrize("true", [0.5, 1.0, 2.5])
+def test_finds_the_temperature_of_scores(true: float) -> None:
+    generator = np.random.default_rng(5)
+    shares = generator.uniform(0.02, 0.98, 40_000)
+    right = generator.random(len(shares)) < shares
+    scores = 1 / (1 + np.exp(-true * np.log(shares / (1 - shares))))  # too sure if above 1
+    found = _temperature(scores, right)
+    assert found == pytest.approx(true, rel=0.05)
+    assert scaled(scores, true) == pytest.approx(shares, abs=1e-6)
+    assert scaled(np.array([0.0, 1.0]), found) == pytest.approx([0, 1], abs=1e-3)
+
+
+def test_intervals_of_the_best_threshold(tmp_path: Path) -> None:
+    """They agree with a plain bootstrap: images drawn one by one, every threshold tried."""
+    generator = np.random.default_rng(6)
+    images = []  # scores that are right, those that are wrong, and objects missed
+    for _ in range(30):
+        good = generator.beta(5, 2, generator.integers(0, 4)).round(3).tolist()
+        bad = generator.beta(2, 4, generator.integers(0, 5)).round(3).tolist()
+        images.append((good, bad, int(generator.integers(1, 3))))
+    annotations: list[Document] = []
+    rows: list[Document] = []
+    for number, (good, bad, missed) in enumerate(images, start=1):
+        for place, score in enumerate([*good, *bad, *[None] * missed]):
+            entry = {"image_id": number, "category_id": CAT, "bbox": [50 * place, 0, 40, 40]}
+            if score is None or place < len(good):
+                annotations.append({**entry, "id": len(annotations) + 1, "area": 1600})
+            if score is not None:
+                rows.append({**entry, "score": score})
+    document = {"images": [{"id": n + 1} for n in range(30)], "categories": CATEGORIES}
+    (tmp_path / "truth.json").write_text(json.dumps({**document, "annotations": annotations}))
+    truth = read_ground_truth(tmp_path / "truth.json")
+    evaluated = evaluate_detections(truth, Detections.of(rows, truth))
+    best = evaluated.details["by_score"][""]["best"]
+    draws = []
+    for _ in range(400):
+        drawn = [images[at] for at in generator.integers(0, 30, 30)]
+        scored = [(s, True) for good, _, _ in drawn for s in good]
+        scored += [(s, False) for _, bad, _ in drawn for s in bad]
+        objects = sum(len(good) + missed for good, _, missed in drawn)
+        top = max((counted_at(at / 50, scored, objects)[2], at / 50) for at in range(50))
+        draws.append((top[1], *counted_at(best["score"], scored, objects)[:2]))
+    expected = np.percentile(draws, [2.5, 97.5], axis=0).T
+    found = evaluated.document()["thresholds"]["intervals"]["all"]
+    assert found == evaluated.details["by_score"]["cat"]["intervals"]
+    for (low, high), name, slack in zip(expected, ("score", "precision", "recall"), (0.06, 4, 4)):
+        assert found[name] == pytest.approx([low, high], abs=slack), name
+        assert found[name][0] <= best[name] <= found[name][1]
+    few = evaluate_detections(truth, Detections.of(rows[:3], truth))  # the objects' images count
+    assert few.details["by_score"]["cat"]["intervals"] is not None
 
 
 def check_calibration(found: Document, scored: list[tuple[float, bool]]) -> None:
