@@ -46,7 +46,8 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{counts.total():,} labels changed: {done or 'none'}")
     if unmasked:
         print(f"{unmasked:,} moved boxes had a mask or keypoints, which are left out")
-    print(f"wrote {quoted(arguments.output)}: {len(document['annotations']):,} labels")
+    count = len(document["annotations"])
+    print(f"wrote {quoted(arguments.output)}: {count:,} labels, for --train-json or --test-json")
     if not arguments.run:
         return
     after = read_ground_truth(arguments.output, checked=True)

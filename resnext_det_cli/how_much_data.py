@@ -103,7 +103,10 @@ def _settings(arguments: argparse.Namespace) -> tuple[list[str], list[tuple[Path
 
     config = arguments.run / "config.yaml"
     if not config.is_file():
-        raise ConfigError(f"--run {quoted(arguments.run)} holds no config.yaml of a training.")
+        raise ConfigError(
+            f"--run {quoted(arguments.run)} holds no config.yaml: name the OUTPUT_DIR of a "
+            "training."
+        )
     cfg = load_config(str(config), arguments.opts)
     none = dict.fromkeys(("train_json", "train_images", "test_json", "test_images"))
     own = argparse.Namespace(**none, config_file=str(config), eval_only=False, opts=[])

@@ -70,7 +70,8 @@ def read_baseline(run: Path, truth: GroundTruth) -> Detections:
     names = ", ".join(f"{plain(each.name)} ({quoted(each.annotations)})" for each in evaluations)
     raise DatasetError(
         f"{quoted(run)} was evaluated with other annotations than {quoted(truth.file)}: {names}. "
-        "Evaluate both with the same file."
+        "Evaluate both with the same file: resnext-det eval --run RUN --test-json FILE "
+        "--test-images FOLDER."
     )
 
 

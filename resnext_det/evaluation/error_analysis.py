@@ -268,9 +268,11 @@ def _intervals(
     kept, hits = drawn(None), drawn(right.astype(np.float64))
     objects = draws[:, used] @ np.bincount(index[len(scores) :], minlength=len(used))
     f1 = 2 * hits / np.maximum(kept + objects[:, None], 1)
+    if not f1.any():
+        return None
     at = int(np.searchsorted(limits, best["score"]))
     spread = {
-        "score": limits[f1.argmax(axis=1)],
+        "score": limits[f1.argmax(axis=1)][f1.max(axis=1) > 0],
         "precision": 100 * hits[:, at] / np.maximum(kept[:, at], 1),
         "recall": 100 * hits[:, at] / np.maximum(objects, 1),
     }
