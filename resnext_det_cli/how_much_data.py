@@ -4,8 +4,9 @@
     %(prog)s --run output/photos --iterations 2000 --num-gpus 4
     %(prog)s --run output/photos --json SOLVER.IMS_PER_BATCH 8
 
-The three trainings are equally long, a quarter of the run's by default. They and the forecast,
-how_much_data.json, go to RUN/how_much_data. The same command continues what was interrupted.
+It trains on a quarter, a half and all of the images, for a quarter of the run's iterations each by
+default. The trainings and the forecast, how_much_data.json, go to RUN/how_much_data. The same
+command continues what was interrupted.
 """
 
 from __future__ import annotations
