@@ -17,6 +17,7 @@ from resnext_det.evaluation.annotations import read_ground_truth
 from resnext_det.evaluation.detections import Detections
 from resnext_det.evaluation.error_analysis import (
     Details,
+    _intervals,
     _temperature,
     error_table,
     threshold_line,
@@ -225,8 +226,8 @@ def test_intervals_of_the_best_threshold(tmp_path: Path) -> None:
     generator = np.random.default_rng(6)
     images = []  # scores that are right, those that are wrong, and objects missed
     for _ in range(30):
-        good = generator.beta(5, 2, generator.integers(0, 4)).round(3).tolist()
-        bad = generator.beta(2, 4, generator.integers(0, 5)).round(3).tolist()
+        good = generator.beta(5, 2, generator.integers(0, 4)).round(2).tolist()
+        bad = generator.beta(2, 4, generator.integers(0, 5)).round(2).tolist()
         images.append((good, bad, int(generator.integers(1, 3))))
     annotations: list[Document] = []
     rows: list[Document] = []
@@ -256,8 +257,13 @@ def test_intervals_of_the_best_threshold(tmp_path: Path) -> None:
     for (low, high), name, slack in zip(expected, ("score", "precision", "recall"), (0.06, 4, 4)):
         assert found[name] == pytest.approx([low, high], abs=slack), name
         assert found[name][0] <= best[name] <= found[name][1]
-    few = evaluate_detections(truth, Detections.of(rows[:3], truth))  # the objects' images count
-    assert few.details["by_score"]["cat"]["intervals"] is not None
+    rights = [(s, True, n) for n, (good, _, _) in enumerate(images) for s in good]
+    wrongs = [(s, False, n) for n, (_, bad, _) in enumerate(images) for s in bad]
+    scores, right, places = map(np.array, zip(*rights, *wrongs))
+    owners = [n for n, (good, _, missed) in enumerate(images) for _ in range(len(good) + missed)]
+    once = np.ones((1, 30), np.float32)  # a draw of every image
+    same = _intervals(scores, right, places, np.array(owners), best, once)
+    assert same == {name: pytest.approx([best[name]] * 2, rel=1e-5) for name in found}
 
 
 def check_calibration(found: Document, scored: list[tuple[float, bool]]) -> None:

@@ -61,7 +61,12 @@ def broken(toy: GroundTruth, tmp_path: Path) -> tuple[Path, Document, dict[str, 
         x, _, width, _ = each["bbox"]
         right = x + 1.5 * width < sizes[each["image_id"]]
         each["bbox"][0] = x + (0.4 if right else -0.4) * width  # IoU 0.43
-    invented = {**labels[0], "id": 7, "image_id": labels[30]["image_id"], "bbox": [0, 0, 9, 9]}
+    invented = {
+        **labels[0],
+        "id": 500_000,
+        "image_id": labels[30]["image_id"],
+        "bbox": [0, 0, 9, 9],
+    }
     labels.append(invented)
     kinds = {
         "missing": {each["image_id"] for each in dropped},
@@ -90,6 +95,18 @@ def test_broken_labels_come_first(
     assert len(errors) == count or errors[count].suspicion < 0.5
     suspicions = [each.suspicion for each in errors]
     assert suspicions == sorted(suspicions, reverse=True)
+
+
+@pytest.mark.parametrize(("score", "suspected"), [(0.1, True), (0.35, False)])
+def test_a_label_that_is_nearly_found_is_no_extra(
+    toy: GroundTruth, score: float, suspected: bool
+) -> None:
+    found = detected(json.loads(toy.file.read_text()))
+    best = next(each for each in found if each["score"] >= 0.8)
+    best["score"] = score
+    found.remove(found[1])  # the noise there
+    errors = likely_label_errors(toy, Detections.of(found, toy))
+    assert [each.kind for each in errors] == ["extra"] * suspected
 
 
 def test_a_patch_restores_the_labels(

@@ -30,6 +30,7 @@ def test_continues_known_curves(curve: tuple[float, ...], images: tuple[int, ...
 
 def test_stays_possible_whatever_the_points() -> None:
     figures = np.random.default_rng(0).uniform(0, 100, (500, 3))
+    figures[::2] = np.sort(figures[::2] / 10 + 90)
     now, later = fitted(IMAGES, figures, 2000).T
     assert (later >= now).all() and (later <= 100).all()
     assert fitted(IMAGES, np.array([[40.0, 40, 40]]), 2000)[0] == pytest.approx([40, 40])
