@@ -135,10 +135,10 @@ def _temperature(scores: NDArray[np.float64], right: NDArray[np.bool_]) -> float
     slope is 0.
     """
     low, high = 0.1, 10.0
-    for _ in range(40):
+    logits = logit(scores)
+    for _ in range(24):  # to 1e-6
         temperature = math.sqrt(low * high)
-        surplus = scaled(scores, temperature) - right
-        if (surplus * logit(scores)).sum() > 0:
+        if (scaled(scores, temperature) - right) @ logits > 0:
             low = temperature
         else:
             high = temperature
