@@ -44,9 +44,14 @@ SCRIPT = """
 import os, signal, sys
 from pathlib import Path
 from resnext_det.data.proposals import ProposalWriter
+from resnext_det.engine.checkpoints import Checkpointer
 from resnext_det.engine.train_loop import TrainLoop
 from resnext_det.engine.two_step import TwoStep
 from resnext_det_cli import main
+
+# At once, as what a killed run resumes from decides when the next one is killed.
+save = Checkpointer.save
+Checkpointer.save = lambda self, name, background=False, **more: save(self, name, **more)
 
 def run(command, *words, kill=0):
     pid = os.fork()
