@@ -270,7 +270,8 @@ class DetectionEvaluator(DatasetEvaluator):
     def _panoptic(
         self, segments: Mapping[ImageKey, Segments | None]
     ) -> dict[str, dict[str, float]]:
-        if not any(segments.values()) or not self.metadata.get("panoptic_json"):
+        described = any(each is not None for each in segments.values())
+        if not described or not self.metadata.get("panoptic_json"):
             return {}
         try:
             return {"panoptic_seg": panoptic_figures(self.metadata, segments)}

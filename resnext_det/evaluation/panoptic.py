@@ -43,7 +43,8 @@ def panoptic_figures(
         found: in each image.
 
     Returns:
-        PQ, SQ, RQ, and the same of things ("PQ_th", ...) and stuff ("PQ_st", ...), in percent.
+        PQ, SQ, RQ, and the same of things ("PQ_th", ...) and stuff ("PQ_st", ...), in percent;
+        none of a group without segments.
 
     Raises:
         DatasetError: the annotations cannot be read, or do not fit the model's classes.
@@ -51,14 +52,14 @@ def panoptic_figures(
     """
     file = Path(metadata.panoptic_json)
     document = read_json(file)
-    tables = [
-        {position: category for category, position in table.items()}
-        for table in (
-            metadata.stuff_dataset_id_to_contiguous_id,
-            metadata.thing_dataset_id_to_contiguous_id,
-        )
-    ]
     try:
+        tables = [
+            {position: category for category, position in table.items()}
+            for table in (
+                metadata.stuff_dataset_id_to_contiguous_id,
+                metadata.thing_dataset_id_to_contiguous_id,
+            )
+        ]
         missing = [each["id"] for each in document["images"] if found.get(each["id"]) is None]
         if missing:
             raise EvaluationError(
@@ -75,13 +76,14 @@ def panoptic_figures(
         evaluation = PanopticEval(document, predicted, gt_folder=metadata.panoptic_root)
         evaluation.evaluate()
         results = evaluation.results()
-    except (KeyError, ValueError, TypeError, OSError) as error:
+    except (AttributeError, KeyError, ValueError, TypeError, OSError) as error:
         raise DatasetError(
             f"the segments cannot be compared with {quoted(file)}: {quoted(error)}."
         ) from error
     return {
         f"{name}{end}": 100 * results[group][name.lower()]
         for end, group in _GROUPS.items()
+        if results[group]["pq"] >= 0  # hotcoco's -1: nothing to compare
         for name in ("PQ", "SQ", "RQ")
     }
 
@@ -91,5 +93,6 @@ def panoptic_table(figures: Mapping[str, float]) -> str:
     rows = [
         [group, *(f"{figures[name + end]:.2f}" for name in ("PQ", "SQ", "RQ"))]
         for end, group in _GROUPS.items()
+        if f"PQ{end}" in figures
     ]
     return tabulate(rows, headers=["", "PQ", "SQ", "RQ"], disable_numparse=True)

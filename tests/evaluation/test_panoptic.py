@@ -156,6 +156,7 @@ def test_quality_by_brute_force(dataset: str, tmp_path: Path) -> None:
     [
         ({"images": None}, "cannot be compared"),
         ({"annotations": [{}]}, "cannot be compared"),
+        ({}, "cannot be compared .* 'stuff_dataset_id_to_contiguous_id' does not exist"),
         ({"images": [{"id": 9}]}, "1 images of .* have no panoptic prediction"),
     ],
 )
@@ -168,8 +169,30 @@ def test_keeps_the_boxes_figures_if_annotations_are_unusable(
 ) -> None:
     file = tmp_path / "panoptic.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    if not change:
+        del vars(MetadataCatalog.get(dataset))["stuff_dataset_id_to_contiguous_id"]
     evaluator = DetectionEvaluator(dataset, tmp_path / "out", {"weights": "a.pth"})
     for number in range(1, 7):
         evaluator.process([{"image_id": number}], [output(drawn(number))])
     assert list(evaluator.evaluate()) == ["bbox"]
     assert re.search(f"panoptic_seg is not evaluated: .*{message}", caplog.text)
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_things_alone(found: bool, dataset: str, tmp_path: Path) -> None:
+    file = tmp_path / "panoptic.json"
+    document = json.loads(file.read_text())
+    kept = [each for each in document["categories"] if each["isthing"]]
+    for each in document["annotations"]:
+        segments = [one for one in each["segments_info"] if one["category_id"] in THINGS]
+        each["segments_info"] = segments
+    file.write_text(json.dumps(document | {"categories": kept}))
+    evaluator = DetectionEvaluator(dataset, tmp_path / "out", {"weights": "a.pth"})
+    for number in range(1, 7):
+        pixels, categories = drawn(number)
+        things = {n: each for n, each in categories.items() if each in THINGS and found}
+        evaluator.process([{"image_id": number}], [output((pixels, things))])
+    figures = evaluator.evaluate()["panoptic_seg"]
+    assert figures == {
+        name + end: 100 * found for end in ("", "_th") for name in ("PQ", "SQ", "RQ")
+    }
