@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -71,19 +72,21 @@ def _forecast(arguments: argparse.Namespace) -> Any:
     settings, data = _settings(arguments)
     (train, images), (val, val_images) = data
     parts = nested(Part(read_annotations(train), images), SHARES, arguments.seed)
-    _check_plan(folder / "plan.json", [*settings, str(arguments.seed)], data, arguments.overwrite)
+    if arguments.overwrite and folder.exists():  # all: an interruption must not mix old and new
+        shutil.rmtree(folder)
+    _check_plan(folder / "plan.json", [*settings, str(arguments.seed)], data)
     runs = []
     for share, part in zip(SHARES, parts):
         output = folder / f"{share:.0%}".replace("%", "_percent")
         print(f"{len(part.files):,} images: {output}")
         runs.append(output)
-        if metrics_file(output) is not None and not arguments.overwrite:
+        if metrics_file(output) is not None:
             continue
         write_json(output / "train.json", part.document, indent=None)
         words = ["--train-json", output / "train.json", "--train-images", images]
         words += ["--test-json", val, "--test-images", val_images, *settings, "OUTPUT_DIR", output]
         if (output / "last_checkpoint").is_file():
-            words.append("--overwrite" if arguments.overwrite else "--resume")
+            words.append("--resume")
         if code := main(["train", *map(str, words)]):
             return code
     truth = read_ground_truth(val, checked=True)
@@ -137,15 +140,13 @@ def _settings(arguments: argparse.Namespace) -> tuple[list[str], list[tuple[Path
     return [*words, *arguments.opts], data
 
 
-def _check_plan(
-    file: Path, settings: list[str], data: list[tuple[Path, Path]], overwrite: bool
-) -> None:
+def _check_plan(file: Path, settings: list[str], data: list[tuple[Path, Path]]) -> None:
     """Record what is trained; refuse to mix it with trainings of other settings or data."""
     from resnext_det.errors import ConfigError
     from resnext_det.files import file_digest, write_text
 
     plan = json.dumps({"words": settings, "data": [file_digest(each) for each, _ in data]})
-    if file.is_file() and not overwrite and file.read_text(encoding="utf-8") != plan:
+    if file.is_file() and file.read_text(encoding="utf-8") != plan:
         raise ConfigError(
             f"{file.parent} holds trainings with other settings or data. Add --overwrite to "
             "replace them."

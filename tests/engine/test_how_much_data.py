@@ -40,3 +40,6 @@ def test_trains_and_continues(tmp_path: Path, capfd: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit):
         main([*command, "--seed", "1"])
     assert "other settings or data. Add --overwrite" in capfd.readouterr().err
+    with pytest.raises(SystemExit):  # in the first training
+        main([*command, "--overwrite", "MODEL.WEIGHTS", "missing.pth"])
+    assert not any(each.exists() for each in metrics)  # would be taken for those of this command
