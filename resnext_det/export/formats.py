@@ -121,11 +121,12 @@ def _widen_groups(model: Any) -> None:
     in float and 10 % in int8.
     """
     onnx = needed("onnx", "ONNX and OpenVINO")
-    weights = {each.name: each for each in model.graph.initializer}
+    known = {each.name: each for each in model.graph.initializer}
+    weights = {name: onnx.numpy_helper.to_array(each) for name, each in known.items()}
     for node in model.graph.node:
         if node.op_type != "Conv" or node.input[1] not in weights:
             continue
-        weight = onnx.numpy_helper.to_array(weights[node.input[1]])
+        weight = weights[node.input[1]]  # as they were: several nodes may share it
         outputs, width = weight.shape[:2]
         groups = next(each for each in node.attribute if each.name == "group")
         merged = math.gcd(groups.i, -(-16 // width))
@@ -135,7 +136,7 @@ def _widen_groups(model: Any) -> None:
         member = np.arange(outputs) // (outputs // groups.i) % merged
         wide[np.arange(outputs), member] = weight
         wide = wide.reshape(outputs, merged * width, *weight.shape[2:])
-        weights[node.input[1]].CopyFrom(onnx.numpy_helper.from_array(wide, node.input[1]))
+        known[node.input[1]].CopyFrom(onnx.numpy_helper.from_array(wide, node.input[1]))
         groups.i //= merged
 
 

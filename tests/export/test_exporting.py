@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -17,14 +18,14 @@ from resnext_det.data.toy import CLASSES
 from resnext_det.engine.evaluate import of_run
 from resnext_det.errors import ArtifactError, ConfigError
 from resnext_det.evaluation.results_file import read_metrics
-from resnext_det.export import exporting
+from resnext_det.export import exporting, formats
 from resnext_det.export.exporting import export
 from resnext_det.runtime import load
 from resnext_det_cli import main
 from tests.helpers.detectors import write_run
 
 onnx = pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
+onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("openvino")
 
 SUFFIXES = (".onnx", ".xml", ".ts")
@@ -86,6 +87,34 @@ def test_groups_are_wide_enough_for_onnxruntime(artifacts: Path) -> None:
     shapes = {each.name: each.dims for each in graph.initializer}
     widths = [shapes[node.input[1]][1] for node in graph.node if node.op_type == "Conv"]
     assert sorted(widths)[:2] == [3, 16]  # the stem has no groups
+
+
+def test_wide_groups_compute_the_same() -> None:
+    """Of two convolutions with the same weights, as in a mask head that repeats res5."""
+    generator = np.random.default_rng(0)
+    weights = generator.normal(size=(32, 2, 3, 3)).astype(np.float32)
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    names = ("image", "once", "twice")
+    convolutions = [
+        helper.make_node("Conv", [one, "weights"], [other], group=16, pads=[1, 1, 1, 1])
+        for one, other in itertools.pairwise(names)
+    ]
+    shown = [[helper.make_tensor_value_info(n, kind, (1, 32, 8, 8))] for n in ("image", "twice")]
+    kept = [onnx.numpy_helper.from_array(weights, "weights")]
+    model = helper.make_model(
+        helper.make_graph(convolutions, "two", *shown, kept),
+        opset_imports=[helper.make_opsetid("", 17)],
+        ir_version=8,
+    )
+    image = {"image": generator.normal(size=(1, 32, 8, 8)).astype(np.float32)}
+
+    def computed() -> Any:
+        return onnxruntime.InferenceSession(model.SerializeToString()).run(None, image)[0]
+
+    expected = computed()
+    formats._widen_groups(model)
+    assert model.graph.initializer[0].dims == [32, 16, 3, 3]
+    assert computed() == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
