@@ -163,7 +163,8 @@ def _executor(arguments: argparse.Namespace) -> Any:
         )
         return local
     executor = submitit.SlurmExecutor(arguments.logs, max_num_timeout=_RETURNS)
-    more = {"requeue": True, **dict(arguments.sbatch)}
+    # With hyphens, submitit would write job-name twice, and its own last.
+    more = {"requeue": True} | {key.replace("-", "_"): each for key, each in arguments.sbatch}
     if least < most:
         more["nodes"] = f"{least}-{most}"
     settings = {"partition": arguments.partition, "cpus_per_task": arguments.cpus_per_node}

@@ -159,7 +159,15 @@ def test_script_for_sbatch(
     slurm(tmp_path, monkeypatch)
     words = ["submit", "--partition", "gpu", "--time", "1-12:30:00", "--gpus-per-node", "8"]
     words += ["--nodes", "2:4", "--cpus-per-node", "64", "--sbatch", "account=vision"]
-    words += ["--logs", str(tmp_path / "logs"), *TRAIN, "OUTPUT_DIR", "somewhere"]
+    words += [
+        "--sbatch",
+        "job-name=mine",
+        "--logs",
+        str(tmp_path / "logs"),
+        *TRAIN,
+        "OUTPUT_DIR",
+        "somewhere",
+    ]
     assert main(words) == 0
     assert capsys.readouterr().out == f"Job 7; its log: {tmp_path / 'logs' / '7_0_log.out'}\n"
     script = (tmp_path / "script").read_text()
@@ -167,6 +175,7 @@ def test_script_for_sbatch(
     options += " partition=gpu requeue signal=USR2@120 time=2190"
     for option in options.split():
         assert f"\n#SBATCH --{option}\n" in script
+    assert script.count("--job-name") == script.count("--job-name=mine") == 1
     assert " --cpus-per-task=64 " in script.splitlines()[-1]
     assert main([*words[:1], "--dry-run", *words[1:]]) == 0
     assert capsys.readouterr().out.strip() == script.strip()
