@@ -64,7 +64,7 @@ def analyse_errors(
         "calibration": "error" (ECE), and "bins" of ten scores with detections, as their mean
             "score", the share that is "right" at an IoU of 0.5, and their "count"; "temperature"
             that makes scores likeliest (`prediction.scaled`), and the "scaled_error" with it; None
-            if a score is not from 0 to 1;
+            without detections, or if a score is not from 0 to 1;
         "confusion": "classes" and "counts" (K + 1, K + 1), true class by detected class, the last
             of both being background; at this "iou", from this "score";
         "errors": TIDE's, as "kind", "count", and "cost" in points of AP50.
@@ -108,7 +108,8 @@ def _calibration(
     evaluation: hotcoco.COCOeval, status: Mapping[str, Any], detections: Detections
 ) -> dict[str, Any] | None:
     """Return how far scores are from the share of detections that are right (1706.04599)."""
-    if not _are_shares(detections.scores):  # those of another program
+    rows, right = _judged(status)
+    if not len(rows) or not _are_shares(detections.scores):  # those of another program
         return None
     found = evaluation.calibration(n_bins=10, iou_threshold=OVERLAP)
     bins = [
@@ -120,7 +121,6 @@ def _calibration(
         for each in found["bins"]
         if each["count"]
     ]
-    rows, right = _judged(status)
     scores = detections.scores[rows]
     temperature = _temperature(scores, right)
     error, _ = calibration_error(scaled(scores, temperature), right, 10)

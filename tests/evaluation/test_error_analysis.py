@@ -209,6 +209,10 @@ def test_scores_of_other_programs_are_not_calibrated(tmp_path: Path, score: floa
     assert f"at a score of {score:.2f}" in threshold_line(found.details)
 
 
+def test_no_temperature_without_detections(tmp_path: Path) -> None:
+    assert evaluated(tmp_path, []).document()["temperature"] is None
+
+
 @pytest.mark.parametrize("true", [0.5, 1.0, 2.5])
 def test_finds_the_temperature_of_scores(true: float) -> None:
     generator = np.random.default_rng(5)
