@@ -59,7 +59,7 @@ def apply_patch(patch: Path, file: Path) -> tuple[Record, Counter[str]]:
     )
     last = max((int(number) for number in labels if is_whole(number)), default=0)
     counts: Counter[str] = Counter()
-    removed: list[int] = []
+    removed: set[int] = set()
     for number, edit in enumerate(edits, start=1):
         fault = _fault(edit, images, categories, labels)
         if fault:
@@ -74,7 +74,7 @@ def apply_patch(patch: Path, file: Path) -> tuple[Record, Counter[str]]:
             label = labels.pop(edit["id"])
         label |= {key: edit[key] for key in edit.keys() & {"image_id", "category_id", "bbox"}}
         if edit["edit"] == "remove":
-            removed.append(id(label))
+            removed.add(id(label))
         elif "bbox" in edit:
             label["area"] = label["bbox"][2] * label["bbox"][3]
             shapes = [label.pop(key, None) for key in _SHAPES]
