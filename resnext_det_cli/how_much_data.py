@@ -61,6 +61,7 @@ def _forecast(arguments: argparse.Namespace) -> Any:
     from resnext_det.data.annotations import read_annotations
     from resnext_det.data.dividing import nested
     from resnext_det.data.layouts import Part
+    from resnext_det.errors import DatasetError, quoted
     from resnext_det.evaluation.annotations import read_ground_truth
     from resnext_det.evaluation.compare import read_baseline
     from resnext_det.evaluation.learning_curve import FILE, FOLDER, forecast
@@ -72,6 +73,12 @@ def _forecast(arguments: argparse.Namespace) -> Any:
     settings, data = _settings(arguments)
     (train, images), (val, val_images) = data
     parts = nested(Part(read_annotations(train), images), SHARES, arguments.seed)
+    counts = [part.annotated for part in parts]
+    if len(set(counts)) < len(SHARES):  # refused by the forecast, but after the trainings
+        raise DatasetError(
+            f"a quarter, half and all of {quoted(train)} have {', '.join(map(str, counts))} images "
+            "with objects, similar ones being kept together: three different numbers are needed."
+        )
     if arguments.overwrite and folder.exists():  # all: an interruption must not mix old and new
         shutil.rmtree(folder)
     _check_plan(folder / "plan.json", [*settings, str(arguments.seed)], data)
@@ -90,9 +97,7 @@ def _forecast(arguments: argparse.Namespace) -> Any:
         if code := main(["train", *map(str, words)]):
             return code
     truth = read_ground_truth(val, checked=True)
-    found = forecast(
-        truth, [read_baseline(each, truth) for each in runs], [part.annotated for part in parts]
-    )
+    found = forecast(truth, [read_baseline(each, truth) for each in runs], counts)
     write_json(folder / FILE, found.document())
     return found
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from resnext_det.data.layouts import Part
 from resnext_det_cli import main
 
 from ..data.test_folder import yolo
@@ -15,7 +16,9 @@ TINY = ["MODEL.WEIGHTS", "", "INPUT.MIN_SIZE_TRAIN", 64, "INPUT.MIN_SIZE_TEST", 
 TINY += ["SOLVER.IMS_PER_BATCH", 2, "DATALOADER.NUM_WORKERS", 0]
 
 
-def test_trains_and_continues(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_trains_and_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     data, run = yolo(tmp_path / "data", 12), tmp_path / "run"
     words = ["train", "--data", data, "--output", run, "--epochs", "1"]
     words += ["--config-file", "faster_rcnn_X_26_8x4d_FPN_toy", *TINY]
@@ -40,6 +43,11 @@ def test_trains_and_continues(tmp_path: Path, capfd: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit):
         main([*command, "--seed", "1"])
     assert "other settings or data. Add --overwrite" in capfd.readouterr().err
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Part, "annotated", 7)
+        main([*command, "--overwrite"])
+    assert "have 7, 7, 7 images with objects, similar ones" in capfd.readouterr().err
+    assert metrics[2].is_file()
     with pytest.raises(SystemExit):  # in the first training
         main([*command, "--overwrite", "MODEL.WEIGHTS", "missing.pth"])
     assert not any(each.exists() for each in metrics)  # would be taken for those of this command
