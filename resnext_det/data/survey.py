@@ -34,6 +34,7 @@ class Shared:
 
     split: str
     files: tuple[Path, Path]
+    names: tuple[str, str]
     identical: bool
 
 
@@ -193,8 +194,17 @@ def _shared_images(folder: Folder) -> tuple[Shared, ...]:
     """Return the images that train shares with other splits, identical files first."""
     prints = {name: fingerprints(part.files) for name, part in folder.parts.items()}
     files = {name: part.files for name, part in folder.parts.items()}
+    names = {
+        name: [str(each["file_name"]) for each in part.document["images"]]
+        for name, part in folder.parts.items()
+    }
     shared = [
-        Shared(split, (files["train"][one], files[split][other]), identical)
+        Shared(
+            split,
+            (files["train"][one], files[split][other]),
+            (names["train"][one], names[split][other]),
+            identical,
+        )
         for split in folder.parts
         if split != "train"
         for one, other, identical in similar(prints["train"], prints[split])
@@ -204,16 +214,11 @@ def _shared_images(folder: Folder) -> tuple[Shared, ...]:
 
 def _leaks(folder: Folder, shared: Sequence[Shared]) -> list[Finding]:
     findings = []
-    for split, part in folder.parts.items():
-        roots = folder.parts["train"].images, part.images
+    for split in folder.parts:
         names: dict[bool, list[str]] = {True: [], False: []}
         for each in shared:
             if each.split == split:
-                pair = [
-                    quoted(file.relative_to(root).as_posix())
-                    for file, root in zip(each.files, roots)
-                ]
-                names[each.identical].append(" and ".join(pair))
+                names[each.identical].append(" and ".join(map(quoted, each.names)))
         hint = f"figures on {split} are too good"
         what = f"identical images in train and {split}: {hint}"
         findings += Finding("error", what).of(names[True])

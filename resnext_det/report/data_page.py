@@ -45,7 +45,7 @@ def write_data_page(file: Path, folder: Folder, found: Survey) -> None:
         layout=folder.layout,
         notes=folder.notes,
         found=found,
-        pairs=_pairs(folder, found),
+        pairs=_pairs(found),
         findings=sorted(findings, key=lambda each: each[1].severity),
         most=max(
             (count for counts in found.classes.values() for count in counts.values()), default=0
@@ -56,7 +56,7 @@ def write_data_page(file: Path, folder: Folder, found: Survey) -> None:
     write_text(file, page)
 
 
-def _pairs(folder: Folder, found: Survey) -> list[Pair]:
+def _pairs(found: Survey) -> list[Pair]:
     pairs: list[Pair] = []
     for each in found.shared:
         if len(pairs) == _MOST_PAIRS:
@@ -66,9 +66,8 @@ def _pairs(folder: Folder, found: Survey) -> list[Pair]:
         except DatasetError:
             continue  # unreadable images are among the findings
         kind = "identical" if each.identical else "nearly identical"
-        names = [file.relative_to(folder.path).as_posix() for file in each.files]
         title = f"{kind}, train and {each.split}"
-        pairs.append(Pair(title, (names[0], names[1]), (pictures[0], pictures[1])))
+        pairs.append(Pair(title, each.names, (pictures[0], pictures[1])))
     return pairs
 
 

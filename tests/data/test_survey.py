@@ -66,6 +66,22 @@ def test_images_of_both_splits(data: Path, capsys: pytest.CaptureFixture[str]) -
     assert found["findings"][1]["examples"] == ["'images/train/4.png' and 'images/val/near.jpg'"]
 
 
+def test_images_outside_the_folder(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture, root = str(data / "images/train/3.png"), tmp_path / "coco"
+    (root / "images").mkdir(parents=True)
+    image = {"id": 1, "file_name": picture, "width": 96, "height": 72}
+    label = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 9, 9], "area": 81}
+    document = {"images": [image], "annotations": [label | {"iscrowd": 0}]}
+    for split in ("train", "val"):
+        kinds = [{"id": 1, "name": "cat"}]
+        (root / f"{split}.json").write_text(json.dumps(document | {"categories": kinds}))
+    code, found = checked(root, capsys, "--html", str(tmp_path / "data.html"))
+    assert code == 1 and found["shared"][0]["names"] == [picture, picture]
+    assert "lead out of the image folder" in json.dumps(found["health"])
+
+
 def test_classes_empty_images_and_flags(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(48):
         if number % 2 == 0 and number >= 10:
