@@ -102,7 +102,7 @@ def _fault(
     kind = edit.get("edit") if isinstance(edit, dict) else None
     keys = _KEYS.get(kind, ()) if isinstance(kind, str) else ()
     if not isinstance(edit, dict) or edit.keys() - {"edit"} not in keys:
-        return "is none that a report writes"
+        return "is not an edit that a report writes"
     for key, known in (("image_id", images), ("category_id", categories), ("id", labels)):
         if key in edit and (type(edit[key]) not in _IDS or edit[key] not in known):
             return (

@@ -157,9 +157,9 @@ def test_a_patch_restores_the_labels(
         ({"edit": "change", "id": 1, "bbox": [90, 0, 50, 50]}, "no box"),
         ({"edit": "add", "image_id": 1, "category_id": 1, "bbox": [0, 0, 0, 5]}, "no box"),
         ({"edit": "add", "image_id": 1, "category_id": 1, "bbox": "\x1b]0;"}, "no box"),
-        ({"edit": "remove", "id": 1, "file_name": "/etc/passwd"}, "is none that a report"),
-        ({"edit": "__class__", "id": 1}, "is none that a report"),
-        ("\x1b[2J" * 9999, "is none that a report"),
+        ({"edit": "remove", "id": 1, "file_name": "/etc/passwd"}, "is not an edit that a report"),
+        ({"edit": "__class__", "id": 1}, "is not an edit that a report"),
+        ("\x1b[2J" * 9999, "is not an edit that a report"),
     ],
 )
 def test_refuses_hostile_edits(tmp_path: Path, edit: Any, reason: str) -> None:
