@@ -172,11 +172,13 @@ class Job:
         job = cls(
             processes, size // processes, rank // processes, _address("env://"), local_rank=local
         )
-        url = arguments.dist_url
+        url, restarts = arguments.dist_url, int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
         for flag, given, started in (
             ("--num-gpus", arguments.num_gpus, job.processes),
             ("--num-machines", arguments.num_machines, job.machines),
             ("--machine-rank", arguments.machine_rank, job.machine_rank),
+            ("--nnodes", arguments.nnodes, str(job.machines)),
+            ("--max-restarts", arguments.max_restarts, restarts),
             ("--dist-url", None if url in (None, "auto") else _address(url), job.dist_url),
         ):
             if given not in (None, started):

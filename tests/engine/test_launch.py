@@ -394,7 +394,8 @@ def test_torchrun_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     agreeing = "--num-gpus 2 --num-machines 3 --machine-rank 2 --dist-url tcp://node0:29500"
     for words in ("", agreeing):
         assert parse(f"{words} --dist-timeout 9") == expected
-    for words in ("--num-gpus 1", "--num-machines 2", "--machine-rank 0", "--dist-url tcp://a:1"):
+    others = ["--num-gpus 1", "--num-machines 2", "--machine-rank 0", "--dist-url tcp://a:1"]
+    for words in [*others, "--nnodes 1:4", "--max-restarts 3"]:
         with pytest.raises(ConfigError, match="but torchrun started this job with"):
             parse(words)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
