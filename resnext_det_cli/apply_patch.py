@@ -58,6 +58,6 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"\n{quoted(arguments.run)}, the same detections")
     print(tabulate(rows, headers=["", "before", "after"], disable_numparse=True))
     print(
-        "The edits agree with this detector, so its AP rises. Whether the labels are better shows "
-        "in a training with them, compared by `evaluate --baseline`."
+        "The edits agree with this detector, so a higher AP proves nothing. Whether the labels are "
+        "better shows in a training with them, compared by `evaluate --baseline`."
     )

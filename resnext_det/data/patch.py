@@ -105,9 +105,7 @@ def _fault(
         return "is not an edit that a report writes"
     for key, known in (("image_id", images), ("category_id", categories), ("id", labels)):
         if key in edit and (type(edit[key]) not in _IDS or edit[key] not in known):
-            return (
-                f"names the {key} of nothing in the file, of several, or of what was edited before"
-            )
+            return f"has no valid {key}: the file must have it once, not edited before"
     if "bbox" not in edit:
         return ""
     owner = edit["image_id"] if kind == "add" else labels[edit["id"]].get("image_id")

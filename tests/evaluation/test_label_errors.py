@@ -147,12 +147,12 @@ def test_a_patch_restores_the_labels(
 @pytest.mark.parametrize(
     ("edit", "reason"),
     [
-        ({"edit": "remove", "id": 10**9}, "names the id of nothing"),
-        ({"edit": "change", "id": 1, "category_id": 99}, "names the category_id of nothing"),
-        ({"edit": "remove", "id": [[[]]]}, "names the id of nothing"),
-        ({"edit": "remove", "id": True}, "names the id of nothing"),
-        ({"edit": "remove", "id": 2}, "names the id of nothing"),  # edited before
-        ({"edit": "change", "id": 3, "category_id": 1}, "of several"),
+        ({"edit": "remove", "id": 10**9}, "has no valid id:"),
+        ({"edit": "change", "id": 1, "category_id": 99}, "has no valid category_id:"),
+        ({"edit": "remove", "id": [[[]]]}, "has no valid id:"),
+        ({"edit": "remove", "id": True}, "has no valid id:"),
+        ({"edit": "remove", "id": 2}, "has no valid id:"),  # edited before
+        ({"edit": "change", "id": 3, "category_id": 1}, "must have it once"),
         ({"edit": "change", "id": 1, "bbox": [0, 0, 50, float("nan")]}, "no box"),
         ({"edit": "change", "id": 1, "bbox": [90, 0, 50, 50]}, "no box"),
         ({"edit": "add", "image_id": 1, "category_id": 1, "bbox": [0, 0, 0, 5]}, "no box"),
