@@ -111,7 +111,7 @@ def add_data(parser: argparse._ActionsContainer) -> None:
 
 
 def add_processes(parser: argparse.ArgumentParser, *, elastic: bool = False) -> None:
-    """Add the flags that `resnext_det.engine.launch.Job.of` reads."""
+    """Add the flags that `resnext_det.engine.job.Job.of` reads."""
     add = parser.add_argument_group("processes").add_argument
     add("--num-gpus", type=int, metavar="N", help="processes here, on GPUs or CPU (default: 1)")
     add("--num-machines", type=int, metavar="N", help="run the command on each (default: 1)")

@@ -57,7 +57,8 @@ def run(arguments: argparse.Namespace) -> None:
     from resnext_det.data.registered import TOY_FOLDER, datasets_root
     from resnext_det.engine.classifier import prepared
     from resnext_det.engine.evaluate import of_run
-    from resnext_det.engine.launch import Job, run_everywhere
+    from resnext_det.engine.job import Job
+    from resnext_det.engine.launch import run_everywhere
     from resnext_det.engine.schedule import scale
     from resnext_det.engine.setup import check_folder
     from resnext_det.engine.writers import check_wandb

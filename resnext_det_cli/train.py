@@ -97,7 +97,8 @@ def run(arguments: argparse.Namespace) -> None:
     from resnext_det.data.annotations import forget, read_json
     from resnext_det.data.proposals import check_proposals
     from resnext_det.engine.evaluate import of_run
-    from resnext_det.engine.launch import Job, run_everywhere
+    from resnext_det.engine.job import Job
+    from resnext_det.engine.launch import run_everywhere
     from resnext_det.engine.own_data import take_folder
     from resnext_det.engine.setup import check_folder
     from resnext_det.evaluation.results_file import metrics_file

@@ -59,7 +59,8 @@ def run(arguments: argparse.Namespace) -> None:
     from resnext_det.console import json_alone
     from resnext_det.data import custom
     from resnext_det.data.annotations import forget
-    from resnext_det.engine.launch import Job, run_everywhere
+    from resnext_det.engine.job import Job
+    from resnext_det.engine.launch import run_everywhere
     from resnext_det.engine.two_step import TwoStep, train_two_steps
     from resnext_det.files import check_writable
     from resnext_det_cli.train import check_run

@@ -17,7 +17,7 @@ import yaml
 
 from resnext_det.config import load_config, locate_config
 from resnext_det.engine.hooks import STOPPED
-from resnext_det.engine.launch import Job
+from resnext_det.engine.job import Job
 from resnext_det.engine.schedule import scale
 from resnext_det_cli import parse
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from resnext_det.engine.launch import Job
+from resnext_det.engine.job import Job
 from resnext_det_cli import main, parse
 from resnext_det_cli.submit import Training
 

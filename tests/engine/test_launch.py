@@ -25,7 +25,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from resnext_det.engine import launch
 from resnext_det.engine.explanations import explain, says_lost_contact
-from resnext_det.engine.launch import Job, forwarded_signals, run_everywhere
+from resnext_det.engine.job import Job
+from resnext_det.engine.launch import forwarded_signals, run_everywhere
 from resnext_det.errors import ConfigError
 from resnext_det_cli.flags import add_processes
 
@@ -41,7 +42,8 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader
 
 from resnext_det.data.stream import with_lasting_workers
-from resnext_det.engine.launch import Job, run_everywhere
+from resnext_det.engine.job import Job
+from resnext_det.engine.launch import run_everywhere
 from resnext_det.engine.hooks import SIGNALS, is_started_by_another
 from resnext_det.errors import ConfigError, reported
 from resnext_det_cli.flags import add_processes

@@ -44,7 +44,8 @@ from resnext_det import load_config
 from resnext_det.backbones import build_detector
 from resnext_det.data.stream import Share
 from resnext_det.engine.inference import buffers_of_first_process, model_digest
-from resnext_det.engine.launch import Job, run_everywhere
+from resnext_det.engine.job import Job
+from resnext_det.engine.launch import run_everywhere
 from resnext_det.engine.setup import set_up
 from resnext_det.engine.train_loop import TrainLoop, distributed
 from resnext_det.engine.trainer import Trainer
